@@ -1,0 +1,208 @@
+//! What a configuration says, after every check: whoever holds a [`Config`] need not check again.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+/// A whole configuration file. Names are unique by the maps, every reference resolves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// The agent itself.
+    pub agent: Agent,
+    /// Security groups by name.
+    pub security_groups: BTreeMap<String, SecurityGroup>,
+    /// Target groups by name.
+    pub target_groups: BTreeMap<String, TargetGroup>,
+    /// Load balancers by name.
+    pub load_balancers: BTreeMap<String, LoadBalancer>,
+}
+
+/// The `[agent]` table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Agent {
+    /// NICs to attach to; `--iface` wins over it.
+    pub interfaces: Vec<String>,
+    /// How the program is attached.
+    pub xdp_mode: XdpMode,
+    /// The zone this agent stands in, for information.
+    pub availability_zone: Option<String>,
+    /// Whether the agent adds the listener addresses to the machine.
+    pub manage_addresses: bool,
+    /// Key of the flow hash; `None`: a random one for this node.
+    pub hash_seed: Option<u64>,
+    /// Slots of each ring; a prime.
+    pub maglev_table_size: u32,
+    /// Capacity of the flow table, in entries.
+    pub flow_table_size: u32,
+    /// Where the API listens.
+    pub api_socket: PathBuf,
+}
+
+/// How an XDP program is attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum XdpMode {
+    /// In the driver, else generic with a warning.
+    Auto,
+    /// In the driver or not at all.
+    Native,
+    /// In the network stack (`xdpgeneric`): works on every NIC, slowly.
+    Generic,
+}
+
+/// A security group: what it lets in. Everything else is denied where it is attached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SecurityGroup {
+    /// Rules; their union is allowed.
+    pub ingress: Vec<IngressRule>,
+}
+
+/// One ingress rule.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IngressRule {
+    /// What it is about.
+    pub protocol: RuleProtocol,
+    /// Destination ports; all of them for [`RuleProtocol::Icmp`].
+    pub ports: RangeInclusive<u16>,
+    /// Where packets may come from; host bits are zero.
+    pub sources: Vec<IpNet>,
+}
+
+/// The protocol of an ingress rule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RuleProtocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// ICMP and ICMPv6.
+    Icmp,
+    /// Every protocol (`all`), every port.
+    All,
+}
+
+/// A transport protocol that is balanced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+/// How packets reach a target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Forwarding {
+    /// Rewrite the destination; replies come back through us.
+    Nat,
+    /// Rewrite the MAC address only; replies go straight to the client.
+    DsrL2,
+}
+
+/// A target group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TargetGroup {
+    /// What its targets speak.
+    pub protocol: Protocol,
+    /// Port of targets that name none, 1 to 65535.
+    pub port: u16,
+    /// How packets reach its targets.
+    pub forwarding: Forwarding,
+    /// How long a removed target keeps its established flows.
+    pub deregistration_delay: Duration,
+    /// Whether an unhealthy target loses its established flows at once.
+    pub unhealthy_connection_termination: bool,
+    /// Whether every flow is remembered, not only those that a change could break.
+    pub track_every_flow: bool,
+    /// Its targets, in the file's order; (address, port) is unique.
+    pub targets: Vec<Target>,
+    /// How their health is found out.
+    pub health_check: HealthCheck,
+}
+
+/// A registered target.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// Its address; never an IPv4-mapped one.
+    pub address: IpAddr,
+    /// Its port, 1 to 65535.
+    pub port: u16,
+    /// Its share relative to the group's other targets, 0 to 999; 0 takes no new flows. 1 by default.
+    pub weight: u16,
+    /// The zone it stands in, for information.
+    pub availability_zone: Option<String>,
+}
+
+/// How a target group checks its targets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// What is asked.
+    pub probe: ProbeKind,
+    /// Port asked; `None` is the target's own (`traffic-port`).
+    pub port: Option<u16>,
+    /// From one check's start to the next one's.
+    pub interval: Duration,
+    /// How long an answer may take; at most the interval.
+    pub timeout: Duration,
+    /// Passes in a row until an unhealthy target is healthy, 2 to 10.
+    pub healthy_threshold: u32,
+    /// Failures in a row until a healthy target is unhealthy, 2 to 10.
+    pub unhealthy_threshold: u32,
+}
+
+/// What a health check asks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ProbeKind {
+    /// A TCP connection.
+    Tcp,
+    /// A GET request over HTTP.
+    Http(HttpProbe),
+    /// A GET request over HTTPS; the certificate is not verified, as on AWS.
+    Https(HttpProbe),
+}
+
+/// The request of an HTTP or HTTPS health check.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HttpProbe {
+    /// Path and query, begins with `/`.
+    pub path: String,
+    /// Status codes that pass, 200 to 599.
+    pub matcher: Vec<RangeInclusive<u16>>,
+}
+
+/// A load balancer (type `network`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoadBalancer {
+    /// Internal or internet-facing, for information.
+    pub scheme: Scheme,
+    /// Its addresses, at least one, unique in the configuration; never IPv4-mapped.
+    pub addresses: Vec<IpAddr>,
+    /// Names of the attached security groups; `None`: open to all.
+    pub security_groups: Option<Vec<String>>,
+    /// Its listeners; (protocol, port) is unique.
+    pub listeners: Vec<Listener>,
+}
+
+/// Where a load balancer's clients are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scheme {
+    /// Inside.
+    Internal,
+    /// On the internet.
+    InternetFacing,
+}
+
+/// A listener.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listener {
+    /// What it accepts; equal to its target group's.
+    pub protocol: Protocol,
+    /// The port, 1 to 65535.
+    pub port: u16,
+    /// Name of the target group it forwards to.
+    pub target_group: String,
+}

@@ -1,0 +1,8 @@
+//! The agent of lb: what should be true is configured, observed and written to the kernel.
+//!
+//! Data flows one way: [`config`] -> [`state`] -> [`reconcile`] -> [`dataplane`]; [`health`],
+//! [`netlink`] and [`api`] only send events to the owner of the state.
+
+pub mod config;
+pub mod health;
+pub mod netlink;

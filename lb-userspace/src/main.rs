@@ -1,0 +1,3 @@
+//! `lb-userspace`: the command.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Addresses, neighbours, routes and links.
