@@ -1,3 +1,24 @@
-//! Everything that decides what happens to a packet.
+//! Everything that decides what happens to a packet, in one crate for two worlds.
+//!
+//! [`forward::forward`] is generic over [`Frame`](forward::Frame), the bytes of a packet, and
+//! [`Tables`](tables::Tables), the lookups. lb-ebpf implements both for the kernel; tests and
+//! fuzzers implement them for slices and hash maps ([`model`]). The way of a packet:
+//!
+//! ```text
+//! frame -> parse -> classify -> admit -> select -> rewrite -> emit
+//! ```
 #![no_std]
 #![forbid(unsafe_code)]
+
+#[cfg(any(test, feature = "std"))]
+extern crate std;
+
+pub mod endpoints;
+pub mod flow;
+pub mod forward;
+pub mod maglev;
+#[cfg(any(test, feature = "std"))]
+pub mod model;
+pub mod tables;
+pub mod verdict;
+pub mod wire;

@@ -1,0 +1,253 @@
+//! The tables on the host: what the kernel's maps hold, in plain collections.
+//!
+//! Tests, fuzzers and the comparison of host against kernel run the pipeline over these.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
+use std::vec::Vec;
+
+use bytemuck::Pod;
+
+use crate::endpoints::EndpointTable;
+use crate::flow::{Flow, FlowKey, HashKeys, ReturnFlow};
+use crate::forward::Frame;
+use crate::tables::{
+    AdmissionKey, Bucket, Endpoint, EndpointKey, Listener, NextHop, Route, Slot, Tables, Target,
+    Traffic,
+};
+use crate::verdict::DropReason;
+use crate::wire::Address;
+
+/// All tables of one balancer.
+#[derive(Debug, Clone)]
+pub struct Model {
+    /// Keys of the hashes.
+    pub hash_keys: HashKeys,
+    /// Slots of each ring.
+    pub ring_size: u32,
+    /// Monotonic time, nanoseconds.
+    pub now: Cell<u64>,
+    /// Listeners, targets and local addresses.
+    pub endpoints: EndpointTable,
+    /// Listeners by index.
+    pub listeners: BTreeMap<u32, Listener>,
+    /// Targets by index.
+    pub targets: BTreeMap<u32, Target>,
+    /// Rings by number.
+    pub rings: BTreeMap<u32, Vec<Slot>>,
+    /// Admitted prefixes: class, prefix, length in bits of the 128-bit address.
+    pub prefixes: Vec<(u32, Address, u32)>,
+    /// Next hops of replies by destination.
+    pub routes: BTreeMap<Address, NextHop>,
+    /// Remembered flows.
+    pub flows: RefCell<BTreeMap<FlowKey, Flow>>,
+    /// Which listener flows came by.
+    pub return_flows: RefCell<BTreeMap<FlowKey, ReturnFlow>>,
+    /// Clients that talk to targets' own addresses.
+    pub direct_flows: RefCell<BTreeSet<FlowKey>>,
+    /// Targets that such clients talk to.
+    pub direct_targets: RefCell<BTreeSet<u32>>,
+    /// Addresses reported as unresolved.
+    pub unresolved: RefCell<Vec<Address>>,
+    /// Counters by listener.
+    pub listener_traffic: RefCell<BTreeMap<u32, Traffic>>,
+    /// Counters by target.
+    pub target_traffic: RefCell<BTreeMap<u32, Traffic>>,
+    /// Counters by reason.
+    pub drops: RefCell<BTreeMap<DropReason, u64>>,
+}
+
+impl Model {
+    /// Empty tables.
+    pub fn new(seed: u64, ring_size: u32) -> Self {
+        let hash_keys = HashKeys::from_seed(seed);
+        Self {
+            hash_keys,
+            ring_size,
+            now: Cell::new(0),
+            endpoints: EndpointTable::new(hash_keys),
+            listeners: BTreeMap::new(),
+            targets: BTreeMap::new(),
+            rings: BTreeMap::new(),
+            prefixes: Vec::new(),
+            routes: BTreeMap::new(),
+            flows: RefCell::default(),
+            return_flows: RefCell::default(),
+            direct_flows: RefCell::default(),
+            direct_targets: RefCell::default(),
+            unresolved: RefCell::default(),
+            listener_traffic: RefCell::default(),
+            target_traffic: RefCell::default(),
+            drops: RefCell::default(),
+        }
+    }
+}
+
+impl Tables for Model {
+    fn hash_keys(&self) -> &HashKeys {
+        &self.hash_keys
+    }
+
+    fn ring_size(&self) -> u32 {
+        self.ring_size
+    }
+
+    fn now(&self) -> u64 {
+        self.now.get()
+    }
+
+    fn bucket(&self, index: u32) -> Option<&Bucket> {
+        self.endpoints.bucket(index)
+    }
+
+    fn overflow(&self, key: &EndpointKey) -> Option<Endpoint> {
+        self.endpoints.overflow(key)
+    }
+
+    fn listener(&self, index: u32) -> Option<&Listener> {
+        self.listeners.get(&index)
+    }
+
+    fn target(&self, index: u32) -> Option<&Target> {
+        self.targets.get(&index)
+    }
+
+    fn slot(&self, index: u32) -> Option<Slot> {
+        let ring = self.rings.get(&(index / self.ring_size))?;
+        ring.get((index % self.ring_size) as usize).copied()
+    }
+
+    fn admits(&self, key: &AdmissionKey) -> bool {
+        let address = u128::from_be_bytes(bytemuck::cast(key.address));
+        self.prefixes.iter().any(|(class, prefix, bits)| {
+            let differing = address ^ u128::from_be_bytes(prefix.octets());
+            *class == key.class && differing.leading_zeros() >= *bits
+        })
+    }
+
+    fn flow(&self, key: &FlowKey) -> Option<Flow> {
+        self.flows.borrow().get(key).copied()
+    }
+
+    fn remember(&self, key: &FlowKey, flow: &Flow) {
+        self.flows.borrow_mut().insert(*key, *flow);
+    }
+
+    fn forget(&self, key: &FlowKey) {
+        self.flows.borrow_mut().remove(key);
+    }
+
+    fn return_flow(&self, key: &FlowKey) -> Option<ReturnFlow> {
+        self.return_flows.borrow().get(key).copied()
+    }
+
+    fn remember_return(&self, key: &FlowKey, flow: &ReturnFlow) {
+        self.return_flows.borrow_mut().insert(*key, *flow);
+    }
+
+    fn has_direct_flows(&self, target: u32) -> bool {
+        self.direct_targets.borrow().contains(&target)
+    }
+
+    fn note_direct_flow(&self, target: u32, key: &FlowKey) {
+        self.direct_flows.borrow_mut().insert(*key);
+        self.direct_targets.borrow_mut().insert(target);
+    }
+
+    fn is_direct_flow(&self, key: &FlowKey) -> bool {
+        self.direct_flows.borrow().contains(key)
+    }
+
+    fn forget_direct_flow(&self, key: &FlowKey) {
+        self.direct_flows.borrow_mut().remove(key);
+    }
+
+    fn route(&self, _ingress: u32, _source: Address, destination: Address) -> Route {
+        self.routes.get(&destination).map_or(Route::Unresolved, |hop| Route::Via(*hop))
+    }
+
+    fn report_unresolved(&self, address: Address) {
+        self.unresolved.borrow_mut().push(address);
+    }
+
+    fn count_request(&self, listener: u32, target: u32, bytes: u64, new_flow: bool) {
+        let count = |traffic: &mut Traffic| {
+            traffic.packets += 1;
+            traffic.bytes += bytes;
+            traffic.new_flows += u64::from(new_flow);
+        };
+        count(self.listener_traffic.borrow_mut().entry(listener).or_default());
+        count(self.target_traffic.borrow_mut().entry(target).or_default());
+    }
+
+    fn count_reply(&self, listener: u32, target: u32, bytes: u64) {
+        let count = |traffic: &mut Traffic| {
+            traffic.reply_packets += 1;
+            traffic.reply_bytes += bytes;
+        };
+        count(self.listener_traffic.borrow_mut().entry(listener).or_default());
+        count(self.target_traffic.borrow_mut().entry(target).or_default());
+    }
+
+    fn count_drop(&self, reason: DropReason) {
+        *self.drops.borrow_mut().entry(reason).or_default() += 1;
+    }
+}
+
+/// A frame in memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bytes {
+    /// Its bytes, from the destination MAC address on.
+    pub bytes: Vec<u8>,
+    /// Index of the NIC it came in by.
+    pub ingress: u32,
+}
+
+impl Bytes {
+    /// Room in front of a frame, bytes: what drivers leave (`XDP_PACKET_HEADROOM`).
+    pub const HEADROOM: i32 = 256;
+}
+
+impl Frame for Bytes {
+    fn read<H: Pod>(&self, at: usize) -> Option<H> {
+        let bytes = self.bytes.get(at..at.checked_add(size_of::<H>())?)?;
+        Some(bytemuck::pod_read_unaligned(bytes))
+    }
+
+    fn write<H: Pod>(&mut self, at: usize, header: H) -> Option<()> {
+        let bytes = self.bytes.get_mut(at..at.checked_add(size_of::<H>())?)?;
+        bytes.copy_from_slice(bytemuck::bytes_of(&header));
+        Some(())
+    }
+
+    fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    fn ingress(&self) -> u32 {
+        self.ingress
+    }
+
+    fn grow_front(&mut self, by: i32) -> Option<()> {
+        if by > Self::HEADROOM {
+            return None;
+        }
+        if by >= 0 {
+            self.bytes.splice(0..0, std::iter::repeat_n(0, by as usize));
+        } else {
+            // The kernel keeps at least an Ethernet header.
+            let cut = by.unsigned_abs() as usize;
+            if cut + 14 > self.bytes.len() {
+                return None;
+            }
+            self.bytes.drain(..cut);
+        }
+        Some(())
+    }
+
+    fn shrink_back(&mut self, by: u32) -> Option<()> {
+        let length = self.bytes.len().checked_sub(by as usize).filter(|length| *length >= 14)?;
+        self.bytes.truncate(length);
+        Some(())
+    }
+}

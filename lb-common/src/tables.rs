@@ -1,0 +1,377 @@
+//! The shape of every map, and the lookups as the pipeline sees them.
+//!
+//! What every packet needs lies in arrays, which the kernel indexes without a call (about 1 ns a
+//! lookup, against 15 ns of a hash map): listeners and targets in buckets of one cache line,
+//! rings and targets by number. Only what a flow could lose is in hash maps.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::flow::{Flow, FlowKey, HashKeys, ReturnFlow};
+use crate::verdict::DropReason;
+use crate::wire::eth::Macs;
+use crate::wire::{Address, Be16};
+
+/// Buckets of the endpoint table; a power of two.
+pub const BUCKETS: u32 = 8192;
+/// Endpoints that found their bucket full.
+pub const OVERFLOW_ENDPOINTS: u32 = 8192;
+/// Listeners: pairs of address and listener.
+pub const MAX_LISTENERS: u32 = 4096;
+/// Targets: (target group, address, port); index 0 is never used.
+pub const MAX_TARGETS: u32 = 16384;
+/// Rings, a few of them spare so that a full table can still be replaced ring by ring.
+pub const MAX_RINGS: u32 = 264;
+/// Prefixes of all admission classes together.
+pub const MAX_PREFIXES: u32 = 2_000_000;
+/// NICs that packets leave by.
+pub const MAX_DEVICES: u32 = 256;
+/// Clients that talk to a target's own address through us.
+pub const MAX_DIRECT_FLOWS: u32 = 65_536;
+/// Next hops of replies remembered on each CPU; a power of two.
+pub const NEXT_HOP_CACHE: u32 = 4096;
+
+/// What is known about an (address, port, protocol).
+///
+/// Two of them fill a cache line. The table is filled by the agent alone; a reader that finds no
+/// entry in a bucket which is not [`Self::OVERFLOW`] knows that the endpoint is not ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct Endpoint {
+    /// The address.
+    pub address: Address,
+    /// The port; 0 where the whole address is meant.
+    pub port: Be16,
+    /// IP protocol number; 0 where the whole address is meant.
+    pub protocol: u8,
+    /// What it is and how it is treated: one of the kinds, and flags.
+    pub kind: u8,
+    /// [`Self::LISTENER`], [`Self::TARGET`]: index of the listener.
+    pub listener: u32,
+    /// [`Self::LISTENER`]: the ring; [`Self::TARGET`]: index of the target.
+    pub index: u32,
+    /// [`Self::LISTENER`], [`Self::GUARD`]: the admission class, [`OPEN`] without a group.
+    pub class: u32,
+}
+
+/// Two endpoints: a cache line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct Bucket {
+    /// The endpoints; an unused place has kind 0.
+    pub endpoints: [Endpoint; 2],
+}
+
+/// The admission class of a listener without security groups.
+pub const OPEN: u32 = 0;
+/// The ring of a listener without a registered target.
+pub const NO_RING: u32 = u32::MAX;
+
+impl Endpoint {
+    /// Mask of the kinds.
+    pub const KIND: u8 = 0x0f;
+    /// Packets to it are balanced.
+    pub const LISTENER: u8 = 1;
+    /// Packets from it are replies, to be rewritten.
+    pub const TARGET: u8 = 2;
+    /// An address of this machine: packets to it are never rewritten.
+    pub const LOCAL: u8 = 3;
+    /// An address of this machine that the agent added: ports without a listener are dropped.
+    pub const OWNED: u8 = 4;
+    /// A protocol without ports that is admitted by class, then passed (echo requests).
+    pub const GUARD: u8 = 5;
+
+    /// Flag of a listener: every flow is tracked, in both directions.
+    pub const TRACKED: u8 = 0x10;
+    /// Flag of a target: several listeners use it, the tracked flow knows which.
+    pub const SHARED: u8 = 0x20;
+    /// Flag of the first place in a bucket: the bucket is full, look in the overflow table too.
+    pub const OVERFLOW: u8 = 0x80;
+
+    /// What it is, without the flags.
+    #[inline(always)]
+    pub fn kind(&self) -> u8 {
+        self.kind & Self::KIND
+    }
+
+    /// What finds it.
+    #[inline(always)]
+    pub fn key(&self) -> EndpointKey {
+        EndpointKey { address: self.address, port: self.port, protocol: self.protocol, zero: [0; 5] }
+    }
+}
+
+/// What an endpoint is found by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct EndpointKey {
+    /// The address.
+    pub address: Address,
+    /// The port.
+    pub port: Be16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Zero.
+    pub zero: [u8; 5],
+}
+
+impl EndpointKey {
+    /// A port of an address.
+    #[inline(always)]
+    pub fn new(address: Address, port: Be16, protocol: u8) -> Self {
+        Self { address, port, protocol, zero: [0; 5] }
+    }
+
+    /// An address as a whole.
+    #[inline(always)]
+    pub fn of_address(address: Address) -> Self {
+        Self::new(address, Be16::new(0), 0)
+    }
+
+    /// The bucket it belongs in, less than [`BUCKETS`].
+    #[inline(always)]
+    pub fn bucket(&self, keys: &HashKeys) -> u32 {
+        (keys.endpoint(self) >> (64 - BUCKETS.ilog2())) as u32
+    }
+}
+
+/// What a reply is rewritten to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct Listener {
+    /// The load balancer's address.
+    pub address: Address,
+    /// The listener's port.
+    pub port: Be16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Zero.
+    pub zero: [u8; 5],
+}
+
+/// A way out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct NextHop {
+    /// Index of the NIC, 0 while unresolved. For a VLAN device: its parent.
+    pub ifindex: u32,
+    /// The next hop's MAC address and the NIC's.
+    pub macs: Macs,
+    /// VLAN id, 0 for none; host byte order.
+    pub vlan: u16,
+    /// Largest IP packet, bytes; host byte order.
+    pub mtu: u16,
+}
+
+/// A registered target: a cache line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct Target {
+    /// Its address.
+    pub address: Address,
+    /// Its port.
+    pub port: Be16,
+    /// How packets reach it: one of the modes.
+    pub mode: u8,
+    /// See [`Self::SERVES`].
+    pub flags: u8,
+    /// How to get there.
+    pub hop: NextHop,
+    /// Zero.
+    pub zero: [u8; 24],
+}
+
+impl Target {
+    /// Mode: rewrite the destination.
+    pub const NAT: u8 = 1;
+    /// Mode: rewrite the MAC addresses only.
+    pub const DSR_L2: u8 = 2;
+    /// Flag: it takes packets of the flows it has: it is in the ring, draining, or unhealthy while
+    /// connection termination is off.
+    pub const SERVES: u8 = 1;
+
+    /// Whether packets of its flows still go to it.
+    #[inline(always)]
+    pub fn serves(&self) -> bool {
+        self.flags & Self::SERVES != 0
+    }
+}
+
+/// One slot of a ring: which target a flow hash chooses, and what is remembered meanwhile.
+///
+/// See the state diagram in docs/connections.md.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct Slot {
+    /// Index of the target of new flows.
+    pub current: u32,
+    /// State (2 bits) and index of the target that the slot was last settled or pinned on.
+    previous_state: u32,
+}
+
+/// The life of a slot after a change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SlotState {
+    /// The hash alone decides.
+    Settled,
+    /// Flows may be older than the change: UDP flows of unknown age still go to `previous`.
+    Learning,
+    /// Like learning, later than UDP's idle timeout after the change.
+    LearningTcp,
+    /// Every live flow that `current` is wrong for is remembered.
+    Pinned,
+}
+
+impl Slot {
+    const SHIFT: u32 = 30;
+
+    /// A slot; the indices must be less than [`MAX_TARGETS`].
+    #[inline(always)]
+    pub const fn new(current: u32, previous: u32, state: SlotState) -> Self {
+        Self { current, previous_state: previous | (state as u32) << Self::SHIFT }
+    }
+
+    /// A slot on which the hash alone decides.
+    #[inline(always)]
+    pub const fn settled(current: u32) -> Self {
+        Self::new(current, 0, SlotState::Settled)
+    }
+
+    /// Index of the target that the slot was last settled or pinned on; 0: none.
+    #[inline(always)]
+    pub const fn previous(self) -> u32 {
+        self.previous_state & ((1 << Self::SHIFT) - 1)
+    }
+
+    /// Whether the hash alone decides.
+    #[inline(always)]
+    pub const fn is_settled(self) -> bool {
+        self.previous_state >> Self::SHIFT == SlotState::Settled as u32
+    }
+
+    /// The state.
+    #[inline(always)]
+    pub const fn state(self) -> SlotState {
+        match self.previous_state >> Self::SHIFT {
+            0 => SlotState::Settled,
+            1 => SlotState::Learning,
+            2 => SlotState::LearningTcp,
+            _ => SlotState::Pinned,
+        }
+    }
+}
+
+/// Key of the admission trie: an address of a class.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct AdmissionKey {
+    /// The class, as it lies in memory.
+    pub class: u32,
+    /// The source address, in wire order; a byte array because the kernel's trie key has no
+    /// alignment.
+    pub address: [u32; 4],
+}
+
+impl AdmissionKey {
+    /// Bits of the class, which every prefix includes.
+    pub const CLASS_BITS: u32 = 32;
+
+    /// The key of an address of a class.
+    #[inline(always)]
+    pub fn new(class: u32, address: Address) -> Self {
+        Self { class, address: address.quarters() }
+    }
+}
+
+/// What a listener has seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct Traffic {
+    /// Packets to the targets.
+    pub packets: u64,
+    /// Their IP bytes.
+    pub bytes: u64,
+    /// Replies that passed us.
+    pub reply_packets: u64,
+    /// Their IP bytes.
+    pub reply_bytes: u64,
+    /// New TCP connections (SYN), and UDP flows where flows are tracked.
+    pub new_flows: u64,
+    /// Zero; the size stays a power of two.
+    pub zero: [u64; 3],
+}
+
+/// Where a reply goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Route {
+    /// Out by this way.
+    Via(NextHop),
+    /// Nowhere now; the agent has been told.
+    Unresolved,
+}
+
+/// The lookups, for the kernel and for the host.
+///
+/// Methods take `&self`: in the kernel, all tables are shared with other CPUs anyway.
+pub trait Tables {
+    /// Keys of the hashes; constant while the program is loaded.
+    fn hash_keys(&self) -> &HashKeys;
+    /// Slots of each ring; constant while the program is loaded.
+    fn ring_size(&self) -> u32;
+    /// Monotonic time, nanoseconds.
+    fn now(&self) -> u64;
+
+    /// A bucket of the endpoint table.
+    fn bucket(&self, index: u32) -> Option<&Bucket>;
+    /// An endpoint that found its bucket full.
+    fn overflow(&self, key: &EndpointKey) -> Option<Endpoint>;
+    /// A listener by index.
+    fn listener(&self, index: u32) -> Option<&Listener>;
+    /// A target by index.
+    fn target(&self, index: u32) -> Option<&Target>;
+    /// A slot by `ring * ring_size + slot`.
+    fn slot(&self, index: u32) -> Option<Slot>;
+    /// Whether the class admits the source address.
+    fn admits(&self, key: &AdmissionKey) -> bool;
+
+    /// What is remembered of a flow; the time of its last packet is not checked.
+    fn flow(&self, key: &FlowKey) -> Option<Flow>;
+    /// Remembers a flow.
+    fn remember(&self, key: &FlowKey, flow: &Flow);
+    /// Forgets a flow.
+    fn forget(&self, key: &FlowKey);
+    /// Which listener a target's flow came by; the time of its last packet is not checked.
+    fn return_flow(&self, key: &FlowKey) -> Option<ReturnFlow>;
+    /// Remembers which listener a target's flow came by; replaces what was there.
+    fn remember_return(&self, key: &FlowKey, flow: &ReturnFlow);
+
+    /// Whether some client talks to this target's own address through us.
+    fn has_direct_flows(&self, target: u32) -> bool;
+    /// Notes a client that talks to a target's own address through us. The key is the reply's.
+    fn note_direct_flow(&self, target: u32, key: &FlowKey);
+    /// Whether a reply is of such a client.
+    fn is_direct_flow(&self, key: &FlowKey) -> bool;
+    /// Forgets such a client.
+    fn forget_direct_flow(&self, key: &FlowKey);
+
+    /// Where a packet from `source` to `destination` goes that came in by `ingress`.
+    fn route(&self, ingress: u32, source: Address, destination: Address) -> Route;
+    /// Tells the agent that a target's next hop is missing.
+    fn report_unresolved(&self, address: Address);
+
+    /// Counts a packet to a target.
+    fn count_request(&self, listener: u32, target: u32, bytes: u64, new_flow: bool);
+    /// Counts a reply of a target.
+    fn count_reply(&self, listener: u32, target: u32, bytes: u64);
+    /// Counts a packet that died.
+    fn count_drop(&self, reason: DropReason);
+}
+
+const _: () = {
+    assert!(size_of::<Endpoint>() == 32);
+    assert!(size_of::<Bucket>() == 64);
+    assert!(size_of::<Target>() == 64);
+    assert!(size_of::<Slot>() == 8);
+    assert!(BUCKETS.is_power_of_two());
+    assert!(NEXT_HOP_CACHE.is_power_of_two());
+    assert!(MAX_TARGETS <= 1 << Slot::SHIFT);
+};

@@ -1,0 +1,65 @@
+//! Ethernet II and VLAN tags (IEEE 802.3, 802.1Q, 802.1ad).
+
+use bytemuck::{Pod, Zeroable};
+
+use super::Be16;
+
+/// A MAC address.
+pub type Mac = [u8; 6];
+
+/// An EtherType as it lies in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
+#[repr(transparent)]
+pub struct EtherType(pub Be16);
+
+impl EtherType {
+    /// IPv4 (RFC 894).
+    pub const IPV4: Self = Self(Be16::new(0x0800));
+    /// IPv6 (RFC 2464).
+    pub const IPV6: Self = Self(Be16::new(0x86dd));
+    /// A customer VLAN tag (802.1Q).
+    pub const VLAN: Self = Self(Be16::new(0x8100));
+    /// A service VLAN tag (802.1ad).
+    pub const SERVICE_VLAN: Self = Self(Be16::new(0x88a8));
+
+    /// Whether a VLAN tag follows.
+    #[inline(always)]
+    pub fn is_vlan(self) -> bool {
+        self == Self::VLAN || self == Self::SERVICE_VLAN
+    }
+}
+
+/// The Ethernet header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct Ethernet {
+    /// Both MAC addresses.
+    pub macs: Macs,
+    /// What follows.
+    pub ether_type: EtherType,
+}
+
+/// Destination and source of a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct Macs {
+    /// The receiver's MAC address.
+    pub destination: Mac,
+    /// The sender's MAC address.
+    pub source: Mac,
+}
+
+/// A VLAN tag without the EtherType that announces it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct VlanTag {
+    /// Priority (3 bits), drop eligible (1 bit), VLAN id (12 bits).
+    pub control: Be16,
+    /// What follows.
+    pub ether_type: EtherType,
+}
+
+impl VlanTag {
+    /// Priority and drop-eligible bits of the control field.
+    pub const PRIORITY_MASK: u16 = 0xf000;
+}
