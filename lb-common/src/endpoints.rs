@@ -1,11 +1,9 @@
 //! Filling the endpoint table, one write at a time, so that no reader ever misses an endpoint that
 //! stays.
 
-extern crate alloc;
-
-use alloc::collections::BTreeMap;
-use alloc::vec;
-use alloc::vec::Vec;
+use std::collections::BTreeMap;
+use std::vec;
+use std::vec::Vec;
 
 use crate::flow::HashKeys;
 use crate::tables::{BUCKETS, Bucket, Endpoint, EndpointKey};

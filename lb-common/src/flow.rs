@@ -96,12 +96,55 @@ impl ReturnFlow {
     }
 }
 
-/// Secret keys of the flow hash, so that nobody outside can aim flows at one target.
+/// The flow hash, keyed so that nobody outside can aim flows at one target.
 ///
-/// The hash is NH, the universal hash of UMAC (RFC 4418 section 5.2): for keys nobody knows, two
+/// It is NH, the universal hash of UMAC (RFC 4418 section 5.2): for keys nobody knows, two
 /// different flows collide with a probability of at most 2^-32. Its products do not wait for each
 /// other, an IPv4 flow takes two. A multiplication with a constant and a shift spread the sum over
 /// the upper bits, which choose the slot.
+pub trait Keys {
+    /// A key by number, less than [`HashKeys::LEN`]. The kernel loads only those it uses.
+    fn key<const N: usize>(&self) -> u32;
+
+    /// Hash of a flow, 64 bits, of which the upper ones choose the slot.
+    #[inline(always)]
+    fn flow(&self, key: &FlowKey) -> u64 {
+        let ports = product(key.ports(), self.key::<8>(), key.protocol as u32, self.key::<9>());
+        let ([a, b, c, d], [e, f, g, h]) = (key.source.quarters(), key.destination.quarters());
+        let addresses = if key.source.is_v4() {
+            product(d, self.key::<0>(), h, self.key::<1>())
+        } else {
+            product(a, self.key::<0>(), b, self.key::<1>())
+                .wrapping_add(product(c, self.key::<2>(), d, self.key::<3>()))
+                .wrapping_add(product(e, self.key::<4>(), f, self.key::<5>()))
+                .wrapping_add(product(g, self.key::<6>(), h, self.key::<7>()))
+        };
+        finish(addresses.wrapping_add(ports))
+    }
+
+    /// Hash of an endpoint, 64 bits, of which the upper ones choose the bucket.
+    #[inline(always)]
+    fn endpoint(&self, key: &EndpointKey) -> u64 {
+        let [a, b, c, d] = key.address.quarters();
+        let port = (key.port.get() as u32) << 16 | key.protocol as u32;
+        let last = product(d, self.key::<0>(), port, self.key::<1>());
+        let sum = if key.address.is_v4() {
+            last
+        } else {
+            last.wrapping_add(product(a, self.key::<2>(), b, self.key::<3>()))
+                .wrapping_add((c as u64) << 16)
+        };
+        finish(sum)
+    }
+}
+
+/// The slot of a ring that a flow hash chooses, less than `ring_size`.
+#[inline(always)]
+pub fn slot(hash: u64, ring_size: u32) -> u32 {
+    (((hash >> 32) * ring_size as u64) >> 32) as u32
+}
+
+/// All keys of the flow hash, made from a seed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct HashKeys {
@@ -109,6 +152,9 @@ pub struct HashKeys {
 }
 
 impl HashKeys {
+    /// How many there are.
+    pub const LEN: usize = 10;
+
     /// Keys from a seed; equal seeds give equal keys on every machine. (SplitMix64, Steele et al.,
     /// "Fast splittable pseudorandom number generators", 2014.)
     pub fn from_seed(seed: u64) -> Self {
@@ -117,48 +163,16 @@ impl HashKeys {
         Self { keys }
     }
 
-    /// Keys as they lie in memory.
-    #[inline(always)]
-    pub const fn from_words(keys: [u32; 10]) -> Self {
-        Self { keys }
+    /// The keys, as the kernel's program is given them.
+    pub fn words(&self) -> &[u32; Self::LEN] {
+        &self.keys
     }
+}
 
-    /// Hash of a flow, 64 bits, of which the upper ones choose the slot.
+impl Keys for HashKeys {
     #[inline(always)]
-    pub fn flow(&self, key: &FlowKey) -> u64 {
-        let [k0, k1, k2, k3, k4, k5, k6, k7, k8, k9] = self.keys;
-        let ports = product(key.ports(), k8, key.protocol as u32, k9);
-        let ([a, b, c, d], [e, f, g, h]) = (key.source.quarters(), key.destination.quarters());
-        let addresses = if key.source.is_v4() {
-            product(d, k0, h, k1)
-        } else {
-            product(a, k0, b, k1)
-                .wrapping_add(product(c, k2, d, k3))
-                .wrapping_add(product(e, k4, f, k5))
-                .wrapping_add(product(g, k6, h, k7))
-        };
-        finish(addresses.wrapping_add(ports))
-    }
-
-    /// Hash of an endpoint, 64 bits, of which the upper ones choose the bucket.
-    #[inline(always)]
-    pub fn endpoint(&self, key: &EndpointKey) -> u64 {
-        let [k0, k1, k2, k3, ..] = self.keys;
-        let [a, b, c, d] = key.address.quarters();
-        let port = (key.port.get() as u32) << 16 | key.protocol as u32;
-        let last = product(d, k0, port, k1);
-        let sum = if key.address.is_v4() {
-            last
-        } else {
-            last.wrapping_add(product(a, k2, b, k3)).wrapping_add((c as u64) << 16)
-        };
-        finish(sum)
-    }
-
-    /// The slot of a ring that a flow hash chooses, less than `ring_size`.
-    #[inline(always)]
-    pub fn slot(hash: u64, ring_size: u32) -> u32 {
-        (((hash >> 32) * ring_size as u64) >> 32) as u32
+    fn key<const N: usize>(&self) -> u32 {
+        self.keys[N]
     }
 }
 
@@ -208,7 +222,7 @@ mod tests {
         let mut slots = vec![0_u32; 256];
         let mut total = 0_u32;
         for flow in flows {
-            slots[HashKeys::slot(keys.flow(&flow), 256) as usize] += 1;
+            slots[slot(keys.flow(&flow), 256) as usize] += 1;
             total += 1;
         }
         let expected = f64::from(total) / 256.0;

@@ -13,12 +13,16 @@
 #[cfg(any(test, feature = "std"))]
 extern crate std;
 
+// What fills the tables: the host's part.
+#[cfg(any(test, feature = "std"))]
 pub mod endpoints;
-pub mod flow;
-pub mod forward;
+#[cfg(any(test, feature = "std"))]
 pub mod maglev;
 #[cfg(any(test, feature = "std"))]
 pub mod model;
+
+pub mod flow;
+pub mod forward;
 pub mod tables;
 pub mod verdict;
 pub mod wire;

@@ -5,10 +5,8 @@
 //! picking their next free one. Here a target takes turns in proportion to its weight and stops at
 //! its exact share, so shares are right to a slot whatever the weights.
 
-extern crate alloc;
-
-use alloc::vec;
-use alloc::vec::Vec;
+use std::vec;
+use std::vec::Vec;
 
 use crate::flow::splitmix64;
 use crate::wire::{Address, Be16};

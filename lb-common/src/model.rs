@@ -84,7 +84,9 @@ impl Model {
 }
 
 impl Tables for Model {
-    fn hash_keys(&self) -> &HashKeys {
+    type Keys = HashKeys;
+
+    fn keys(&self) -> &HashKeys {
         &self.hash_keys
     }
 

@@ -6,7 +6,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::flow::{Flow, FlowKey, HashKeys, ReturnFlow};
+use crate::flow::{Flow, FlowKey, Keys, ReturnFlow};
 use crate::verdict::DropReason;
 use crate::wire::eth::Macs;
 use crate::wire::{Address, Be16};
@@ -129,7 +129,7 @@ impl EndpointKey {
 
     /// The bucket it belongs in, less than [`BUCKETS`].
     #[inline(always)]
-    pub fn bucket(&self, keys: &HashKeys) -> u32 {
+    pub fn bucket(&self, keys: &impl Keys) -> u32 {
         (keys.endpoint(self) >> (64 - BUCKETS.ilog2())) as u32
     }
 }
@@ -314,7 +314,10 @@ pub enum Route {
 /// Methods take `&self`: in the kernel, all tables are shared with other CPUs anyway.
 pub trait Tables {
     /// Keys of the hashes; constant while the program is loaded.
-    fn hash_keys(&self) -> &HashKeys;
+    type Keys: Keys;
+
+    /// Keys of the hashes.
+    fn keys(&self) -> &Self::Keys;
     /// Slots of each ring; constant while the program is loaded.
     fn ring_size(&self) -> u32;
     /// Monotonic time, nanoseconds.
@@ -375,3 +378,27 @@ const _: () = {
     assert!(NEXT_HOP_CACHE.is_power_of_two());
     assert!(MAX_TARGETS <= 1 << Slot::SHIFT);
 };
+
+/// A next hop remembered for replies to one client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct CachedHop {
+    /// The client.
+    pub destination: Address,
+    /// The network's generation when it was looked up; another one makes it void.
+    pub generation: u32,
+    /// The way to it.
+    pub hop: NextHop,
+}
+
+/// A NIC or VLAN device that packets may leave by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct Interface {
+    /// Index of the NIC, for a VLAN device its parent's.
+    pub ifindex: u32,
+    /// VLAN id, 0 for none; host byte order.
+    pub vlan: u16,
+    /// Largest IP packet, bytes; host byte order.
+    pub mtu: u16,
+}

@@ -147,7 +147,7 @@ fn admit<I: Ip, T: Tables>(
 /// Finds an endpoint in its bucket, and beyond it only if the bucket says so.
 #[inline(always)]
 fn lookup<T: Tables>(tables: &T, key: &EndpointKey) -> Option<Endpoint> {
-    let [first, second] = &tables.bucket(key.bucket(tables.hash_keys()))?.endpoints;
+    let [first, second] = &tables.bucket(key.bucket(tables.keys()))?.endpoints;
     if matches(first, key) {
         return Some(*first);
     }

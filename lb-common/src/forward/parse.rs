@@ -106,12 +106,6 @@ impl Transport {
     pub fn is_syn(&self) -> bool {
         self.flags & (Tcp::SYN | Tcp::ACK) == Tcp::SYN
     }
-
-    /// Whether this ends a TCP connection.
-    #[inline(always)]
-    pub fn is_closing(&self) -> bool {
-        self.flags & (Tcp::FIN | Tcp::RST) != 0
-    }
 }
 
 impl<I: Ip> Packet<I> {

@@ -9,7 +9,7 @@ use crate::wire::icmp::Icmp;
 use crate::wire::{Address, Be16, Be32, Ethernet, Ipv4, Ipv6, Tcp, Udp, VlanTag};
 
 use super::ip::{Ip, V4, V6};
-use super::parse::{Link, Packet, Transport};
+use super::parse::{Link, Packet};
 use super::{Frame, Outcome};
 
 /// TTL or hop limit of our own packets.
@@ -22,26 +22,59 @@ const HOPS: u8 = 64;
 pub fn answer<I: Answer, F: Frame, T: Tables>(
     frame: &mut F,
     tables: &T,
-    link: &Link,
-    packet: &Packet<I>,
-    transport: &Transport,
     reason: DropReason,
 ) -> Outcome {
-    if packet.protocol == TCP {
-        if transport.flags & Tcp::RST != 0 {
-            return Err(reason);
+    match refuse::<I, F>(frame) {
+        Refusal::Written => {
+            tables.count_drop(reason);
+            Ok(Verdict::Transmit)
         }
-        reset(frame, packet)?;
+        Refusal::None => Err(reason),
+        Refusal::NoRoom => Err(DropReason::NoHeadroom),
+    }
+}
+
+/// What became of a refusal.
+#[derive(Clone, Copy)]
+#[repr(u32)]
+enum Refusal {
+    /// It is in the frame.
+    Written = 0,
+    /// The packet must not be answered.
+    None = 1,
+    /// The driver made no room for it.
+    NoRoom = 2,
+}
+
+/// Writes the refusal over the packet. A function of its own in the kernel too, which reads the
+/// headers again: so the hot path need not keep them in memory for it.
+#[inline(never)]
+fn refuse<I: Answer, F: Frame>(frame: &mut F) -> Refusal {
+    match try_refuse::<I, F>(frame) {
+        Some(Ok(())) => Refusal::Written,
+        Some(Err(_)) => Refusal::NoRoom,
+        None => Refusal::None,
+    }
+}
+
+#[inline(always)]
+fn try_refuse<I: Answer, F: Frame>(frame: &mut F) -> Option<Result<(), DropReason>> {
+    let link = Link::parse(frame)?;
+    let packet = Packet::<I>::parse(frame, &link)?;
+    let transport = packet.transport?;
+    let written = if packet.protocol == TCP {
+        if transport.flags & Tcp::RST != 0 {
+            return None;
+        }
+        reset(frame, &packet)
     } else {
         if packet.l4 != packet.l3 + size_of::<I::Header>() {
-            return Err(reason);
+            return None;
         }
-        unreachable(frame, link, packet)?;
-    }
+        unreachable(frame, &link, &packet)
+    };
     let back = Macs { destination: link.macs.source, source: link.macs.destination };
-    frame.write(0, back).ok_or(DropReason::Malformed)?;
-    tables.count_drop(reason);
-    Ok(Verdict::Transmit)
+    Some(written.and_then(|()| frame.write(0, back).ok_or(DropReason::Malformed)))
 }
 
 /// What an IP version adds to answer for itself.

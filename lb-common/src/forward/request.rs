@@ -27,12 +27,12 @@ pub fn handle<I: Answer, F: Frame, T: Tables>(
         return Err(DropReason::Fragmented);
     }
     if listener.index == NO_RING {
-        return reject::answer(frame, tables, link, packet, transport, DropReason::NoTarget);
+        return reject::answer::<I, F, T>(frame, tables, DropReason::NoTarget);
     }
     let Selected { target, index, is_new } = match select(tables, packet, transport, listener) {
         Ok(selected) => selected,
         Err(reason @ (DropReason::TargetDown | DropReason::PortAllocationError)) => {
-            return reject::answer(frame, tables, link, packet, transport, reason);
+            return reject::answer::<I, F, T>(frame, tables, reason);
         }
         Err(reason) => return Err(reason),
     };

@@ -3,7 +3,7 @@
 //! On a settled slot the hash alone decides, and nothing is read or written for the flow. Only a
 //! slot that changed lately remembers flows, and only those that the change could break.
 
-use crate::flow::{Flow, FlowKey, HashKeys, REFRESH, ReturnFlow, TCP};
+use crate::flow::{self, Flow, FlowKey, Keys, REFRESH, ReturnFlow, TCP};
 use crate::tables::{Endpoint, Slot, SlotState, Tables, Target};
 use crate::verdict::DropReason;
 use crate::wire::Tcp;
@@ -37,14 +37,18 @@ pub fn select<'a, I: Ip, T: Tables>(
     listener: &Endpoint,
 ) -> Result<Selected<'a>, DropReason> {
     let key = packet.flow(transport.ports);
-    let size = tables.ring_size();
-    let chosen = HashKeys::slot(tables.hash_keys().flow(&key), size);
-    let slot = slot(tables, listener, chosen)?;
+    let chosen = flow::slot(tables.keys().flow(&key), tables.ring_size());
+    let slot = slot(tables, listener.index, chosen)?;
     let is_tracked = listener.kind & Endpoint::TRACKED != 0;
     let selected = if slot.is_settled() && !is_tracked {
         serving(tables, slot.current, transport.is_syn())?
     } else {
-        remembered(tables, &key, transport, listener, chosen, slot)?
+        let listener_index = listener.listener;
+        let (flags, ring) = (transport.flags, listener.index);
+        let ask = Ask { flags, is_tracked, listener: listener_index, ring, chosen, slot };
+        let mut answer = Answer { index: 0, is_new: false };
+        remembered(tables, &key, &ask, &mut answer).map_or(Ok(()), Err)?;
+        serving(tables, answer.index, answer.is_new)?
     };
     if tables.has_direct_flows(selected.index) {
         tables.forget_direct_flow(&reply_key(&key, selected.target));
@@ -53,8 +57,8 @@ pub fn select<'a, I: Ip, T: Tables>(
 }
 
 #[inline(always)]
-fn slot<T: Tables>(tables: &T, listener: &Endpoint, slot: u32) -> Result<Slot, DropReason> {
-    let index = listener.index.wrapping_mul(tables.ring_size()).wrapping_add(slot);
+fn slot<T: Tables>(tables: &T, ring: u32, slot: u32) -> Result<Slot, DropReason> {
+    let index = ring.wrapping_mul(tables.ring_size()).wrapping_add(slot);
     tables.slot(index).ok_or(DropReason::TableInconsistent)
 }
 
@@ -64,57 +68,101 @@ fn serving<T: Tables>(tables: &T, index: u32, is_new: bool) -> Result<Selected<'
     if target.serves() { Ok(Selected { target, index, is_new }) } else { Err(DropReason::TargetDown) }
 }
 
-/// The slow way: the flow may be older than the slot's last change, or is tracked anyway.
-#[inline(always)]
-fn remembered<'a, T: Tables>(
-    tables: &'a T,
-    key: &FlowKey,
-    transport: &Transport,
-    listener: &Endpoint,
+/// What [`remembered`] is asked.
+struct Ask {
+    /// TCP's control bits.
+    flags: u8,
+    /// Whether the listener tracks every flow.
+    is_tracked: bool,
+    /// Index of the listener.
+    listener: u32,
+    /// The ring.
+    ring: u32,
+    /// The slot's number in it.
     chosen: u32,
+    /// The slot.
     slot: Slot,
-) -> Result<Selected<'a>, DropReason> {
+}
+
+impl Ask {
+    #[inline(always)]
+    fn is_syn(&self) -> bool {
+        self.flags & (Tcp::SYN | Tcp::ACK) == Tcp::SYN
+    }
+
+    #[inline(always)]
+    fn closing(&self) -> u32 {
+        (self.flags & (Tcp::FIN | Tcp::RST) != 0) as u32
+    }
+}
+
+/// What [`remembered`] answers.
+struct Answer {
+    index: u32,
+    is_new: bool,
+}
+
+/// The slow way: the flow may be older than the slot's last change, or is tracked anyway.
+///
+/// A function of its own in the kernel too, with a stack frame of its own; hence the out
+/// parameter: BPF functions return one register.
+#[inline(never)]
+fn remembered<T: Tables>(
+    tables: &T,
+    key: &FlowKey,
+    ask: &Ask,
+    answer: &mut Answer,
+) -> Option<DropReason> {
+    match remember(tables, key, ask) {
+        Ok(found) => {
+            *answer = found;
+            None
+        }
+        Err(reason) => Some(reason),
+    }
+}
+
+#[inline(always)]
+fn remember<T: Tables>(tables: &T, key: &FlowKey, ask: &Ask) -> Result<Answer, DropReason> {
     let now = tables.now();
-    let is_tracked = listener.kind & Endpoint::TRACKED != 0;
     // A SYN on a connection that is closing opens a new one (RFC 9293 section 3.6.1).
-    let known = tables.flow(key).filter(|flow| {
-        flow.is_alive(now, key.protocol) && !(transport.is_syn() && flow.closing != 0)
-    });
+    let known = tables
+        .flow(key)
+        .filter(|flow| flow.is_alive(now, key.protocol) && !(ask.is_syn() && flow.closing != 0));
     if let Some(flow) = known {
         match serving(tables, flow.target, false) {
             Ok(selected) => {
-                refresh(tables, key, transport, listener, &flow, selected.target, now);
-                return Ok(selected);
+                refresh(tables, key, ask, &flow, selected.target, now);
+                return Ok(Answer { index: flow.target, is_new: false });
             }
             Err(reason) => {
                 tables.forget(key);
-                if key.protocol == TCP && !transport.is_syn() {
+                if key.protocol == TCP && !ask.is_syn() {
                     return Err(reason);
                 }
             }
         }
     }
-    let is_new = transport.is_syn() || key.protocol != TCP;
-    let index = if is_previous(&slot, transport, key.protocol) { slot.previous() } else { slot.current };
+    let is_new = ask.is_syn() || key.protocol != TCP;
+    let slot = ask.slot;
+    let index = if is_previous(&slot, ask, key.protocol) { slot.previous() } else { slot.current };
     let selected = match serving(tables, index, is_new) {
         Ok(selected) => selected,
         // A datagram has nothing to lose by another target.
         Err(_) if key.protocol != TCP => serving(tables, slot.current, is_new)?,
         Err(reason) => return Err(reason),
     };
-    let selected =
-        if is_tracked { claim(tables, key, listener, chosen, selected, now)? } else { selected };
-    if is_tracked || slot.state() != SlotState::Pinned {
-        let closing = transport.is_closing() as u32;
-        tables.remember(key, &Flow { last_seen: now, target: selected.index, closing });
+    let index = if ask.is_tracked { claim(tables, key, ask, selected, now)? } else { selected.index };
+    if ask.is_tracked || slot.state() != SlotState::Pinned {
+        tables.remember(key, &Flow { last_seen: now, target: index, closing: ask.closing() });
     }
-    Ok(selected)
+    Ok(Answer { index, is_new })
 }
 
 /// Whether an unknown flow is taken to be older than the slot's change.
 #[inline(always)]
-fn is_previous(slot: &Slot, transport: &Transport, protocol: u8) -> bool {
-    if slot.previous() == 0 || transport.is_syn() {
+fn is_previous(slot: &Slot, ask: &Ask, protocol: u8) -> bool {
+    if slot.previous() == 0 || ask.is_syn() {
         return false;
     }
     match slot.state() {
@@ -130,64 +178,56 @@ fn is_previous(slot: &Slot, transport: &Transport, protocol: u8) -> bool {
 fn refresh<T: Tables>(
     tables: &T,
     key: &FlowKey,
-    transport: &Transport,
-    listener: &Endpoint,
+    ask: &Ask,
     flow: &Flow,
     target: &Target,
     now: u64,
 ) {
-    // Data after a reset or FIN that another end did not accept shows that the flow lives on.
-    let closing = if transport.flags & Tcp::RST != 0 || transport.flags & Tcp::FIN != 0 {
-        1
-    } else if transport.flags & Tcp::ACK != 0 && flow.closing != 0 && now.wrapping_sub(flow.last_seen) > REFRESH
-    {
-        0
-    } else {
-        flow.closing
-    };
-    if closing == flow.closing && now.wrapping_sub(flow.last_seen) <= REFRESH {
+    let is_stale = now.wrapping_sub(flow.last_seen) > REFRESH;
+    // Data a while after a FIN or a reset that the other end did not accept: the flow lives on.
+    let closing = if is_stale { ask.closing() } else { flow.closing | ask.closing() };
+    if closing == flow.closing && !is_stale {
         return;
     }
     tables.remember(key, &Flow { last_seen: now, target: flow.target, closing });
-    if listener.kind & Endpoint::TRACKED != 0 && target.mode == Target::NAT {
+    if ask.is_tracked && target.mode == Target::NAT {
         // Evicted on its own, the other direction is restored here.
-        let reply = reply_key(key, target);
-        let return_flow = ReturnFlow { last_seen: now, listener: listener.listener, zero: 0 };
-        tables.remember_return(&reply, &return_flow);
+        let return_flow = ReturnFlow { last_seen: now, listener: ask.listener, zero: 0 };
+        tables.remember_return(&reply_key(key, target), &return_flow);
     }
 }
 
 /// The same client address and port, through two listeners to one target, would be one 4-tuple
 /// there: the later connection takes the next target on the ring.
 #[inline(always)]
-fn claim<'a, T: Tables>(
-    tables: &'a T,
+fn claim<T: Tables>(
+    tables: &T,
     key: &FlowKey,
-    listener: &Endpoint,
-    chosen: u32,
-    first: Selected<'a>,
+    ask: &Ask,
+    first: Selected<'_>,
     now: u64,
-) -> Result<Selected<'a>, DropReason> {
-    let is_new = first.is_new;
+) -> Result<u32, DropReason> {
+    let size = tables.ring_size();
+    // Neighbouring slots often hold the same target: step far.
+    let step = size / (ATTEMPTS + 1) + 1;
+    let mut next = ask.chosen;
     let mut candidate = first;
-    for attempt in 1..=ATTEMPTS {
+    for _ in 0..ATTEMPTS {
         if candidate.target.mode != Target::NAT {
-            return Ok(candidate);
+            return Ok(candidate.index);
         }
         let reply = reply_key(key, candidate.target);
-        let taken = tables.return_flow(&reply).is_some_and(|flow| {
-            flow.listener != listener.listener && flow.is_alive(now, key.protocol)
-        });
+        let taken = tables
+            .return_flow(&reply)
+            .is_some_and(|flow| flow.listener != ask.listener && flow.is_alive(now, key.protocol));
         if !taken {
-            let flow = ReturnFlow { last_seen: now, listener: listener.listener, zero: 0 };
+            let flow = ReturnFlow { last_seen: now, listener: ask.listener, zero: 0 };
             tables.remember_return(&reply, &flow);
-            return Ok(candidate);
+            return Ok(candidate.index);
         }
-        // Neighbouring slots often hold the same target: step far.
-        let size = tables.ring_size();
-        let next = (chosen as u64 + attempt as u64 * (size as u64 / (ATTEMPTS as u64 + 1) + 1)) as u32;
-        let next = if next >= size { next - size } else { next };
-        candidate = serving(tables, slot(tables, listener, next)?.current, is_new)?;
+        next = next.wrapping_add(step);
+        next = if next >= size { next - size } else { next };
+        candidate = serving(tables, slot(tables, ask.ring, next)?.current, false)?;
     }
     Err(DropReason::PortAllocationError)
 }

@@ -1,0 +1,323 @@
+//! The maps, and the pipeline's lookups in them.
+
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, bpf_fib_lookup as FibLookup, xdp_action};
+use aya_ebpf::helpers::{bpf_fib_lookup, bpf_ktime_get_ns};
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::lpm_trie::Key;
+use aya_ebpf::maps::{Array, DevMapHash, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
+use aya_ebpf::programs::XdpContext;
+use aya_ebpf::{EbpfContext as _, Global};
+use aya_log_ebpf::debug;
+use lb_common::flow::{Flow, FlowKey, HashKeys, Keys, ReturnFlow};
+use lb_common::tables::{
+    AdmissionKey, BUCKETS, Bucket, CachedHop, Endpoint, EndpointKey, Interface, Listener,
+    MAX_DEVICES, MAX_DIRECT_FLOWS, MAX_LISTENERS, MAX_PREFIXES, MAX_RINGS, MAX_TARGETS,
+    NEXT_HOP_CACHE, NextHop, OVERFLOW_ENDPOINTS, Route, Slot, Tables, Target, Traffic,
+};
+use lb_common::verdict::DropReason;
+use lb_common::wire::Address;
+use lb_common::wire::eth::Macs;
+
+// Arrays that the agent writes through shared memory, word by word.
+#[map]
+static ENDPOINTS: Array<Bucket> = Array::with_max_entries(BUCKETS, BPF_F_MMAPABLE);
+#[map]
+static TARGETS: Array<Target> = Array::with_max_entries(MAX_TARGETS, BPF_F_MMAPABLE);
+#[map]
+static LISTENERS: Array<Listener> = Array::with_max_entries(MAX_LISTENERS, BPF_F_MMAPABLE);
+/// All rings, one after the other. The agent sizes it: rings times ring size.
+#[map]
+static SLOTS: Array<Slot> = Array::with_max_entries(MAX_RINGS, BPF_F_MMAPABLE);
+/// Counts every change of routes, neighbours and links; makes cached next hops void.
+#[map]
+static GENERATION: Array<u32> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+/// 1 for a target that some client talks to directly, through us.
+#[map]
+static DIRECT_TARGETS: Array<u32> = Array::with_max_entries(MAX_TARGETS, BPF_F_MMAPABLE);
+
+#[map]
+static OVERFLOW: HashMap<EndpointKey, Endpoint> = HashMap::with_max_entries(OVERFLOW_ENDPOINTS, 0);
+#[map]
+static ADMISSION: LpmTrie<AdmissionKey, u32> = LpmTrie::with_max_entries(MAX_PREFIXES, 0);
+#[map]
+static INTERFACES: HashMap<u32, Interface> = HashMap::with_max_entries(MAX_DEVICES, 0);
+#[map]
+static DEVICES: DevMapHash = DevMapHash::with_max_entries(MAX_DEVICES, 0);
+
+// Sized by the agent: `flow_table_size`.
+#[map]
+static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(1, 0);
+#[map]
+static RETURN_FLOWS: LruHashMap<FlowKey, ReturnFlow> = LruHashMap::with_max_entries(1, 0);
+#[map]
+static DIRECT_FLOWS: LruHashMap<FlowKey, u32> = LruHashMap::with_max_entries(MAX_DIRECT_FLOWS, 0);
+#[map]
+static NEXT_HOPS: PerCpuArray<CachedHop> = PerCpuArray::with_max_entries(NEXT_HOP_CACHE, 0);
+
+#[map]
+static LISTENER_TRAFFIC: PerCpuArray<Traffic> = PerCpuArray::with_max_entries(MAX_LISTENERS, 0);
+#[map]
+static TARGET_TRAFFIC: PerCpuArray<Traffic> = PerCpuArray::with_max_entries(MAX_TARGETS, 0);
+#[map]
+static DROPS: PerCpuArray<u64> = PerCpuArray::with_max_entries(DropReason::ALL.len() as u32, 0);
+
+/// Addresses whose next hop was missing, for the agent.
+#[map]
+static UNRESOLVED: RingBuf = RingBuf::with_byte_size(1 << 14, 0);
+
+/// Keys of the flow hash, set by the agent before the program is loaded.
+#[unsafe(no_mangle)]
+static HASH_KEYS: Global<[u32; HashKeys::LEN]> = Global::new([0; HashKeys::LEN]);
+/// Slots of a ring, set by the agent before the program is loaded.
+#[unsafe(no_mangle)]
+static RING_SIZE: Global<u32> = Global::new(1);
+
+/// The kernel's tables, as one packet sees them.
+pub struct Maps<'a> {
+    ctx: &'a XdpContext,
+}
+
+impl<'a> Maps<'a> {
+    /// The tables.
+    #[inline(always)]
+    pub fn new(ctx: &'a XdpContext) -> Self {
+        Self { ctx }
+    }
+
+    /// Sends the packet out of another NIC.
+    #[inline(always)]
+    pub fn redirect(&self, ifindex: u32) -> u32 {
+        match DEVICES.redirect(ifindex, 0) {
+            Ok(action) => action,
+            Err(_) => {
+                self.count_drop(DropReason::NextHopUnresolved);
+                xdp_action::XDP_DROP
+            }
+        }
+    }
+
+    /// Off the hot path: only a packet that dies comes here.
+    #[inline(never)]
+    fn log_drop(&self, reason: DropReason) {
+        debug!(self.ctx, "dropped: {}", reason.name());
+    }
+
+    /// Asks the kernel's routes. Host code has no part in this: its model is given the routes.
+    #[inline(never)]
+    fn look_up_route(&self, ingress: u32, source: Address, destination: Address) -> Option<NextHop> {
+        // SAFETY: all zero is a valid request.
+        let mut query: FibLookup = unsafe { core::mem::zeroed() };
+        query.ifindex = ingress;
+        if destination.is_v4() {
+            query.family = AF_INET;
+            query.__bindgen_anon_3.ipv4_src = source.low32().raw();
+            query.__bindgen_anon_4.ipv4_dst = destination.low32().raw();
+        } else {
+            query.family = AF_INET6;
+            query.__bindgen_anon_3.ipv6_src = source.quarters();
+            query.__bindgen_anon_4.ipv6_dst = destination.quarters();
+        }
+        let size = size_of::<FibLookup>() as i32;
+        // SAFETY: the context is the one the kernel gave, the request is as long as said.
+        let result =
+            unsafe { bpf_fib_lookup(self.ctx.as_ptr(), (&raw mut query).cast(), size, 0) };
+        if result != 0 {
+            debug!(self.ctx, "no next hop for a reply: fib lookup says {}", result);
+            return None;
+        }
+        // SAFETY: nothing in the agent or here removes an interface's entry and reuses its memory
+        // within a program's run (RCU).
+        let interface = unsafe { INTERFACES.get(query.ifindex) }?;
+        Some(NextHop {
+            ifindex: interface.ifindex,
+            macs: Macs { destination: query.dmac, source: query.smac },
+            vlan: interface.vlan,
+            mtu: interface.mtu,
+        })
+    }
+}
+
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+
+/// The keys in the program's read-only data.
+pub struct RodataKeys;
+
+impl Keys for RodataKeys {
+    #[inline(always)]
+    fn key<const N: usize>(&self) -> u32 {
+        let first = (&raw const HASH_KEYS).cast::<u32>();
+        // SAFETY: `N` is less than `LEN`. Volatile, because the agent sets the value after the
+        // compiler has seen it; one at a time, because a load of all would load the unused too.
+        unsafe { first.add(N).read_volatile() }
+    }
+}
+
+impl Tables for Maps<'_> {
+    type Keys = RodataKeys;
+
+    #[inline(always)]
+    fn keys(&self) -> &RodataKeys {
+        &RodataKeys
+    }
+
+    #[inline(always)]
+    fn ring_size(&self) -> u32 {
+        RING_SIZE.load()
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        // SAFETY: a helper without arguments.
+        unsafe { bpf_ktime_get_ns() }
+    }
+
+    #[inline(always)]
+    fn bucket(&self, index: u32) -> Option<&Bucket> {
+        ENDPOINTS.get(index)
+    }
+
+    #[inline(always)]
+    fn overflow(&self, key: &EndpointKey) -> Option<Endpoint> {
+        // SAFETY: copied at once; an entry that is replaced meanwhile is one or the other.
+        unsafe { OVERFLOW.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn listener(&self, index: u32) -> Option<&Listener> {
+        LISTENERS.get(index)
+    }
+
+    #[inline(always)]
+    fn target(&self, index: u32) -> Option<&Target> {
+        TARGETS.get(index)
+    }
+
+    #[inline(always)]
+    fn slot(&self, index: u32) -> Option<Slot> {
+        SLOTS.get(index).copied()
+    }
+
+    #[inline(always)]
+    fn admits(&self, key: &AdmissionKey) -> bool {
+        let bits = 8 * size_of::<AdmissionKey>() as u32;
+        ADMISSION.get(Key::new(bits, *key)).is_some()
+    }
+
+    #[inline(always)]
+    fn flow(&self, key: &FlowKey) -> Option<Flow> {
+        // SAFETY: copied at once.
+        unsafe { FLOWS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn remember(&self, key: &FlowKey, flow: &Flow) {
+        // A full table evicts its oldest entry; that nothing at all could be evicted leaves the
+        // flow as if it had been evicted right away.
+        let _ = FLOWS.insert(key, flow, 0);
+    }
+
+    #[inline(always)]
+    fn forget(&self, key: &FlowKey) {
+        // Gone already is as good.
+        let _ = FLOWS.remove(key);
+    }
+
+    #[inline(always)]
+    fn return_flow(&self, key: &FlowKey) -> Option<ReturnFlow> {
+        // SAFETY: copied at once.
+        unsafe { RETURN_FLOWS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn remember_return(&self, key: &FlowKey, flow: &ReturnFlow) {
+        // As for `remember`.
+        let _ = RETURN_FLOWS.insert(key, flow, 0);
+    }
+
+    #[inline(always)]
+    fn has_direct_flows(&self, target: u32) -> bool {
+        DIRECT_TARGETS.get(target).is_some_and(|flag| *flag != 0)
+    }
+
+    #[inline(always)]
+    fn note_direct_flow(&self, target: u32, key: &FlowKey) {
+        // As for `remember`; first the entry, then the flag that leads to it.
+        let _ = DIRECT_FLOWS.insert(key, 1, 0);
+        if let Some(flag) = DIRECT_TARGETS.get_ptr_mut(target) {
+            // SAFETY: the array's element, which is only ever set to 1.
+            unsafe { flag.write_volatile(1) };
+        }
+    }
+
+    #[inline(always)]
+    fn is_direct_flow(&self, key: &FlowKey) -> bool {
+        // SAFETY: only its presence matters.
+        unsafe { DIRECT_FLOWS.get(key) }.is_some()
+    }
+
+    #[inline(always)]
+    fn forget_direct_flow(&self, key: &FlowKey) {
+        // Gone already is as good.
+        let _ = DIRECT_FLOWS.remove(key);
+    }
+
+    #[inline(always)]
+    fn route(&self, ingress: u32, source: Address, destination: Address) -> Route {
+        let generation = GENERATION.get(0).copied().unwrap_or(0);
+        let key = EndpointKey::of_address(destination);
+        let index = (self.keys().endpoint(&key) >> (64 - NEXT_HOP_CACHE.ilog2())) as u32;
+        let Some(cached) = NEXT_HOPS.get_ptr_mut(index) else { return Route::Unresolved };
+        // SAFETY: this CPU's element; no other program run touches it before this one ends.
+        let cached = unsafe { &mut *cached };
+        if cached.destination == destination && cached.generation == generation {
+            return Route::Via(cached.hop);
+        }
+        let Some(hop) = self.look_up_route(ingress, source, destination) else {
+            self.report_unresolved(destination);
+            return Route::Unresolved;
+        };
+        *cached = CachedHop { destination, generation, hop };
+        Route::Via(hop)
+    }
+
+    #[inline(always)]
+    fn report_unresolved(&self, address: Address) {
+        // A full buffer means that the agent knows plenty of them.
+        let _ = UNRESOLVED.output::<Address>(address, 0);
+    }
+
+    #[inline(always)]
+    fn count_request(&self, listener: u32, target: u32, bytes: u64, new_flow: bool) {
+        for counter in [LISTENER_TRAFFIC.get_ptr_mut(listener), TARGET_TRAFFIC.get_ptr_mut(target)] {
+            if let Some(counter) = counter {
+                // SAFETY: this CPU's element.
+                let counter = unsafe { &mut *counter };
+                counter.packets += 1;
+                counter.bytes += bytes;
+                counter.new_flows += new_flow as u64;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn count_reply(&self, listener: u32, target: u32, bytes: u64) {
+        for counter in [LISTENER_TRAFFIC.get_ptr_mut(listener), TARGET_TRAFFIC.get_ptr_mut(target)] {
+            if let Some(counter) = counter {
+                // SAFETY: this CPU's element.
+                let counter = unsafe { &mut *counter };
+                counter.reply_packets += 1;
+                counter.reply_bytes += bytes;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn count_drop(&self, reason: DropReason) {
+        if let Some(counter) = DROPS.get_ptr_mut(reason as u32) {
+            // SAFETY: this CPU's element.
+            unsafe { *counter += 1 };
+        }
+        self.log_drop(reason);
+    }
+}
