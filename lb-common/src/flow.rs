@@ -84,8 +84,8 @@ pub struct ReturnFlow {
     pub last_seen: u64,
     /// Index of the listener.
     pub listener: u32,
-    /// Zero.
-    pub zero: u32,
+    /// Index of the target.
+    pub target: u32,
 }
 
 impl ReturnFlow {

@@ -63,6 +63,8 @@ pub struct Bucket {
 
 /// The admission class of a listener without security groups.
 pub const OPEN: u32 = 0;
+/// No listener.
+pub const NO_LISTENER: u32 = u32::MAX;
 /// The ring of a listener without a registered target.
 pub const NO_RING: u32 = u32::MAX;
 
@@ -82,7 +84,8 @@ impl Endpoint {
 
     /// Flag of a listener: every flow is tracked, in both directions.
     pub const TRACKED: u8 = 0x10;
-    /// Flag of a target: several listeners use it, the tracked flow knows which.
+    /// Flag of a target: several listeners use it, the tracked flow knows which. A flow that is
+    /// not known is of [`Self::listener`], the only one before, unless that is [`NO_LISTENER`].
     pub const SHARED: u8 = 0x20;
     /// Flag of the first place in a bucket: the bucket is full, look in the overflow table too.
     pub const OVERFLOW: u8 = 0x80;

@@ -1,6 +1,7 @@
 //! The XDP programs of lb: lb-common's pipeline, bound to a packet in the kernel and to maps.
 #![no_std]
 #![no_main]
+#![allow(missing_docs, reason = "the program macros drop the comments of what they wrap")]
 
 mod frame;
 mod maps;
@@ -15,7 +16,6 @@ use frame::XdpFrame;
 use maps::Maps;
 
 /// The balancer, attached to every NIC that clients or targets are behind.
-#[allow(missing_docs, reason = "the macro makes a function of its own without the comment")]
 #[xdp]
 pub fn lb_balancer(ctx: XdpContext) -> u32 {
     let maps = Maps::new(&ctx);

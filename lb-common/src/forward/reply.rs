@@ -1,11 +1,11 @@
 //! A packet from a target, and a client that talks to a target's own address.
 
-use crate::flow::REFRESH;
-use crate::tables::{Endpoint, Route, Tables};
+use crate::flow::{FlowKey, REFRESH};
+use crate::tables::{Endpoint, NO_LISTENER, Route, Tables};
 use crate::verdict::{DropReason, Verdict};
 
 use super::ip::{End, Ip};
-use super::parse::{Link, Packet, Ports, Transport};
+use super::parse::{Link, Packet, Transport};
 use super::{Frame, Outcome, emit};
 
 /// Gives a reply the listener's address back and sends it to the client.
@@ -28,20 +28,9 @@ pub fn handle<I: Ip, F: Frame, T: Tables>(
     if tables.has_direct_flows(target.index) && tables.is_direct_flow(&key) {
         return Ok(Verdict::Pass);
     }
-    let listener = if target.kind & Endpoint::SHARED != 0 {
-        let now = tables.now();
-        match tables.return_flow(&key).filter(|flow| flow.is_alive(now, key.protocol)) {
-            Some(mut flow) => {
-                if now.wrapping_sub(flow.last_seen) > REFRESH {
-                    flow.last_seen = now;
-                    tables.remember_return(&key, &flow);
-                }
-                flow.listener
-            }
-            None => return Ok(Verdict::Pass),
-        }
-    } else {
-        target.listener
+    let (listener, index) = match origin(tables, &key, target) {
+        Some(origin) => origin,
+        None => return Ok(Verdict::Pass),
     };
     let listening = tables.listener(listener).ok_or(DropReason::TableInconsistent)?;
     let hop = match tables.route(frame.ingress(), listening.address, packet.destination) {
@@ -59,12 +48,30 @@ pub fn handle<I: Ip, F: Frame, T: Tables>(
     }
     emit::translate::<I, F>(frame, packet, transport, End::Source, listening.address, listening.port)?;
     let verdict = emit::send(frame, link, &hop)?;
-    tables.count_reply(listener, target.index, packet.length as u64);
+    tables.count_reply(listener, index, packet.length as u64);
     Ok(verdict)
 }
 
+/// The listener and the target that a reply's flow came by.
+#[inline(always)]
+fn origin<T: Tables>(tables: &T, key: &FlowKey, target: &Endpoint) -> Option<(u32, u32)> {
+    if target.kind & Endpoint::SHARED != 0 {
+        let now = tables.now();
+        if let Some(mut flow) = tables.return_flow(key)
+            && flow.is_alive(now, key.protocol)
+        {
+            if now.wrapping_sub(flow.last_seen) > REFRESH {
+                flow.last_seen = now;
+                tables.remember_return(key, &flow);
+            }
+            return Some((flow.listener, flow.target));
+        }
+    }
+    (target.listener != NO_LISTENER).then_some((target.listener, target.index))
+}
+
 /// A client talks to a target's own address through us: note it, or the replies would be given
-/// the listener's address. Targets of tracked flows need no note.
+/// the listener's address.
 #[inline(always)]
 pub fn note_direct<I: Ip, T: Tables>(
     tables: &T,
@@ -72,13 +79,15 @@ pub fn note_direct<I: Ip, T: Tables>(
     transport: &Transport,
     target: &Endpoint,
 ) -> Outcome {
-    if target.kind & Endpoint::SHARED == 0 {
-        let mut reply = packet.flow(Ports {
-            source: transport.ports.destination,
-            destination: transport.ports.source,
-        });
-        (reply.source, reply.destination) = (packet.destination, packet.source);
-        tables.note_direct_flow(target.index, &reply);
-    }
+    let ports = transport.ports;
+    let reply = FlowKey {
+        source: packet.destination,
+        destination: packet.source,
+        source_port: ports.destination,
+        destination_port: ports.source,
+        protocol: packet.protocol,
+        zero: [0; 3],
+    };
+    tables.note_direct_flow(target.index, &reply);
     Ok(Verdict::Pass)
 }

@@ -192,7 +192,7 @@ fn refresh<T: Tables>(
     tables.remember(key, &Flow { last_seen: now, target: flow.target, closing });
     if ask.is_tracked && target.mode == Target::NAT {
         // Evicted on its own, the other direction is restored here.
-        let return_flow = ReturnFlow { last_seen: now, listener: ask.listener, zero: 0 };
+        let return_flow = ReturnFlow { last_seen: now, listener: ask.listener, target: flow.target };
         tables.remember_return(&reply_key(key, target), &return_flow);
     }
 }
@@ -221,7 +221,7 @@ fn claim<T: Tables>(
             .return_flow(&reply)
             .is_some_and(|flow| flow.listener != ask.listener && flow.is_alive(now, key.protocol));
         if !taken {
-            let flow = ReturnFlow { last_seen: now, listener: ask.listener, zero: 0 };
+            let flow = ReturnFlow { last_seen: now, listener: ask.listener, target: candidate.index };
             tables.remember_return(&reply, &flow);
             return Ok(candidate.index);
         }

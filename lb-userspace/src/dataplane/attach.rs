@@ -1,0 +1,135 @@
+//! Putting the program on a NIC, and saying what to do where that is impossible.
+
+use anyhow::{Context as _, anyhow, bail};
+use aya::programs::links::FdLink;
+use aya::programs::{ProgramError, Xdp, XdpMode as AyaMode};
+use nix::errno::Errno;
+use tracing::warn;
+
+use crate::config::XdpMode;
+use crate::netlink::Interface;
+
+/// A program on a NIC. Dropping it detaches the program.
+#[derive(Debug)]
+pub struct Attachment {
+    /// Index of the NIC.
+    pub ifindex: u32,
+    /// Name of the NIC.
+    pub name: String,
+    /// Whether the program runs in the driver.
+    pub is_native: bool,
+    _link: FdLink,
+}
+
+/// Attaches a loaded program.
+///
+/// # Errors
+/// An XDP program of somebody else, a NIC that cannot run XDP in the mode asked for, missing
+/// privileges: each with what to do about it.
+pub fn attach(program: &mut Xdp, nic: &Interface, mode: XdpMode) -> anyhow::Result<Attachment> {
+    let name = &nic.name;
+    if let Some(vlan) = &nic.vlan {
+        bail!(
+            "{name} is VLAN {} of another interface (index {}): attach to that parent instead; \
+             lb reads and writes the tags itself",
+            vlan.id,
+            vlan.parent
+        );
+    }
+    if let Some(foreign) = &nic.xdp {
+        bail!(
+            "{name} already has an XDP program (id {}) that is not lb's; lb does not replace it. \
+             See it with `ip link show {name}`, remove it with `ip link set {name} xdp off`, \
+             or end the agent that attached it",
+            foreign.program_id
+        );
+    }
+    let (link, is_native) = match mode {
+        XdpMode::Native => (link(program, nic, AyaMode::Driver).map_err(|e| explain(e, name))?, true),
+        XdpMode::Generic => (link(program, nic, AyaMode::Skb).map_err(|e| explain(e, name))?, false),
+        XdpMode::Auto => match link(program, nic, AyaMode::Driver) {
+            Ok(link) => (link, true),
+            Err(error) if is_unsupported(&error) => {
+                warn!(
+                    interface = %name, reason = %error,
+                    "no native XDP on this interface: falling back to generic mode, which is \
+                     several times slower"
+                );
+                (link_generic(program, nic)?, false)
+            }
+            Err(error) => return Err(explain(error, name)),
+        },
+    };
+    Ok(Attachment { ifindex: nic.index, name: name.clone(), is_native, _link: link })
+}
+
+fn link_generic(program: &mut Xdp, nic: &Interface) -> anyhow::Result<FdLink> {
+    link(program, nic, AyaMode::Skb).map_err(|error| explain(error, &nic.name))
+}
+
+fn link(program: &mut Xdp, nic: &Interface, mode: AyaMode) -> Result<FdLink, ProgramError> {
+    let id = program.attach_to_if_index(nic.index, mode)?;
+    program.take_link(id)?.try_into().map_err(ProgramError::from)
+}
+
+/// Whether the driver cannot run XDP as the NIC is now; the reasons differ by driver.
+fn is_unsupported(error: &ProgramError) -> bool {
+    matches!(errno(error), Some(Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ERANGE | Errno::EMSGSIZE))
+}
+
+fn errno(error: &ProgramError) -> Option<Errno> {
+    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = source {
+        if let Some(code) = error.downcast_ref::<std::io::Error>().and_then(|e| e.raw_os_error()) {
+            return Some(Errno::from_raw(code));
+        }
+        source = error.source();
+    }
+    // aya wraps the system's error without naming it as the source.
+    match error {
+        ProgramError::SyscallError(call) => call.io_error.raw_os_error().map(Errno::from_raw),
+        _ => None,
+    }
+}
+
+fn explain(error: ProgramError, name: &str) -> anyhow::Error {
+    let help = match errno(&error) {
+        Some(Errno::EBUSY | Errno::EEXIST) => format!(
+            "{name} has an XDP program already: see it with `ip link show {name}` and remove it \
+             with `ip link set {name} xdp off`"
+        ),
+        Some(Errno::EPERM | Errno::EACCES) => {
+            "attaching XDP programs needs root (or CAP_NET_ADMIN and CAP_BPF): run with sudo".into()
+        }
+        Some(Errno::EOPNOTSUPP) => format!(
+            "the driver of {name} has no native XDP: use `--xdp-mode auto` or `--xdp-mode generic`"
+        ),
+        Some(Errno::EINVAL | Errno::ERANGE | Errno::EMSGSIZE) => format!(
+            "the driver of {name} refused; often its MTU is too large for XDP (try \
+             `ip link set {name} mtu 1500`) or it lacks queues; `--xdp-mode generic` always works"
+        ),
+        _ => return anyhow!(error).context(format!("attach to {name}")),
+    };
+    anyhow!(error).context(help)
+}
+
+/// Checks what loading needs before the kernel says it in a less friendly way.
+///
+/// # Errors
+/// Without the privileges, saying which.
+pub fn check_privileges() -> anyhow::Result<()> {
+    if nix::unistd::geteuid().is_root() {
+        return Ok(());
+    }
+    let status = std::fs::read_to_string("/proc/self/status").context("read own capabilities")?;
+    let effective = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
+        .unwrap_or(0);
+    let (net_admin, bpf) = (1 << 12, 1 << 39);
+    if effective & net_admin == 0 || effective & bpf == 0 {
+        bail!("loading and attaching XDP programs needs root (or CAP_NET_ADMIN and CAP_BPF): run with sudo");
+    }
+    Ok(())
+}

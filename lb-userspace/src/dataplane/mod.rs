@@ -1,0 +1,331 @@
+//! The kernel's side of the agent: load, attach, write what a plan says, read the counters.
+
+mod attach;
+mod mapped;
+mod pod;
+
+use std::collections::BTreeMap;
+use std::os::fd::AsFd as _;
+use std::sync::atomic::Ordering;
+
+use anyhow::{Context as _, anyhow};
+use aya::maps::lpm_trie::Key;
+use aya::maps::xdp::DevMapHash;
+use aya::maps::{HashMap, LpmTrie, Map, MapData, PerCpuArray, PerCpuValues, RingBuf};
+use aya::programs::Xdp;
+use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
+use lb_common::endpoints::{EndpointTable, Write};
+use lb_common::flow::{Flow, FlowKey, HashKeys};
+use lb_common::tables::{
+    AdmissionKey, BUCKETS, Bucket, Endpoint, EndpointKey, Interface, Listener, MAX_LISTENERS,
+    MAX_RINGS, MAX_TARGETS, Slot, Target, Traffic,
+};
+use lb_common::verdict::DropReason;
+
+use crate::config::XdpMode;
+use crate::reconcile::{Plan, Prefix, Step};
+
+pub use attach::{Attachment, check_privileges};
+pub use mapped::MappedArray;
+pub use pod::Raw;
+
+/// The eBPF object, as `build.rs` made it.
+pub static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf"));
+/// The balancer's program in it.
+pub const PROGRAM: &str = "lb_balancer";
+
+/// What is fixed while the program is loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// Key of the flow hash.
+    pub hash_seed: u64,
+    /// Slots of each ring; a prime.
+    pub ring_size: u32,
+    /// Capacity of each flow table, entries.
+    pub flow_table_size: u32,
+    /// Whether the program's own messages are wanted (level debug). Compiled into the program as
+    /// a constant, so that without it the verifier removes them.
+    pub log: bool,
+}
+
+type Owned<K, V> = HashMap<MapData, Raw<K>, Raw<V>>;
+
+/// The loaded program and its maps. Dropping it detaches and frees everything.
+pub struct Dataplane {
+    ebpf: Ebpf,
+    attachments: Vec<Attachment>,
+    ring_size: u32,
+    table: EndpointTable,
+    endpoints: MappedArray<Bucket>,
+    targets: MappedArray<Target>,
+    listeners: MappedArray<Listener>,
+    slots: MappedArray<Slot>,
+    generation: MappedArray<u32>,
+    direct_targets: MappedArray<u32>,
+    overflow: Owned<EndpointKey, Endpoint>,
+    admission: LpmTrie<MapData, Raw<AdmissionKey>, u32>,
+    interfaces: HashMap<MapData, u32, Raw<Interface>>,
+    devices: DevMapHash<MapData>,
+    flows: Owned<FlowKey, Flow>,
+    listener_traffic: PerCpuArray<MapData, Raw<Traffic>>,
+    target_traffic: PerCpuArray<MapData, Raw<Traffic>>,
+    drops: PerCpuArray<MapData, u64>,
+    unresolved: Option<RingBuf<MapData>>,
+}
+
+impl Dataplane {
+    /// Loads the program into the kernel, attached to nothing yet.
+    ///
+    /// # Errors
+    /// Missing privileges or memory, a kernel too old, and what the verifier says.
+    pub fn load(options: &LoadOptions) -> anyhow::Result<Self> {
+        let keys = HashKeys::from_seed(options.hash_seed);
+        let log_level: u8 = if options.log { u8::MAX } else { 0 };
+        let slots = MAX_RINGS * options.ring_size;
+        let mut ebpf = EbpfLoader::new()
+            .map_max_entries("SLOTS", slots)
+            .map_max_entries("FLOWS", options.flow_table_size)
+            .map_max_entries("RETURN_FLOWS", options.flow_table_size)
+            .override_global("HASH_KEYS", &keys.words()[..], true)
+            .override_global("RING_SIZE", &options.ring_size, true)
+            .override_global("AYA_LOG_LEVEL", &log_level, true)
+            .load(OBJECT)
+            .context("load the maps into the kernel")?;
+        program(&mut ebpf)?.load().context("load the XDP program into the kernel")?;
+        Ok(Self {
+            ring_size: options.ring_size,
+            table: EndpointTable::new(keys),
+            endpoints: mapped(&mut ebpf, "ENDPOINTS", BUCKETS)?,
+            targets: mapped(&mut ebpf, "TARGETS", MAX_TARGETS)?,
+            listeners: mapped(&mut ebpf, "LISTENERS", MAX_LISTENERS)?,
+            slots: mapped(&mut ebpf, "SLOTS", slots)?,
+            generation: mapped(&mut ebpf, "GENERATION", 1)?,
+            direct_targets: mapped(&mut ebpf, "DIRECT_TARGETS", MAX_TARGETS)?,
+            overflow: take(&mut ebpf, "OVERFLOW")?.try_into()?,
+            admission: take(&mut ebpf, "ADMISSION")?.try_into()?,
+            interfaces: take(&mut ebpf, "INTERFACES")?.try_into()?,
+            devices: take(&mut ebpf, "DEVICES")?.try_into()?,
+            flows: take(&mut ebpf, "FLOWS")?.try_into()?,
+            listener_traffic: take(&mut ebpf, "LISTENER_TRAFFIC")?.try_into()?,
+            target_traffic: take(&mut ebpf, "TARGET_TRAFFIC")?.try_into()?,
+            drops: take(&mut ebpf, "DROPS")?.try_into()?,
+            unresolved: Some(take(&mut ebpf, "UNRESOLVED")?.try_into()?),
+            attachments: Vec::new(),
+            ebpf,
+        })
+    }
+
+    /// Attaches the program to a NIC.
+    ///
+    /// # Errors
+    /// See [`attach::attach`].
+    pub fn attach(
+        &mut self,
+        nic: &crate::netlink::Interface,
+        mode: XdpMode,
+    ) -> anyhow::Result<&Attachment> {
+        let attachment = attach::attach(program(&mut self.ebpf)?, nic, mode)?;
+        self.attachments.push(attachment);
+        self.attachments.last().context("just attached")
+    }
+
+    /// What the program is attached to.
+    pub fn attachments(&self) -> &[Attachment] {
+        &self.attachments
+    }
+
+    /// The loaded program, for program runs and for the log.
+    ///
+    /// # Errors
+    /// Never, once loaded.
+    pub fn program(&mut self) -> anyhow::Result<&mut Xdp> {
+        program(&mut self.ebpf)
+    }
+
+    /// The object, for the log of the eBPF side.
+    pub fn ebpf(&mut self) -> &mut Ebpf {
+        &mut self.ebpf
+    }
+
+    /// Addresses whose next hop the kernel missed. Can be taken once.
+    pub fn take_unresolved(&mut self) -> Option<RingBuf<MapData>> {
+        self.unresolved.take()
+    }
+
+    /// Carries out a plan, in its order.
+    ///
+    /// # Errors
+    /// A full map, or memory running out; the steps before stay in force.
+    pub fn apply(&mut self, plan: &Plan) -> anyhow::Result<()> {
+        for step in &plan.steps {
+            self.step(step).with_context(|| format!("write to the kernel: {step}"))?;
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, step: &Step) -> anyhow::Result<()> {
+        match step {
+            Step::SetInterface(index, interface) => {
+                self.interfaces.insert(index, Raw(*interface), 0)?;
+            }
+            Step::RemoveInterface(index) => self.interfaces.remove(index)?,
+            Step::AddDevice(index) => self.devices.insert(*index, *index, None, 0)?,
+            Step::RemoveDevice(index) => self.devices.remove(*index)?,
+            Step::SetTarget(index, target) => {
+                self.targets.store(*index, target);
+            }
+            Step::ClearTarget(index) => {
+                self.targets.store(*index, &Target::default());
+                self.direct_targets.store(*index, &0);
+                self.zero(*index, Counter::Target)?;
+            }
+            Step::SetListener(index, listener) => self.listeners.store(*index, listener),
+            Step::ClearListener(index) => {
+                self.listeners.store(*index, &Listener::default());
+                self.zero(*index, Counter::Listener)?;
+            }
+            Step::SetRing(ring, slots) => {
+                let first = ring * self.ring_size;
+                for (slot, index) in slots.iter().zip(first..) {
+                    self.slots.store(index, slot);
+                }
+            }
+            Step::AddPrefix(class, prefix) => {
+                self.admission.insert(&trie_key(*class, prefix), 1, 0)?;
+            }
+            Step::RemovePrefix(class, prefix) => self.admission.remove(&trie_key(*class, prefix))?,
+            Step::SetEndpoint(endpoint) => {
+                for write in self.table.insert(*endpoint) {
+                    self.write_endpoint(&write)?;
+                }
+            }
+            Step::RemoveEndpoint(key) => {
+                for write in self.table.remove(key) {
+                    self.write_endpoint(&write)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn write_endpoint(&mut self, write: &Write) -> anyhow::Result<()> {
+        match write {
+            Write::Place { bucket, place, endpoint } => {
+                let words = self.endpoints.words(*bucket);
+                let place = words.get(place * 4..place * 4 + 4).context("a bucket of the table")?;
+                let [high, low, key, value]: [u64; 4] = bytemuck::cast(*endpoint);
+                // The third word makes the endpoint visible: port, protocol, kind. Where another
+                // one stood, it goes first; the second lookup word (ring, class) is one store.
+                let flags = Endpoint { kind: endpoint.kind & Endpoint::OVERFLOW, ..Endpoint::default() };
+                let [_, _, hidden, _]: [u64; 4] = bytemuck::cast(flags);
+                let stays = place[0].load(Ordering::Relaxed) == high
+                    && place[1].load(Ordering::Relaxed) == low;
+                if !stays || endpoint.kind() == 0 {
+                    place[2].store(hidden, Ordering::SeqCst);
+                    place[0].store(high, Ordering::SeqCst);
+                    place[1].store(low, Ordering::SeqCst);
+                }
+                place[3].store(value, Ordering::SeqCst);
+                place[2].store(key, Ordering::SeqCst);
+            }
+            Write::Overflow(endpoint) => self.overflow.insert(Raw(endpoint.key()), Raw(*endpoint), 0)?,
+            Write::RemoveOverflow(key) => self.overflow.remove(&Raw(*key))?,
+        }
+        Ok(())
+    }
+
+    /// Makes every next hop void that the kernel's side has cached.
+    pub fn invalidate_next_hops(&self) {
+        let next = self.generation.load(0).unwrap_or(0).wrapping_add(1);
+        self.generation.store(0, &next);
+    }
+
+    /// What is remembered of flows, now.
+    pub fn flows(&self) -> impl Iterator<Item = (FlowKey, Flow)> {
+        self.flows.iter().filter_map(Result::ok).map(|(key, flow)| (key.0, flow.0))
+    }
+
+    /// Forgets a flow.
+    pub fn forget(&mut self, key: &FlowKey) {
+        // Gone already is as good.
+        let _ = self.flows.remove(&Raw(*key));
+    }
+
+    /// Counters of a listener, of all CPUs together.
+    ///
+    /// # Errors
+    /// An index beyond the table.
+    pub fn listener_traffic(&self, index: u32) -> anyhow::Result<Traffic> {
+        Ok(sum(&self.listener_traffic.get(&index, 0)?))
+    }
+
+    /// Counters of a target, of all CPUs together.
+    ///
+    /// # Errors
+    /// An index beyond the table.
+    pub fn target_traffic(&self, index: u32) -> anyhow::Result<Traffic> {
+        Ok(sum(&self.target_traffic.get(&index, 0)?))
+    }
+
+    /// Packets that died, by reason.
+    ///
+    /// # Errors
+    /// A lookup that the kernel refuses.
+    pub fn drops(&self) -> anyhow::Result<BTreeMap<DropReason, u64>> {
+        DropReason::ALL
+            .into_iter()
+            .map(|reason| Ok((reason, self.drops.get(&(reason as u32), 0)?.iter().sum())))
+            .collect()
+    }
+
+    fn zero(&mut self, index: u32, counter: Counter) -> anyhow::Result<()> {
+        let zeroes = vec![Raw(Traffic::default()); aya::util::nr_cpus().map_err(|(_, error)| error)?];
+        let values = PerCpuValues::try_from(zeroes)?;
+        match counter {
+            Counter::Listener => self.listener_traffic.set(index, values, 0)?,
+            Counter::Target => self.target_traffic.set(index, values, 0)?,
+        }
+        Ok(())
+    }
+}
+
+enum Counter {
+    Listener,
+    Target,
+}
+
+fn sum(values: &PerCpuValues<Raw<Traffic>>) -> Traffic {
+    values.iter().fold(Traffic::default(), |sum, Raw(cpu)| Traffic {
+        packets: sum.packets + cpu.packets,
+        bytes: sum.bytes + cpu.bytes,
+        reply_packets: sum.reply_packets + cpu.reply_packets,
+        reply_bytes: sum.reply_bytes + cpu.reply_bytes,
+        new_flows: sum.new_flows + cpu.new_flows,
+        zero: [0; 3],
+    })
+}
+
+fn trie_key(class: u32, prefix: &Prefix) -> Key<Raw<AdmissionKey>> {
+    let bits = AdmissionKey::CLASS_BITS + u32::from(prefix.bits);
+    Key::new(bits, Raw(AdmissionKey::new(class, prefix.address)))
+}
+
+fn program(ebpf: &mut Ebpf) -> anyhow::Result<&mut Xdp> {
+    let program = ebpf.program_mut(PROGRAM).context("the object lacks its program")?;
+    Ok(program.try_into()?)
+}
+
+fn take(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<Map> {
+    ebpf.take_map(name).ok_or_else(|| anyhow!("the object lacks the map {name}"))
+}
+
+fn mapped<T: bytemuck::Pod>(
+    ebpf: &mut Ebpf,
+    name: &str,
+    length: u32,
+) -> anyhow::Result<MappedArray<T>> {
+    match take(ebpf, name)? {
+        Map::Array(data) => MappedArray::new(data.fd().as_fd(), length),
+        other => Err(anyhow!("{name} is no array but {other:?}")),
+    }
+}
