@@ -39,7 +39,7 @@ const MAX_HEAD: usize = 32 * 1024;
 /// Once the status is known, how much of the body is read, and how long, so that the target can
 /// finish its answer and close; otherwise its log fills with broken pipes.
 const MAX_BODY: usize = 64 * 1024;
-const LINGER: Duration = Duration::from_millis(100);
+const LINGER: Duration = Duration::from_millis(500);
 
 /// Something that asks a target; the checker's tests have one that answers from a script.
 pub trait Probe: Send + Sync + 'static {

@@ -268,7 +268,11 @@ async fn a_target_may_finish_its_answer() {
     let address = serve(async move |mut stream| {
         read_request(&mut stream).await;
         stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 20000\r\n\r\n").await.unwrap();
-        stream.write_all(&[b'x'; 20_000]).await.unwrap();
+        // Later than the client needs to see the status.
+        for half in [[b'x'; 10_000]; 2] {
+            sleep(Duration::from_millis(5)).await;
+            stream.write_all(&half).await.unwrap();
+        }
         // A reset would be an error here.
         let _ = sender.send(stream.read(&mut [0]).await);
     })
