@@ -286,13 +286,14 @@ async fn no_event_is_lost_while_the_channel_is_full() {
 #[tokio::test(start_paused = true)]
 async fn missed_checks_are_not_made_up_for() {
     let script = Script::taking(Duration::ZERO);
-    let (sender, _events) = mpsc::channel(1);
+    let (sender, mut events) = mpsc::channel(1);
     let only_slot = sender.clone().reserve_owned().await.unwrap();
     let mut checker = Checker::with_probe(sender, script.clone());
     checker.reconcile(wanted([1], "/"));
     sleep(INTERVAL * 20).await;
     assert_eq!(script.calls(), 1);
     drop(only_slot);
+    expect(&mut events, 1, HealthState::Healthy).await;
     sleep(INTERVAL / 2).await;
     assert_eq!(script.calls(), 2, "a burst after a stall");
 }
