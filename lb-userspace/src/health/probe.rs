@@ -84,7 +84,7 @@ impl Prober {
         };
         let answer = answer.map_err(|_| Failure::timeout("answer", limit))??;
         let status = answer.status;
-        answer.finish().await;
+        answer.finish(LINGER).await;
         expect_status(&http.matcher, status)
     }
 }
@@ -113,8 +113,8 @@ struct Answer {
 }
 
 impl Answer {
-    /// Lets the target finish, within bounds; what happens here says nothing about its health.
-    async fn finish(mut self) {
+    /// Lets the target finish, for so long; what happens here says nothing about its health.
+    async fn finish(mut self, limit: Duration) {
         let farewell = async {
             let mut read = 0;
             while read <= MAX_BODY
@@ -126,7 +126,7 @@ impl Answer {
             self.connection.join_next().await;
         };
         // Too slow a farewell is cut short; that is all the time it gets.
-        let _ = timeout(LINGER, farewell).await;
+        let _ = timeout(limit, farewell).await;
     }
 }
 
