@@ -42,6 +42,9 @@ pub struct Parsed {
     pub warnings: Vec<Diagnostic>,
 }
 
+const SYNTAX_HELP: &str = "write strings in quotes and each key once in its section; \
+                           https://toml.io has the rules";
+
 /// Reads a configuration from `text`; `file_name` is what the diagnostics call it.
 ///
 /// An empty text is a valid configuration, [`Config::default`].
@@ -59,9 +62,7 @@ pub fn parse(file_name: &str, text: &str) -> Result<Parsed, ConfigErrors> {
             text => format!(" at `{text}`"),
         };
         let message = format!("not valid TOML{place}: {}", error.message());
-        report.error(span, message,
-            "write strings in quotes and each key once in its section; https://toml.io has the rules",
-        );
+        report.error(span, message, SYNTAX_HELP);
     }
     let config =
         if syntax_errors.is_empty() { read(&report, root.get_ref()) } else { Config::default() };

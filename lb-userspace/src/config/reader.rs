@@ -338,7 +338,8 @@ fn enumerate(names: &[String], conjunction: &str) -> String {
 /// `did you mean NAME? ` for the name nearest to what was written, if one is near.
 pub(super) fn did_you_mean(written: &str, names: &[&str]) -> String {
     const NEAR_ENOUGH: f64 = 0.6;
-    let similarity = |name: &&&str| strsim::normalized_damerau_levenshtein(written, name);
+    let written = written.to_lowercase();
+    let similarity = |name: &&&str| strsim::normalized_damerau_levenshtein(&written, name);
     let nearest = names
         .iter()
         .filter(|name| similarity(name) >= NEAR_ENOUGH)

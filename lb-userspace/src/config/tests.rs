@@ -11,6 +11,8 @@ use super::*;
 
 mod refused;
 
+const MANUAL: &str = include_str!("../../../docs/configuration.md");
+
 /// Every key that is accepted, with a value that is not its default where there is another.
 const COMPLETE: &str = include_str!("tests/complete.toml");
 /// The example of the configuration contract, without what is not supported yet.
@@ -53,6 +55,46 @@ fn the_contract_s_example_is_accepted() {
     let parsed = parse("lb.toml", CONTRACT).unwrap_or_else(|errors| panic!("{errors}"));
     insta::assert_debug_snapshot!("contract", parsed.config);
     insta::assert_snapshot!("contract_warnings", warnings(CONTRACT));
+}
+
+/// The manual's blocks of a kind, which is what stands after the opening fence.
+fn manual_blocks(kind: &str) -> Vec<&'static str> {
+    let blocks = MANUAL.split("\n```").filter_map(|block| block.split_once('\n'));
+    blocks.filter(|(info, _)| *info == kind).map(|(_, block)| block).collect()
+}
+
+#[test]
+fn the_manual_s_examples_are_accepted() {
+    let examples = manual_blocks("toml");
+    assert!(examples.len() >= 5);
+    for example in examples {
+        let parsed = parse("lb.toml", example).unwrap_or_else(|errors| panic!("{errors}"));
+        assert_eq!(parsed.warnings, [], "{example}");
+    }
+}
+
+#[test]
+fn the_manual_s_errors_are_the_real_ones() {
+    let [wrong] = manual_blocks("toml wrong")[..] else { panic!("one wrong example") };
+    let [shown] = manual_blocks("text")[..] else { panic!("one text of errors") };
+    assert_eq!(parse("lb.toml", wrong).unwrap_err().to_string(), shown);
+}
+
+/// Whatever a section answers to an unknown key, the manual has it.
+#[test]
+fn the_manual_has_every_key() {
+    let every_section = "x = 1\n[agent]\nx = 1\n[security_group.a]\nx = 1\n\
+        ingress = [{ x = 1 }]\n[target_group.a]\nx = 1\ntargets = [{ x = 1 }]\n\
+        [target_group.a.health_check]\nx = 1\n[load_balancer.a]\nx = 1\nlistener = [{ x = 1 }]";
+    let errors = parse("lb.toml", every_section).unwrap_err();
+    let unknown: Vec<_> =
+        errors.diagnostics().iter().filter(|d| d.message.starts_with("unknown key `x`")).collect();
+    assert_eq!(unknown.len(), 9);
+    for key in unknown.iter().skip(1).flat_map(|d| d.help.split('`').skip(1).step_by(2)) {
+        let documented = MANUAL.contains(&format!("| `{key}` |"))
+            || MANUAL.contains(&format!("[target_group.NAME.{key}]"));
+        assert!(documented, "{key}");
+    }
 }
 
 #[test]
