@@ -36,7 +36,7 @@ pub struct Diagnostic {
     pub message: String,
     /// What would be right.
     pub help: String,
-    /// The line the value stands in (or begins in).
+    /// The line the value stands in (or begins in), or what is around the value if it is long.
     source_line: String,
     /// Where in `source_line` the value is, in bytes.
     underline: Range<usize>,
@@ -145,22 +145,36 @@ impl<'a> Report<'a> {
     fn note(&self, severity: Severity, span: Span, message: String, help: String) {
         let line = self.line_of(&span);
         let start = self.line_starts[line - 1];
-        let source_line = self.text[start..].lines().next().unwrap_or_default();
+        let end = self.line_starts.get(line).copied().unwrap_or(self.text.len());
+        let source_line = self.text[start..end].trim_end_matches(['\r', '\n']);
         let begin = (span.start - start).min(source_line.len());
         let underline = begin..(span.end - start).clamp(begin, source_line.len());
+        let column = source_line.get(..begin).unwrap_or_default().chars().count() + 1;
+        let (source_line, underline) = around(source_line, underline);
         let diagnostic = Diagnostic {
             severity,
             file: Arc::clone(&self.file),
             line,
-            column: source_line.get(..begin).unwrap_or_default().chars().count() + 1,
+            column,
             value: printable(&self.quote(&span)),
             message: printable(&message),
             help: printable(&help),
-            source_line: source_line.to_owned(),
+            source_line,
             underline,
         };
         self.found.borrow_mut().push((span, diagnostic));
     }
+}
+
+/// The part of a line that is worth showing: thousands of errors in one long line must not each
+/// keep all of it.
+fn around(line: &str, underline: Range<usize>) -> (String, Range<usize>) {
+    const CONTEXT: usize = 200;
+    let begin = line.floor_char_boundary(underline.start.saturating_sub(CONTEXT));
+    let end = line.ceil_char_boundary(underline.end.min(underline.start + CONTEXT) + CONTEXT);
+    let shown = line[begin..end].to_owned();
+    let last = shown.len();
+    (shown, underline.start - begin..(underline.end - begin).min(last))
 }
 
 /// Takes control characters out: a file must not steer the terminal that shows what is wrong in it.

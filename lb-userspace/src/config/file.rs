@@ -26,7 +26,7 @@ impl Display for LoadError {
         match self {
             Self::Missing(path) => write!(
                 f,
-                "{}: there is no such file; create it, or name another with --config FILE",
+                "{}: there is no such file; create it, or give the path of another",
                 path.display()
             ),
             Self::Unreadable(path, error) if error.kind() == io::ErrorKind::PermissionDenied => {

@@ -2,7 +2,7 @@
 //!
 //! [`parse`] reads the whole file whatever it finds, so that one run shows every error; only TOML
 //! that is none ends it early. Each section has its module, which takes the keys that it knows
-//! from a [`reader::Table`]; what is left is an unknown key. [`references`] has the checks across
+//! from a `reader::Table`; what is left is an unknown key. `references` has the checks across
 //! sections.
 
 mod address;

@@ -253,7 +253,7 @@ fn files_that_cannot_be_read() {
         let error = load(&dir.path().join(name)).unwrap_err();
         error.to_string().replace(&dir.path().display().to_string(), "DIR")
     };
-    insta::assert_snapshot!(shown("none.toml"), @"DIR/none.toml: there is no such file; create it, or name another with --config FILE");
+    insta::assert_snapshot!(shown("none.toml"), @"DIR/none.toml: there is no such file; create it, or give the path of another");
     fs::create_dir(dir.path().join("dir")).unwrap();
     insta::assert_snapshot!(shown("dir"), @"DIR/dir: is not a regular file; name the configuration file itself, such as /etc/lb/lb.toml");
     fs::write(dir.path().join("latin1.toml"), b"[agent]\navailability_zone = \"\xe9\"\n").unwrap();
@@ -270,6 +270,17 @@ fn a_good_file_is_loaded() {
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), COMPLETE).unwrap();
     assert_eq!(load(file.path()).unwrap(), parse("lb.toml", COMPLETE).unwrap());
+}
+
+#[test]
+fn thousands_of_errors_in_one_line() {
+    const COUNT: usize = 5_000;
+    let text = format!("[target_group.web]\nport = 80\ntargets = [{}]", "\"é\", ".repeat(COUNT));
+    let errors = parse("lb.toml", &text).unwrap_err();
+    assert_eq!(errors.diagnostics().len(), COUNT);
+    let last = &errors.diagnostics()[COUNT - 1];
+    assert_eq!((last.line, last.column), (3, 12 + 5 * (COUNT - 1)));
+    assert!(errors.to_string().len() < COUNT * 1000);
 }
 
 #[test]
