@@ -1,5 +1,114 @@
 //! The configuration file: TOML in, a [`Config`] that is valid by construction out.
+//!
+//! [`parse`] reads the whole file whatever it finds, so that one run shows every error; only TOML
+//! that is none ends it early. Each section has its module, which takes the keys that it knows
+//! from a `reader::Table`; what is left is an unknown key. `references` has the checks across
+//! sections.
 
+mod address;
+mod agent;
+mod diagnostic;
+mod file;
+mod health_check;
+mod load_balancer;
 pub mod model;
+mod reader;
+mod references;
+mod security_group;
+mod target_group;
+#[cfg(test)]
+mod tests;
 
+use std::collections::BTreeMap;
+
+use toml::de::DeTable;
+
+pub use agent::DEFAULT_API_SOCKET;
+pub use diagnostic::{ConfigErrors, Diagnostic, Severity};
+pub use file::{LoadError, load};
 pub use model::*;
+pub use references::{MAX_ENDPOINTS, MAX_TARGET_GROUP_USES, MAX_TARGETS};
+
+use diagnostic::Report;
+use reader::Table;
+use references::Sections;
+
+/// A usable configuration, and what looks wrong in it all the same.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Parsed {
+    /// What the file says.
+    pub config: Config,
+    /// In the file's order.
+    pub warnings: Vec<Diagnostic>,
+}
+
+const SYNTAX_HELP: &str = "write strings in quotes and each key once in its section; \
+                           https://toml.io has the rules";
+
+/// Reads a configuration from `text`; `file_name` is what the diagnostics call it.
+///
+/// An empty text is a valid configuration, [`Config::default`].
+///
+/// # Errors
+///
+/// Every error of the file at once. If it is not TOML, only where it is not.
+pub fn parse(file_name: &str, text: &str) -> Result<Parsed, ConfigErrors> {
+    let report = Report::new(file_name, text);
+    let (root, syntax_errors) = DeTable::parse_recoverable(text);
+    for error in &syntax_errors {
+        let span = error.span().unwrap_or(0..0);
+        let place = match report.quote(&span).as_str() {
+            "" => String::new(),
+            text => format!(" at `{text}`"),
+        };
+        let message = format!("not valid TOML{place}: {}", error.message());
+        report.error(span, message, SYNTAX_HELP);
+    }
+    let config =
+        if syntax_errors.is_empty() { read(&report, root.get_ref()) } else { Config::default() };
+    Ok(Parsed { warnings: report.finish()?, config })
+}
+
+/// Reads the whole file; worth nothing if it notes an error.
+fn read<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
+    let mut root = Table::root(report, root);
+    let agent = root.subtable("agent", "[agent]".to_owned()).map(agent::read).unwrap_or_default();
+    let security_groups: BTreeMap<&str, SecurityGroup> = root
+        .sections("security_group")
+        .into_iter()
+        .map(|section| (section.name, security_group::read(section.table)))
+        .collect();
+    let sections = Sections {
+        security_groups: security_groups.keys().copied().collect(),
+        target_groups: root
+            .sections("target_group")
+            .into_iter()
+            .map(|section| (section.name, target_group::read(section.table)))
+            .collect(),
+        load_balancers: root
+            .sections("load_balancer")
+            .into_iter()
+            .map(|section| (section.name, load_balancer::read(section.table)))
+            .collect(),
+    };
+    root.not_supported_yet(&["dns"]);
+    root.finish();
+    references::check(report, &sections);
+    Config {
+        agent,
+        security_groups: owned(security_groups),
+        target_groups: owned(
+            sections.target_groups.into_iter().map(|(name, draft)| (name, draft.group)),
+        ),
+        load_balancers: owned(
+            sections
+                .load_balancers
+                .into_iter()
+                .map(|(name, draft)| (name, draft.into_load_balancer())),
+        ),
+    }
+}
+
+fn owned<'a, T>(named: impl IntoIterator<Item = (&'a str, T)>) -> BTreeMap<String, T> {
+    named.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}

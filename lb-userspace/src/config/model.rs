@@ -1,6 +1,7 @@
 //! What a configuration says, after every check: whoever holds a [`Config`] need not check again.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
@@ -9,7 +10,9 @@ use std::time::Duration;
 use ipnet::IpNet;
 
 /// A whole configuration file. Names are unique by the maps, every reference resolves.
-#[derive(Debug, Clone, PartialEq, Eq)]
+///
+/// The default is that of an empty file, and of none at all: nothing is balanced.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Config {
     /// The agent itself.
     pub agent: Agent,
@@ -65,7 +68,7 @@ pub struct SecurityGroup {
 pub struct IngressRule {
     /// What it is about.
     pub protocol: RuleProtocol,
-    /// Destination ports; all of them for [`RuleProtocol::Icmp`].
+    /// Destination ports; all of them for [`RuleProtocol::Icmp`] and [`RuleProtocol::All`].
     pub ports: RangeInclusive<u16>,
     /// Where packets may come from; host bits are zero.
     pub sources: Vec<IpNet>,
@@ -94,6 +97,16 @@ pub enum Protocol {
     Udp,
 }
 
+impl fmt::Display for Protocol {
+    /// As the configuration file writes it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        })
+    }
+}
+
 /// How packets reach a target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Forwarding {
@@ -112,7 +125,7 @@ pub struct TargetGroup {
     pub port: u16,
     /// How packets reach its targets.
     pub forwarding: Forwarding,
-    /// How long a removed target keeps its established flows.
+    /// How long a removed target keeps its established flows, 0 to 3600 s.
     pub deregistration_delay: Duration,
     /// Whether an unhealthy target loses its established flows at once.
     pub unhealthy_connection_termination: bool,
@@ -144,13 +157,13 @@ pub struct HealthCheck {
     pub probe: ProbeKind,
     /// Port asked; `None` is the target's own (`traffic-port`).
     pub port: Option<u16>,
-    /// From one check's start to the next one's.
+    /// From one check's start to the next one's, 100 ms to 300 s.
     pub interval: Duration,
-    /// How long an answer may take; at most the interval.
+    /// How long an answer may take, 100 ms to 120 s and at most the interval.
     pub timeout: Duration,
-    /// Passes in a row until an unhealthy target is healthy, 2 to 10.
+    /// Passes in a row until an unhealthy target is healthy, 1 to 10.
     pub healthy_threshold: u32,
-    /// Failures in a row until a healthy target is unhealthy, 2 to 10.
+    /// Failures in a row until a healthy target is unhealthy, 1 to 10.
     pub unhealthy_threshold: u32,
 }
 

@@ -1,0 +1,162 @@
+//! `[target_group.NAME.health_check]`: how a target's health is found out.
+
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use super::model::{HealthCheck, HttpProbe, ProbeKind};
+use super::reader::{Table, Value, Wrong, show_duration};
+
+const DEFAULT_INTERVAL: Duration = Duration::from_secs(10);
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(2);
+const INTERVALS: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(300);
+const TIMEOUTS: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(120);
+const DEFAULT_HEALTHY_THRESHOLD: u32 = 3;
+const DEFAULT_UNHEALTHY_THRESHOLD: u32 = 2;
+const THRESHOLDS: RangeInclusive<u32> = 1..=10;
+
+impl Default for HealthCheck {
+    fn default() -> Self {
+        Self {
+            probe: ProbeKind::Tcp,
+            port: None,
+            interval: DEFAULT_INTERVAL,
+            timeout: DEFAULT_TIMEOUT,
+            healthy_threshold: DEFAULT_HEALTHY_THRESHOLD,
+            unhealthy_threshold: DEFAULT_UNHEALTHY_THRESHOLD,
+        }
+    }
+}
+
+impl Default for HttpProbe {
+    fn default() -> Self {
+        Self { path: "/".to_owned(), matcher: vec![200..=299, 301..=301] }
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Tcp,
+    Http,
+    Https,
+}
+
+pub(super) fn read(table: Option<Table<'_>>) -> HealthCheck {
+    let Some(mut table) = table else { return HealthCheck::default() };
+    let kinds = [("tcp", Kind::Tcp), ("http", Kind::Http), ("https", Kind::Https)];
+    let kind = match table.optional("protocol") {
+        Some(protocol) => protocol.choice(&kinds, &[]),
+        None => Some(Kind::Tcp),
+    };
+    let probe = probe(kind, table.optional("path"), table.optional("matcher"));
+    let (interval, timeout) = interval_and_timeout(&mut table);
+    let threshold = |value: Option<Value<'_>>| value.and_then(|value| value.integer(THRESHOLDS));
+    let health_check = HealthCheck {
+        probe,
+        port: table.optional("port").and_then(port),
+        interval,
+        timeout,
+        healthy_threshold: threshold(table.optional("healthy_threshold"))
+            .unwrap_or(DEFAULT_HEALTHY_THRESHOLD),
+        unhealthy_threshold: threshold(table.optional("unhealthy_threshold"))
+            .unwrap_or(DEFAULT_UNHEALTHY_THRESHOLD),
+    };
+    table.finish();
+    health_check
+}
+
+fn probe(kind: Option<Kind>, path: Option<Value<'_>>, matcher: Option<Value<'_>>) -> ProbeKind {
+    if let Some(Kind::Tcp) = kind {
+        for value in [path, matcher].into_iter().flatten() {
+            value.error(
+                format!("`{} = {}` has no meaning in a tcp check", value.key(), value.quote()),
+                "leave it out, or write protocol = \"http\" or \"https\" (the default is tcp)",
+            );
+        }
+        return ProbeKind::Tcp;
+    }
+    let default = HttpProbe::default();
+    let http = HttpProbe {
+        path: path.and_then(parse_path).unwrap_or(default.path),
+        matcher: matcher.and_then(parse_matcher).unwrap_or(default.matcher),
+    };
+    if let Some(Kind::Https) = kind { ProbeKind::Https(http) } else { ProbeKind::Http(http) }
+}
+
+fn interval_and_timeout(table: &mut Table<'_>) -> (Duration, Duration) {
+    let interval_value = table.optional("interval");
+    let timeout_value = table.optional("timeout");
+    let interval = read_duration(interval_value, INTERVALS, DEFAULT_INTERVAL);
+    let timeout = read_duration(timeout_value, TIMEOUTS, DEFAULT_TIMEOUT);
+    let (Some(interval), Some(timeout)) = (interval, timeout) else {
+        return (DEFAULT_INTERVAL, DEFAULT_TIMEOUT);
+    };
+    if timeout > interval {
+        let (interval, timeout) = (show_duration(interval), show_duration(timeout));
+        let help = format!("write a timeout of at most {interval}");
+        // One of them is there, or the defaults would be in each other's way.
+        if let Some(value) = timeout_value {
+            let message =
+                format!("`timeout = {}` is longer than the interval, {interval}", value.quote());
+            value.error(message, help);
+        } else if let Some(value) = interval_value {
+            let message = format!(
+                "`interval = {}` is shorter than the timeout, {timeout} by default",
+                value.quote()
+            );
+            value.error(message, format!("add timeout = \"{interval}\" or less"));
+        }
+    }
+    (interval, timeout)
+}
+
+/// A duration or its default; `None` if what is written is none.
+fn read_duration(
+    value: Option<Value<'_>>,
+    range: RangeInclusive<Duration>,
+    default: Duration,
+) -> Option<Duration> {
+    value.map_or(Some(default), |value| value.duration(range))
+}
+
+fn port(value: Value<'_>) -> Option<u16> {
+    if !value.is_string() {
+        return value.port();
+    }
+    let help = "write \"traffic-port\" in quotes, or a number from 1 to 65535 without quotes";
+    value.parsed(help, |text| match text {
+        "traffic-port" => Ok(None),
+        _ => Err(Wrong::new(value.refusal(), help)),
+    })?
+}
+
+fn parse_path(value: Value<'_>) -> Option<String> {
+    // What may stand in a request line (RFC 9112, section 3.2.1); a fragment is never sent.
+    let help = "write a path that begins with / and has no space, such as \"/health?deep=1\"";
+    value.parsed(help, |path| {
+        let visible = |b: u8| b.is_ascii_graphic() && b != b'#';
+        if path.starts_with('/') && path.len() <= 1024 && path.bytes().all(visible) {
+            Ok(path.to_owned())
+        } else {
+            Err(Wrong::new(value.refusal(), help))
+        }
+    })
+}
+
+fn parse_matcher(value: Value<'_>) -> Option<Vec<RangeInclusive<u16>>> {
+    let help = "write status codes from 200 to 599 in quotes, such as \"200\", \"200-299\" or \
+                \"200-299,301\"";
+    value.parsed(help, |text| {
+        let wrong = || Wrong::new(value.refusal(), help);
+        let parse = |code: &str| {
+            let code = code.trim().parse::<u16>().ok();
+            code.filter(|code| (200..=599).contains(code)).ok_or_else(wrong)
+        };
+        text.split(',')
+            .map(|range| {
+                let (first, last) = range.split_once('-').unwrap_or((range, range));
+                let codes = parse(first)?..=parse(last)?;
+                if codes.is_empty() { Err(wrong()) } else { Ok(codes) }
+            })
+            .collect()
+    })
+}

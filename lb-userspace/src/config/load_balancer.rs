@@ -1,0 +1,177 @@
+//! `[load_balancer.NAME]`: where packets come in.
+
+use std::net::IpAddr;
+
+use super::address::{ADDRESS_HELP, host_address};
+use super::model::{Listener, LoadBalancer, Protocol, Scheme};
+use super::reader::{Table, Value};
+
+/// A load balancer as far as it could be read, with where the file has what checks across
+/// sections are about.
+pub(super) struct Draft<'a> {
+    pub(super) scheme: Scheme,
+    pub(super) addresses: Vec<(Value<'a>, IpAddr)>,
+    pub(super) security_groups: Option<Vec<(Value<'a>, &'a str)>>,
+    pub(super) listeners: Vec<ListenerDraft<'a>>,
+}
+
+/// A listener as far as it could be read.
+pub(super) struct ListenerDraft<'a> {
+    pub(super) protocol: Option<Protocol>,
+    pub(super) port: Option<u16>,
+    pub(super) target_group: Option<(Value<'a>, &'a str)>,
+}
+
+impl Draft<'_> {
+    /// The load balancer, where nothing was wrong with it.
+    pub(super) fn into_load_balancer(self) -> LoadBalancer {
+        let complete = |draft: ListenerDraft<'_>| {
+            let (_, target_group) = draft.target_group?;
+            let target_group = target_group.to_owned();
+            Some(Listener { protocol: draft.protocol?, port: draft.port?, target_group })
+        };
+        LoadBalancer {
+            scheme: self.scheme,
+            addresses: self.addresses.into_iter().map(|(_, address)| address).collect(),
+            security_groups: self
+                .security_groups
+                .map(|groups| groups.into_iter().map(|(_, name)| name.to_owned()).collect()),
+            listeners: self.listeners.into_iter().filter_map(complete).collect(),
+        }
+    }
+}
+
+pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
+    if let Some(kind) = table.optional("type") {
+        kind.choice(&[("network", ())], &["application"]);
+    }
+    let schemes = [("internal", Scheme::Internal), ("internet-facing", Scheme::InternetFacing)];
+    let scheme = table
+        .optional("scheme")
+        .and_then(|scheme| scheme.choice(&schemes, &[]))
+        .unwrap_or(Scheme::Internal);
+    let addresses = table
+        .required("addresses", "add addresses = [\"10.0.0.100\"], what clients connect to")
+        .map(addresses)
+        .unwrap_or_default();
+    let security_groups = table.optional("security_groups").map(security_groups);
+    let listener = table.optional("listener");
+    if listener.is_none() {
+        let message = format!("{} has no listener and takes no packets", table.name());
+        table.warning(message, "add a section [[load_balancer.NAME.listener]]");
+    }
+    let listeners = listener.map(listeners).unwrap_or_default();
+    table.only_default("cross_zone", "true");
+    table.finish();
+    Draft { scheme, addresses, security_groups, listeners }
+}
+
+fn addresses<'a>(value: Value<'a>) -> Vec<(Value<'a>, IpAddr)> {
+    let help = "write a list of addresses, such as [\"10.0.0.100\", \"2001:db8::100\"]";
+    let Some(items) = value.items(help) else { return Vec::new() };
+    if items.is_empty() {
+        value.error("`addresses` is [], so no client can connect", help);
+    }
+    let read = |item: Value<'a>| {
+        if item.is_table() {
+            item.error("an address as a table is not supported yet", ADDRESS_HELP);
+            return None;
+        }
+        host_address(item).map(|address| (item, address))
+    };
+    items.into_iter().filter_map(read).collect()
+}
+
+fn security_groups<'a>(value: Value<'a>) -> Vec<(Value<'a>, &'a str)> {
+    let help = "write a list of security groups' names, such as [\"web-lb\"], or leave the key \
+                out to be open to all";
+    let Some(items) = value.items(help) else { return Vec::new() };
+    if items.is_empty() {
+        value.error("`security_groups` is [], neither open nor closed", help);
+    }
+    let mut groups: Vec<(Value<'a>, &'a str)> = Vec::new();
+    for item in items {
+        let Some(name) = item.string(help) else { continue };
+        if groups.iter().any(|(_, other)| *other == name) {
+            item.error(format!("`security_groups` has {} twice", item.quote()), "leave one out");
+        }
+        groups.push((item, name));
+    }
+    groups
+}
+
+fn listeners<'a>(value: Value<'a>) -> Vec<ListenerDraft<'a>> {
+    let help = "write a section [[load_balancer.NAME.listener]] for each listener, with two \
+                brackets";
+    let mut listeners: Vec<ListenerDraft<'a>> = Vec::new();
+    for item in value.items(help).unwrap_or_default() {
+        let Some(mut table) = item.table("this listener", help) else { continue };
+        let listener = listener(&mut table);
+        let same = |other: &ListenerDraft<'_>| {
+            other.protocol == listener.protocol && other.port == listener.port
+        };
+        if let (Some(protocol), Some(port)) = (listener.protocol, listener.port)
+            && listeners.iter().any(same)
+        {
+            let message =
+                format!("this load balancer has two listeners for {protocol} port {port}");
+            table.error(message, "leave one out, or give it another port");
+        }
+        table.finish();
+        listeners.push(listener);
+    }
+    listeners
+}
+
+fn listener<'a>(table: &mut Table<'a>) -> ListenerDraft<'a> {
+    let protocol = match table.optional("protocol") {
+        Some(value) => value.choice(
+            &[("tcp", Protocol::Tcp), ("udp", Protocol::Udp)],
+            &["tcp_udp", "tls", "http", "https"],
+        ),
+        None => Some(Protocol::Tcp),
+    };
+    let port = table.required("port", "add port = 80").and_then(|port| port.port());
+    let target_group = target_group(table);
+    table.not_supported_yet(&["certificates", "rule"]);
+    ListenerDraft { protocol, port, target_group }
+}
+
+/// `target_group = NAME`, or the one entry of `target_groups`.
+fn target_group<'a>(table: &mut Table<'a>) -> Option<(Value<'a>, &'a str)> {
+    let help = "write the name of a target group in quotes";
+    match (table.optional("target_group"), table.optional("target_groups")) {
+        (Some(value), None) => Some((value, value.string(help)?)),
+        (None, Some(value)) => only_target_group(value),
+        (Some(_), Some(value)) => {
+            let message = "this listener has both `target_group` and `target_groups`";
+            value.error(message, "leave one of them out");
+            None
+        }
+        (None, None) => {
+            let message = format!("{} has no `target_group`", table.name());
+            table.error(message, "add target_group = \"NAME\", where its packets go");
+            None
+        }
+    }
+}
+
+fn only_target_group<'a>(value: Value<'a>) -> Option<(Value<'a>, &'a str)> {
+    let help = "write [{ name = \"NAME\", weight = 1 }], or target_group = \"NAME\"";
+    let items = value.items(help)?;
+    let [item] = items.as_slice() else {
+        let message = match items.len() {
+            0 => "`target_groups` is [], so packets have nowhere to go".to_owned(),
+            count => format!("`target_groups` with {count} groups is not supported yet"),
+        };
+        value.error(message, format!("name one group: {help}"));
+        return None;
+    };
+    let mut table = item.table("this target group", help)?;
+    if let Some(weight) = table.optional("weight") {
+        weight.integer(1..=999);
+    }
+    let name = table.required("name", "add name = \"NAME\"");
+    table.finish();
+    Some((name?, name?.string("write the name of a target group in quotes")?))
+}
