@@ -104,6 +104,7 @@ fn bad_usage_is_told_on_stderr_with_exit_code_2() {
         (&["--iface", "eth0", "--role", "target"], "--role target is not supported yet"),
         (&["--iface", "eth0", "--log-level", "lb=loud"], "cannot read the log level `lb=loud`"),
         (&["--iface", "eth0", "--pin", "/sys/fs/bpf/lb"], "--pin"),
+        (&["check"], "<FILE>"),
         (&["completions", "tcsh"], "bash"),
     ] {
         let output = run(arguments);
@@ -111,6 +112,40 @@ fn bad_usage_is_told_on_stderr_with_exit_code_2() {
         assert!(stderr(&output).contains(text), "{arguments:?}: {}", stderr(&output));
         assert_eq!(stdout(&output), "", "{arguments:?}");
     }
+}
+
+/// Runs `check` on a file `lb.toml` of that content.
+fn check(content: &str) -> Output {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("lb.toml"), content).unwrap();
+    lb(&["check", "lb.toml"]).current_dir(directory.path()).output().unwrap()
+}
+
+#[test]
+fn a_right_configuration_is_summed_up() {
+    let output = check("[target_group.web]\nprotocol = \"tcp\"\nport = 80\n");
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_eq!(
+        stdout(&output),
+        "lb.toml: ok: 0 load balancers, 0 listeners, 1 target group, 0 targets\n"
+    );
+}
+
+#[test]
+fn every_mistake_of_a_configuration_is_told_with_exit_code_2() {
+    let output = check("[agent]\nxdp_mode = \"fast\"\n\n[agnet]\n");
+    assert_eq!(output.status.code(), Some(2));
+    assert_eq!(stdout(&output), "");
+    let told = stderr(&output);
+    assert!(told.starts_with("lb.toml:2:12: error: "), "{told}");
+    assert!(told.contains("\nlb.toml:4:2: error: "), "{told}");
+}
+
+#[test]
+fn a_configuration_that_is_not_there_is_told_with_exit_code_2() {
+    let output = run(&["check", "/nowhere/lb.toml"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).starts_with("/nowhere/lb.toml: "), "{}", stderr(&output));
 }
 
 #[test]

@@ -13,9 +13,6 @@ pub mod snapshot;
 
 use serde::{Deserialize, Serialize};
 
-/// Where the API listens unless told otherwise.
-pub const DEFAULT_SOCKET: &str = "/run/lb/lb.sock";
-
 /// The body of every answer that is not a success.
 #[derive(Debug, Serialize, Deserialize)]
 struct ErrorBody {

@@ -13,10 +13,10 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use super::DEFAULT_SOCKET;
 use super::client::{self, ClientError};
 use super::server::{ApiRequest, BindError, Server};
 use super::snapshot::fixture;
+use crate::config::DEFAULT_API_SOCKET;
 
 struct Agent {
     directory: TempDir,
@@ -235,7 +235,7 @@ async fn a_busy_owner_of_the_state_is_reported() {
 #[test]
 fn without_permission_the_client_says_to_become_root() {
     let error = ClientError::Connect {
-        socket: DEFAULT_SOCKET.into(),
+        socket: DEFAULT_API_SOCKET.into(),
         error: io::ErrorKind::PermissionDenied.into(),
     };
     assert_eq!(error.to_string(), "no permission to use /run/lb/lb.sock: run this as root (sudo)");

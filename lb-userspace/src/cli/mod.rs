@@ -1,5 +1,6 @@
 //! The command line: definitions, dispatch, exit codes.
 
+mod check;
 mod interfaces;
 mod logging;
 mod output;
@@ -15,8 +16,8 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 
 use crate::agent;
-use crate::api::{DEFAULT_SOCKET, client};
-use crate::config::XdpMode;
+use crate::api::client;
+use crate::config::{DEFAULT_API_SOCKET, LoadError, XdpMode};
 
 pub use interfaces::choose_interfaces;
 
@@ -24,6 +25,7 @@ const EXAMPLES: &str = "\
 Examples:
   sudo lb-userspace --iface eth0                   run the agent on eth0
   sudo lb-userspace --iface eth0 --config lb.toml  with a configuration file of your own
+  lb-userspace check lb.toml                       whether that configuration is right
   sudo lb-userspace status                         what it does right now
   sudo lb-userspace targets web                    the health of target group `web`
 
@@ -126,6 +128,18 @@ fn xdp_mode() -> impl TypedValueParser<Value = XdpMode> {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Check a configuration file; needs neither root nor an agent
+    ///
+    /// Exit code 0 if the file can be used, with warnings on stderr; else 2, with every error: file,
+    /// line, column, the value, what would be right.
+    #[command(after_help = "\
+Example:
+  lb-userspace check lb.toml && sudo cp lb.toml /etc/lb/lb.toml")]
+    Check {
+        /// The file
+        file: PathBuf,
+    },
+
     /// Show interfaces, load balancers, counters, drops by reason
     #[command(after_help = "\
 Examples:
@@ -198,24 +212,28 @@ pub fn main() -> ExitCode {
     match run(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            output::complain(&format!("error: {error:#}\n"));
+            // The findings in a file name themselves: `FILE:LINE:COLUMN: error: ...`.
+            let prefix = if error.is::<LoadError>() { "" } else { "error: " };
+            output::complain(&format!("{prefix}{error:#}\n"));
             exit_code(&error)
         }
     }
 }
 
 fn exit_code(error: &anyhow::Error) -> ExitCode {
-    if error.is::<Usage>() { ExitCode::from(2) } else { ExitCode::FAILURE }
+    let callers = error.is::<Usage>() || error.is::<LoadError>();
+    if callers { ExitCode::from(2) } else { ExitCode::FAILURE }
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
-    let socket = cli.api_socket.as_deref().unwrap_or(Path::new(DEFAULT_SOCKET));
+    let socket = cli.api_socket.as_deref().unwrap_or(Path::new(DEFAULT_API_SOCKET));
     let Some(command) = cli.command else { return run_agent(cli.run, cli.api_socket) };
     if let Some(option) = cli.run.first_given() {
         let text = format!("{option} is for the agent itself; it does not go with a command");
         Cli::command().error(ErrorKind::ArgumentConflict, text).exit();
     }
     match command {
+        Command::Check { file } => check::run(&file),
         Command::Status { json } => {
             let status = ask(client::status(socket))?;
             output::print(&if json { output::json(&status)? } else { status::render_now(&status) })
