@@ -3,6 +3,9 @@
 //! Data flows one way: [`config`] -> [`state`] -> [`reconcile`] -> [`dataplane`]; [`health`],
 //! [`netlink`] and [`api`] only send events to the owner of the state.
 
+pub mod agent;
+pub mod api;
+pub mod cli;
 pub mod config;
 pub mod health;
 pub mod netlink;

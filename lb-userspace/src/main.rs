@@ -1,3 +1,7 @@
-//! `lb-userspace`: the command.
+//! `lb-userspace`: the agent and its commands.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    lb_userspace::cli::main()
+}

@@ -1,0 +1,297 @@
+//! What the agent says about itself: one consistent picture that every reader reads.
+//!
+//! Keys and their meanings are a contract with whoever parses `--json`: keys may be added, none
+//! may change its meaning. Fixed words (protocols, states, reasons) are strings, so that a reader
+//! of another version does not fail on a word that it has not met. Counters are totals since the
+//! agent started counting; requests and replies are counted apart.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// The picture: everything a reader may ask for, taken at one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    /// What `status` prints.
+    pub status: Status,
+    /// Names of all target groups, also of those without a target.
+    pub target_groups: Vec<String>,
+    /// What `targets` prints, in the order of the configuration.
+    pub targets: Vec<Target>,
+}
+
+/// The agent, its interfaces, its load balancers and what it dropped.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The agent itself.
+    pub agent: Agent,
+    /// NICs that the program is attached to.
+    pub interfaces: Vec<Interface>,
+    /// Load balancers by name.
+    pub load_balancers: Vec<LoadBalancer>,
+    /// Dropped packets by reason; a reason that never occurred may be 0 or absent.
+    pub drops: BTreeMap<String, u64>,
+    /// What an operator should know: sentences, the gravest first.
+    pub warnings: Vec<String>,
+}
+
+/// The agent's process and its configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Agent {
+    /// Its version, as in Cargo.toml.
+    pub version: String,
+    /// Its process.
+    pub pid: u32,
+    /// When it started, in seconds since 1970-01-01 00:00 UTC.
+    pub started: u64,
+    /// The configuration file it follows; `None`: it runs without one.
+    pub configuration: Option<PathBuf>,
+    /// Number of the state that the kernel runs now; every change counts one up.
+    pub generation: u64,
+    /// Why the latest reload was refused; `None`: what the file says is what runs.
+    pub reload_error: Option<String>,
+}
+
+/// A NIC that the program is attached to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interface {
+    /// Its name, as `ip link` has it.
+    pub name: String,
+    /// Its index in the kernel.
+    pub index: u32,
+    /// How the program is attached.
+    pub mode: AttachMode,
+}
+
+/// How an XDP program is attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AttachMode {
+    /// In the driver (`xdp` in `ip link`).
+    Native,
+    /// In the network stack (`xdpgeneric` in `ip link`).
+    Generic,
+}
+
+/// A load balancer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LoadBalancer {
+    /// Its name in the configuration.
+    pub name: String,
+    /// `network`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// `internal` or `internet-facing`.
+    pub scheme: String,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Its listeners.
+    pub listeners: Vec<Listener>,
+}
+
+/// A listener; its counters are sums over the load balancer's addresses.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Listener {
+    /// `tcp` or `udp`.
+    pub protocol: String,
+    /// The port that clients connect to.
+    pub port: u16,
+    /// Name of the target group that it forwards to.
+    pub target_group: String,
+    /// Packets from clients.
+    pub packets: u64,
+    /// Bytes from clients, whole frames.
+    pub bytes: u64,
+    /// Flows that began.
+    pub new_flows: u64,
+    /// Packets back to clients; 0 where replies do not pass here.
+    pub reply_packets: u64,
+    /// Bytes back to clients, whole frames.
+    pub reply_bytes: u64,
+}
+
+/// A registered target.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Target {
+    /// Name of its target group.
+    pub target_group: String,
+    /// Its address.
+    pub address: IpAddr,
+    /// Its port.
+    pub port: u16,
+    /// The zone it stands in.
+    pub availability_zone: Option<String>,
+    /// Its share relative to the group's other targets.
+    pub weight: u16,
+    /// AWS's state: `initial`, `healthy`, `unhealthy`, `unused`, `draining`, `unhealthy.draining`.
+    pub state: String,
+    /// AWS's reason of the state, for instance `Target.Timeout`; `None` when healthy.
+    pub reason: Option<String>,
+    /// The reason as a sentence.
+    pub description: Option<String>,
+    /// The way there for humans, or why there is none.
+    pub next_hop: String,
+    /// Packets to it.
+    pub packets: u64,
+    /// Bytes to it, whole frames.
+    pub bytes: u64,
+    /// Packets from it to clients; 0 where replies do not pass here.
+    pub reply_packets: u64,
+    /// Bytes from it to clients, whole frames.
+    pub reply_bytes: u64,
+}
+
+#[cfg(test)]
+pub(crate) mod fixture {
+    use super::*;
+
+    /// A picture with something in every corner.
+    pub(crate) fn snapshot() -> Snapshot {
+        Snapshot {
+            status: Status {
+                agent: Agent {
+                    version: "0.1.0".into(),
+                    pid: 4242,
+                    started: 1_700_000_000,
+                    configuration: Some("/etc/lb/lb.toml".into()),
+                    generation: 7,
+                    reload_error: None,
+                },
+                interfaces: vec![
+                    Interface { name: "eth0".into(), index: 2, mode: AttachMode::Native },
+                    Interface { name: "eth1".into(), index: 11, mode: AttachMode::Generic },
+                ],
+                load_balancers: vec![
+                    LoadBalancer {
+                        name: "dns".into(),
+                        kind: "network".into(),
+                        scheme: "internal".into(),
+                        addresses: vec!["10.0.0.53".parse().unwrap()],
+                        listeners: vec![Listener {
+                            protocol: "udp".into(),
+                            port: 53,
+                            target_group: "resolvers".into(),
+                            packets: 0,
+                            bytes: 0,
+                            new_flows: 0,
+                            reply_packets: 0,
+                            reply_bytes: 0,
+                        }],
+                    },
+                    LoadBalancer {
+                        name: "web".into(),
+                        kind: "network".into(),
+                        scheme: "internet-facing".into(),
+                        addresses: vec![
+                            "10.0.0.100".parse().unwrap(),
+                            "2001:db8::100".parse().unwrap(),
+                        ],
+                        listeners: vec![
+                            Listener {
+                                protocol: "tcp".into(),
+                                port: 80,
+                                target_group: "web".into(),
+                                packets: 12_345_678,
+                                bytes: 1_234_567_890,
+                                new_flows: 45_678,
+                                reply_packets: 23_456_789,
+                                reply_bytes: 34_567_890_123,
+                            },
+                            Listener {
+                                protocol: "tcp".into(),
+                                port: 8443,
+                                target_group: "web".into(),
+                                packets: 10,
+                                bytes: 740,
+                                new_flows: 2,
+                                reply_packets: 8,
+                                reply_bytes: 1023,
+                            },
+                        ],
+                    },
+                ],
+                drops: BTreeMap::from([
+                    ("NoListener".into(), 3),
+                    ("SecurityGroupDenied".into(), 1500),
+                    ("TtlExceeded".into(), 0),
+                    ("Malformed".into(), 3),
+                ]),
+                warnings: vec![
+                    "eth1 has no native XDP: the program runs in generic mode, which is slow"
+                        .into(),
+                ],
+            },
+            target_groups: vec!["empty".into(), "resolvers".into(), "web".into()],
+            targets: vec![
+                target("resolvers", "2001:db8::53", 53),
+                Target {
+                    availability_zone: Some("a".into()),
+                    weight: 50,
+                    packets: 12_345_000,
+                    bytes: 1_234_567_000,
+                    reply_packets: 23_456_000,
+                    reply_bytes: 34_567_890_000,
+                    ..target("web", "10.0.2.11", 8080)
+                },
+                Target {
+                    state: "unhealthy".into(),
+                    reason: Some("Target.Timeout".into()),
+                    description: Some("Request timed out".into()),
+                    next_hop: "unresolved: 10.0.2.12 does not answer ARP on eth1".into(),
+                    ..target("web", "10.0.2.12", 8080)
+                },
+                Target {
+                    state: "initial".into(),
+                    reason: Some("Elb.InitialHealthChecking".into()),
+                    description: None,
+                    ..target("web", "10.0.2.13", 8081)
+                },
+            ],
+        }
+    }
+
+    fn target(group: &str, address: &str, port: u16) -> Target {
+        Target {
+            target_group: group.into(),
+            address: address.parse().unwrap(),
+            port,
+            availability_zone: None,
+            weight: 1,
+            state: "healthy".into(),
+            reason: None,
+            description: None,
+            next_hop: "02:00:0a:00:02:0b on eth1".into(),
+            packets: 0,
+            bytes: 0,
+            reply_packets: 0,
+            reply_bytes: 0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn status_keeps_its_json_shape() {
+        insta::assert_snapshot!(serde_json::to_string_pretty(&fixture::snapshot().status).unwrap());
+    }
+
+    #[test]
+    fn targets_keep_their_json_shape() {
+        let targets = &fixture::snapshot().targets[..3];
+        insta::assert_snapshot!(serde_json::to_string_pretty(targets).unwrap());
+    }
+
+    #[test]
+    fn a_reader_survives_keys_of_a_newer_agent() {
+        let mut json = serde_json::to_value(fixture::snapshot().status).unwrap();
+        json["load_balancers"][0]["tls_handshakes"] = 1.into();
+        json["peers"] = serde_json::json!([]);
+        let status: Status = serde_json::from_value(json).unwrap();
+        assert_eq!(status, fixture::snapshot().status);
+    }
+}

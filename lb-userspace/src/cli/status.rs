@@ -1,0 +1,143 @@
+//! `status`, for humans.
+
+use std::fmt::Write as _;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use comfy_table::{Cell, Color};
+
+use super::output::{self, Column, Style, bytes, count};
+use crate::api::snapshot::{Agent, AttachMode, LoadBalancer, Status};
+
+/// The text for this moment and this stdout.
+pub(super) fn render_now(status: &Status) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    render(status, now, Style::detect())
+}
+
+fn render(status: &Status, now: u64, style: Style) -> String {
+    let mut text = agent(&status.agent, now);
+    let mut section = |heading: &str, body: String| {
+        let _ = write!(text, "\n{heading}\n{}", output::indent(&body));
+    };
+    section("Interfaces", interfaces(status, style));
+    if status.load_balancers.is_empty() {
+        section("Load balancers", "none: all traffic passes; add one to the configuration".into());
+    }
+    for load_balancer in &status.load_balancers {
+        section(&heading(load_balancer), listeners(load_balancer, style));
+    }
+    section("Drops", drops(status, style));
+    if !status.warnings.is_empty() {
+        section("Warnings", status.warnings.join("\n"));
+    }
+    text
+}
+
+fn agent(agent: &Agent, now: u64) -> String {
+    let Agent { version, pid, generation, .. } = agent;
+    let up = humantime::format_duration(Duration::from_secs(now.saturating_sub(agent.started)));
+    let configuration = match &agent.configuration {
+        Some(path) => format!("configuration {}", path.display()),
+        None => "no configuration file".to_owned(),
+    };
+    let mut text = format!(
+        "lb-userspace {version}, pid {pid}, up {up}\n{configuration}, generation {generation}\n"
+    );
+    if let Some(error) = &agent.reload_error {
+        text.push_str("\nThe last reload was refused, what ran before goes on:\n");
+        text.push_str(&output::indent(error));
+    }
+    text
+}
+
+fn interfaces(status: &Status, style: Style) -> String {
+    if status.interfaces.is_empty() {
+        return "none".to_owned();
+    }
+    let columns = [Column::Text("NAME"), Column::Number("INDEX"), Column::Text("XDP MODE")];
+    let rows = status.interfaces.iter().map(|interface| {
+        let mode = match interface.mode {
+            AttachMode::Native => output::coloured("native", Color::Green),
+            AttachMode::Generic => output::coloured("generic", Color::Yellow),
+        };
+        vec![Cell::new(&interface.name), Cell::new(interface.index), mode]
+    });
+    output::table(style, &columns, rows.collect())
+}
+
+fn heading(load_balancer: &LoadBalancer) -> String {
+    let LoadBalancer { name, kind, scheme, addresses, .. } = load_balancer;
+    let addresses: Vec<_> = addresses.iter().map(ToString::to_string).collect();
+    format!("Load balancer {name} ({kind}, {scheme}) on {}", addresses.join(", "))
+}
+
+fn listeners(load_balancer: &LoadBalancer, style: Style) -> String {
+    let columns = [
+        Column::Text("LISTENER"),
+        Column::Text("TARGET GROUP"),
+        Column::Number("NEW FLOWS"),
+        Column::Number("PACKETS"),
+        Column::Number("BYTES"),
+        Column::Number("REPLY PACKETS"),
+        Column::Number("REPLY BYTES"),
+    ];
+    let rows = load_balancer.listeners.iter().map(|listener| {
+        vec![
+            Cell::new(format!("{} {}", listener.protocol, listener.port)),
+            Cell::new(&listener.target_group),
+            Cell::new(count(listener.new_flows)),
+            Cell::new(count(listener.packets)),
+            Cell::new(bytes(listener.bytes)),
+            Cell::new(count(listener.reply_packets)),
+            Cell::new(bytes(listener.reply_bytes)),
+        ]
+    });
+    output::table(style, &columns, rows.collect())
+}
+
+/// Reasons that occurred, the most frequent first, equal ones by name.
+fn drops(status: &Status, style: Style) -> String {
+    let mut drops: Vec<_> = status.drops.iter().filter(|&(_, &number)| number > 0).collect();
+    if drops.is_empty() {
+        return "none".to_owned();
+    }
+    drops.sort_by_key(|&(reason, &number)| (std::cmp::Reverse(number), reason));
+    let columns = [Column::Text("REASON"), Column::Number("PACKETS")];
+    let rows = drops
+        .into_iter()
+        .map(|(reason, &number)| vec![Cell::new(reason), Cell::new(count(number))]);
+    output::table(style, &columns, rows.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::snapshot::fixture;
+
+    const NOW: u64 = 1_700_000_000 + 2 * 3600 + 3 * 60;
+
+    #[test]
+    fn everything() {
+        insta::assert_snapshot!(render(&fixture::snapshot().status, NOW, Style::Plain));
+    }
+
+    #[test]
+    fn a_refused_reload_stands_at_the_top() {
+        let mut status = fixture::snapshot().status;
+        status.agent.reload_error =
+            Some("error: unknown key `prot`\n --> /etc/lb/lb.toml:3:1".into());
+        status.load_balancers.truncate(1);
+        status.warnings.clear();
+        insta::assert_snapshot!(render(&status, NOW, Style::Plain));
+    }
+
+    #[test]
+    fn an_idle_agent() {
+        let mut status = fixture::snapshot().status;
+        status.agent.configuration = None;
+        status.load_balancers.clear();
+        status.drops.clear();
+        status.warnings.clear();
+        insta::assert_snapshot!(render(&status, NOW, Style::Plain));
+    }
+}

@@ -1,0 +1,92 @@
+//! `targets`, for humans.
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+
+use comfy_table::{Cell, Color};
+
+use super::output::{self, Column, Style, bytes, count};
+use crate::api::snapshot::Target;
+
+/// What stands where there is nothing to say.
+const NOTHING: &str = "-";
+
+pub(super) fn render(targets: &[Target], style: Style) -> String {
+    if targets.is_empty() {
+        return "no targets are registered\n".to_owned();
+    }
+    let columns = [
+        Column::Text("TARGET GROUP"),
+        Column::Text("TARGET"),
+        Column::Text("ZONE"),
+        Column::Number("WEIGHT"),
+        Column::Text("STATE"),
+        Column::Number("PACKETS"),
+        Column::Number("BYTES"),
+        Column::Number("REPLY PACKETS"),
+        Column::Number("REPLY BYTES"),
+    ];
+    let rows = targets.iter().map(|target| {
+        vec![
+            Cell::new(&target.target_group),
+            Cell::new(endpoint(target)),
+            Cell::new(target.availability_zone.as_deref().unwrap_or(NOTHING)),
+            Cell::new(target.weight),
+            state(&target.state),
+            Cell::new(count(target.packets)),
+            Cell::new(bytes(target.bytes)),
+            Cell::new(count(target.reply_packets)),
+            Cell::new(bytes(target.reply_bytes)),
+        ]
+    });
+    output::table(style, &columns, rows.collect()) + &reasons(targets)
+}
+
+fn endpoint(target: &Target) -> SocketAddr {
+    SocketAddr::new(target.address, target.port)
+}
+
+/// Why targets are in the state they are in, and the way to them; empty if all are healthy.
+fn reasons(targets: &[Target]) -> String {
+    let mut text = String::new();
+    for target in targets {
+        let reason = match (&target.reason, &target.description) {
+            (Some(reason), Some(description)) => format!("{reason}: {description}"),
+            (Some(text), None) | (None, Some(text)) => text.clone(),
+            (None, None) => continue,
+        };
+        let Target { target_group, state, next_hop, .. } = target;
+        let _ = write!(
+            text,
+            "\n{target_group} {} is {state}\n  {reason}\n  next hop: {next_hop}\n",
+            endpoint(target)
+        );
+    }
+    text
+}
+
+fn state(state: &str) -> Cell {
+    let colour = match state {
+        "healthy" => Color::Green,
+        "unhealthy" | "unhealthy.draining" => Color::Red,
+        "initial" | "draining" => Color::Yellow,
+        _ => Color::Reset,
+    };
+    output::coloured(state, colour)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::snapshot::fixture;
+
+    #[test]
+    fn everything() {
+        insta::assert_snapshot!(render(&fixture::snapshot().targets, Style::Plain));
+    }
+
+    #[test]
+    fn none() {
+        assert_eq!(render(&[], Style::Plain), "no targets are registered\n");
+    }
+}
