@@ -1,0 +1,86 @@
+//! Numbers for what the kernel's tables name by index.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::{Duration, Instant};
+
+use lb_common::flow::TCP_IDLE;
+
+/// A number given back is not given out again for this long: until then a flow may be remembered
+/// that names it. An entry past the longest idle timeout is no entry.
+const QUARANTINE: Duration = Duration::from_nanos(TCP_IDLE + TCP_IDLE / 10);
+
+/// Gives each key a number that stays while the key is in use.
+#[derive(Debug)]
+pub struct Registry<K> {
+    numbers: BTreeMap<K, u32>,
+    returned: VecDeque<(Instant, u32)>,
+    next: u32,
+    end: u32,
+}
+
+impl<K: Ord + Clone> Registry<K> {
+    /// Numbers from 1 to `end` - 1.
+    pub fn new(end: u32) -> Self {
+        Self { numbers: BTreeMap::new(), returned: VecDeque::new(), next: 1, end }
+    }
+
+    /// The key's number, a new one if it has none; `None` if all are taken.
+    pub fn number(&mut self, key: &K, now: Instant) -> Option<u32> {
+        if let Some(number) = self.numbers.get(key) {
+            return Some(*number);
+        }
+        let number = self.free(now)?;
+        self.numbers.insert(key.clone(), number);
+        Some(number)
+    }
+
+    /// The key's number, if it has one.
+    pub fn get(&self, key: &K) -> Option<u32> {
+        self.numbers.get(key).copied()
+    }
+
+    /// Takes back the numbers of all other keys.
+    pub fn retain(&mut self, in_use: &BTreeSet<K>, now: Instant) {
+        self.numbers.retain(|key, number| {
+            let stays = in_use.contains(key);
+            if !stays {
+                self.returned.push_back((now, *number));
+            }
+            stays
+        });
+    }
+
+    fn free(&mut self, now: Instant) -> Option<u32> {
+        if let Some((returned, number)) = self.returned.front().copied()
+            && now.duration_since(returned) >= QUARANTINE
+        {
+            self.returned.pop_front();
+            return Some(number);
+        }
+        if self.next == self.end {
+            return None;
+        }
+        self.next += 1;
+        Some(self.next - 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_rests_before_it_is_given_out_again() {
+        let start = Instant::now();
+        let mut registry = Registry::new(3);
+        assert_eq!(registry.number(&"a", start), Some(1));
+        assert_eq!(registry.number(&"b", start), Some(2));
+        assert_eq!(registry.number(&"a", start), Some(1));
+        assert_eq!(registry.number(&"c", start), None);
+        registry.retain(&BTreeSet::from(["b"]), start);
+        assert_eq!(registry.number(&"c", start + QUARANTINE / 2), None);
+        assert_eq!(registry.number(&"c", start + QUARANTINE), Some(1));
+        assert_eq!(registry.get(&"b"), Some(2));
+        assert_eq!(registry.get(&"a"), None);
+    }
+}

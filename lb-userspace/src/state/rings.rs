@@ -1,0 +1,204 @@
+//! The life of a ring: what a change of its targets does to each slot, and what time does. Pure.
+//!
+//! See docs/connections.md for the whole story and the drawing.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use lb_common::flow::{TCP_IDLE, UDP_IDLE};
+use lb_common::maglev::{self, Candidate};
+use lb_common::tables::{Slot, SlotState};
+
+/// How long a changed slot learns which flows it has: until every flow that is silent longer than
+/// this is over anyway.
+const LEARNING: Duration = Duration::from_nanos(TCP_IDLE);
+/// The same for UDP.
+const LEARNING_UDP: Duration = Duration::from_nanos(UDP_IDLE);
+
+/// A ring, and since when its slots learn.
+#[derive(Debug, Clone)]
+pub struct Ring {
+    candidates: Vec<Candidate>,
+    slots: Arc<[Slot]>,
+    /// When each learning slot began to, as time since `epoch`.
+    since: Vec<Duration>,
+    epoch: Instant,
+}
+
+impl Ring {
+    /// A first ring: nothing went anywhere before, so the hash alone decides.
+    pub fn new(candidates: Vec<Candidate>, size: u32, now: Instant) -> Self {
+        let slots: Arc<[Slot]> =
+            maglev::ring(&candidates, size).into_iter().map(Slot::settled).collect();
+        let since = vec![Duration::ZERO; slots.len()];
+        Self { candidates, slots, since, epoch: now }
+    }
+
+    /// The slots.
+    pub fn slots(&self) -> &Arc<[Slot]> {
+        &self.slots
+    }
+
+    /// Whether a target is named by any slot's present or past.
+    pub fn names(&self, target: u32) -> bool {
+        self.slots.iter().any(|slot| slot.current == target || slot.previous() == target)
+    }
+
+    /// Gives the slots to other candidates. Slots that keep their target are not touched.
+    pub fn change(&mut self, candidates: Vec<Candidate>, now: Instant) {
+        if candidates == self.candidates {
+            return;
+        }
+        let targets = maglev::ring(&candidates, self.slots.len() as u32);
+        let now = now.duration_since(self.epoch);
+        let changed = self.slots.iter().zip(&targets).zip(&mut self.since).map(|((slot, next), since)| {
+            let (slot, starts) = turn(*slot, *next);
+            if starts {
+                *since = now;
+            }
+            slot
+        });
+        self.slots = changed.collect();
+        self.candidates = candidates;
+    }
+
+    /// Lets time pass; whether a slot changed.
+    pub fn tick(&mut self, now: Instant) -> bool {
+        let now = now.duration_since(self.epoch);
+        let aged: Vec<Slot> = self
+            .slots
+            .iter()
+            .zip(&self.since)
+            .map(|(slot, since)| age(*slot, now.saturating_sub(*since)))
+            .collect();
+        let changed = aged != *self.slots;
+        if changed {
+            self.slots = aged.into();
+        }
+        changed
+    }
+
+    /// Slots on which every flow that matters is remembered.
+    pub fn pinned(&self) -> BTreeSet<u32> {
+        let pinned = |(_, slot): &(u32, &Slot)| slot.state() == SlotState::Pinned;
+        (0..).zip(self.slots.iter()).filter(pinned).map(|(index, _)| index).collect()
+    }
+
+    /// Settles slots: no flow is left on them that the hash would send elsewhere.
+    pub fn settle(&mut self, settled: &BTreeSet<u32>) {
+        let slots = (0..).zip(self.slots.iter()).map(|(index, slot)| {
+            let settles = settled.contains(&index) && slot.state() == SlotState::Pinned;
+            if settles { Slot::settled(slot.current) } else { *slot }
+        });
+        self.slots = slots.collect();
+    }
+}
+
+/// What a new target makes of a slot, and whether its learning begins.
+fn turn(slot: Slot, next: u32) -> (Slot, bool) {
+    if slot.current == next {
+        return (slot, false);
+    }
+    match slot.state() {
+        // Everybody unknown is on `current`: whoever is not new stays there.
+        SlotState::Settled | SlotState::Pinned => {
+            (Slot::new(next, slot.current, SlotState::Learning), true)
+        }
+        // Whoever is unknown and not new is still on `previous`, and is being learned.
+        _ if next == slot.previous() => (Slot::new(next, next, SlotState::Pinned), false),
+        state => (Slot::new(next, slot.previous(), state), false),
+    }
+}
+
+/// What time makes of a slot that learns since `age`.
+fn age(slot: Slot, age: Duration) -> Slot {
+    match slot.state() {
+        SlotState::Learning | SlotState::LearningTcp if age >= LEARNING => {
+            Slot::new(slot.current, slot.previous(), SlotState::Pinned)
+        }
+        SlotState::Learning if age >= LEARNING_UDP => {
+            Slot::new(slot.current, slot.previous(), SlotState::LearningTcp)
+        }
+        _ => slot,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn candidates(targets: &[u32]) -> Vec<Candidate> {
+        targets
+            .iter()
+            .map(|n| Candidate { target: *n, identity: u64::from(*n) * 7919, weight: 1 })
+            .collect()
+    }
+
+    fn states(ring: &Ring) -> BTreeSet<&'static str> {
+        let name = |slot: &Slot| match slot.state() {
+            SlotState::Settled => "settled",
+            SlotState::Learning => "learning",
+            SlotState::LearningTcp => "learning TCP",
+            SlotState::Pinned => "pinned",
+        };
+        ring.slots.iter().map(name).collect()
+    }
+
+    #[test]
+    fn only_slots_that_change_their_target_learn() {
+        let now = Instant::now();
+        let mut ring = Ring::new(candidates(&[1, 2]), 251, now);
+        let before = ring.slots.clone();
+        ring.change(candidates(&[1, 2, 3]), now + SECOND);
+        let mut moved = 0;
+        for (old, new) in before.iter().zip(ring.slots.iter()) {
+            if old.current == new.current {
+                assert_eq!(old, new);
+            } else {
+                moved += 1;
+                assert_eq!(*new, Slot::new(new.current, old.current, SlotState::Learning));
+            }
+        }
+        assert!((251 / 3..251 / 2).contains(&moved), "{moved} of 251");
+    }
+
+    #[test]
+    fn a_slot_learns_then_is_pinned_then_settles() {
+        let start = Instant::now();
+        let mut ring = Ring::new(candidates(&[1]), 251, start);
+        ring.change(candidates(&[2]), start + 100 * SECOND);
+        assert!(!ring.tick(start + 219 * SECOND));
+        assert!(ring.tick(start + 220 * SECOND));
+        assert_eq!(states(&ring), BTreeSet::from(["learning TCP"]));
+        assert!(!ring.tick(start + 449 * SECOND));
+        assert!(ring.tick(start + 450 * SECOND));
+        assert_eq!(states(&ring), BTreeSet::from(["pinned"]));
+        let pinned = ring.pinned();
+        assert_eq!(pinned.len(), 251);
+        ring.settle(&pinned);
+        assert_eq!(*ring.slots, *vec![Slot::settled(2); 251]);
+    }
+
+    #[test]
+    fn a_further_change_does_not_restart_the_clock() {
+        let start = Instant::now();
+        let mut ring = Ring::new(candidates(&[1]), 251, start);
+        ring.change(candidates(&[2]), start);
+        ring.change(candidates(&[3]), start + 300 * SECOND);
+        assert_eq!(ring.slots[0], Slot::new(3, 1, SlotState::Learning));
+        ring.tick(start + 350 * SECOND);
+        assert_eq!(states(&ring), BTreeSet::from(["pinned"]));
+    }
+
+    #[test]
+    fn the_previous_target_back_pins_at_once() {
+        let start = Instant::now();
+        let mut ring = Ring::new(candidates(&[1]), 251, start);
+        ring.change(candidates(&[2]), start);
+        ring.change(candidates(&[1]), start + SECOND);
+        assert_eq!(*ring.slots, *vec![Slot::new(1, 1, SlotState::Pinned); 251]);
+    }
+}
