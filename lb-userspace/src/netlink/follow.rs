@@ -37,6 +37,8 @@ const RECEIVE_BUFFER: i32 = 4 << 20;
 const COALESCE: Duration = Duration::from_millis(20);
 /// However fast notifications come, reading takes at most one part in so many of the time.
 const READING_SHARE: u32 = 5;
+/// A change is never kept back longer than this.
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 /// The kernel answers at once; this guards against an answer that was lost.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often due attempts and failed reads are looked for.
@@ -156,13 +158,15 @@ impl Follower {
                     }
                 }
                 _ = tick.tick() => self.picture.probe().await,
+                () = self.events.closed() => return,
             }
         }
     }
 
     /// Lets the rest of a flock arrive; longer when reading takes long.
     async fn gather(&mut self) {
-        sleep(COALESCE.max(self.picture.last_read_took * READING_SHARE)).await;
+        let pause = self.picture.last_read_took * READING_SHARE;
+        sleep(pause.clamp(COALESCE, LONGEST_PAUSE)).await;
         while let Ok((message, _)) = self.notifications.try_recv() {
             self.picture.note(&message.payload);
         }

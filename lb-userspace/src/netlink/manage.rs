@@ -18,9 +18,9 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use super::addresses::{self, Addresses};
 use super::announce::Announcer;
-use super::io_error;
-use super::network::{Interface, LinkLayer, LocalAddress, Network};
+use super::network::{Interface, LinkLayer, LocalAddress};
 use super::note::Note;
+use super::{io_error, links};
 
 /// An address that could not be added or removed.
 #[derive(Debug)]
@@ -98,28 +98,32 @@ impl AddressManager {
     /// Adds the wanted addresses that the machine lacks and removes those of ours that are not
     /// wanted any more. An address goes to that one of the `attached` interfaces (interface
     /// indices), or of their VLAN devices, whose subnet holds it, and is announced there; else to
-    /// the loopback device. Call it again when `network` changed: what somebody removed is added
-    /// anew.
+    /// the loopback device. Call it again when the [`Network`](super::Network) changed: what somebody
+    /// removed is added anew.
     ///
     /// Returns the addresses that failed; the others are as wanted.
     ///
     /// # Errors
-    /// When the present addresses cannot be read or the notes cannot be written; nothing was
-    /// added then.
+    /// When links and addresses cannot be read or the notes cannot be written; nothing was added
+    /// then.
     pub async fn reconcile(
         &mut self,
         wanted: &BTreeSet<IpAddr>,
         attached: &[u32],
-        network: &Network,
     ) -> io::Result<Vec<AddressError>> {
+        // Of this moment, not of the last snapshot: an interface missing from an old picture would
+        // cost us the ownership of what is on it.
+        let interfaces = links::read(&self.handle).await?;
         let present = addresses::read(&self.handle).await?;
         let mut errors = Vec::new();
 
-        let plan = plan(&self.owned, wanted, attached, &present, &network.interfaces);
+        let mut plan = plan(&self.owned, wanted, attached, &present, &interfaces);
         self.owned.retain(|address, _| !plan.forget.contains(address));
         for address in &plan.remove {
             self.remove(*address, &mut errors).await;
         }
+        // One that could not be removed where it was does not move.
+        plan.add.retain(|(address, _)| !self.owned.contains_key(address));
         for (address, interface) in &plan.add {
             let place = Place { ifindex: interface.index, interface: interface.name.clone() };
             self.owned.insert(*address, place);
