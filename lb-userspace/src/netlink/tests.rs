@@ -309,6 +309,26 @@ fn a_silent_neighbour_is_named_and_found_once_it_speaks() {
 }
 
 #[test]
+fn verification_finds_a_neighbour_that_moved_in_silence() {
+    on_segment(async |_neighbour| {
+        let settings = Path::new("/proc/sys/net/ipv4/neigh/eth0");
+        fs::write(settings.join("delay_first_probe_time"), "1").unwrap();
+        fs::write(settings.join("retrans_time_ms"), "100").unwrap();
+        let mut observer = Observer::start();
+        observer.netlink.want(set(&["10.0.0.2"]));
+        let ifindex = observer.resolved_to("10.0.0.2", PEER).await.ifindex;
+        ip("neighbour replace 10.0.0.2 lladdr 02:00:00:00:00:ff nud stale dev eth0");
+        observer.resolved_to("10.0.0.2", [2, 0, 0, 0, 0, 0xff]).await;
+
+        let (connection, handle, _) = rtnetlink::new_connection().unwrap();
+        tokio::spawn(connection);
+        let address = "10.0.0.2".parse().unwrap();
+        next_hops::poke(&handle, next_hops::NeighbourKey { ifindex, address }).await.unwrap();
+        observer.resolved_to("10.0.0.2", PEER).await;
+    });
+}
+
+#[test]
 fn an_unwanted_destination_is_resolved_on_request() {
     on_segment(async |_neighbour| {
         let mut observer = Observer::start();
