@@ -21,7 +21,7 @@ use self::client::Request;
 use self::namespace::{BALANCER, CLIENT, FORBIDDEN, Network, TARGETS};
 use self::report::{heading, quote, shown, transcript};
 use self::server::Server;
-use crate::process::{as_root, capture, is_root, pause, run as run_command};
+use crate::process::{as_root, capture, interrupted, is_root, pause, run as run_command};
 use crate::{agent, setup};
 
 /// Requests of a step that looks at shares.
@@ -77,12 +77,14 @@ fn show(binary: &Path) -> Result<()> {
     let folder = Folder::new()?;
     let mut demo = Demo::start(binary, folder)?;
     let shown = demo.steps();
-    if shown.is_err() {
+    if shown.is_ok() {
+        return demo.take_down();
+    }
+    if !interrupted() {
         println!("\nThe agent's log:");
         quote(&demo.balancer.log());
-        return shown;
     }
-    demo.take_down()
+    shown
 }
 
 impl Demo {
