@@ -1,2 +1,75 @@
-//! Tasks of the project.
-fn main() {}
+//! The tasks of the project: `cargo xtask setup | build | demo | test | bench | fuzz | deny`.
+
+mod agent;
+mod bench;
+mod checks;
+mod demo;
+mod fuzz;
+mod process;
+mod setup;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Tasks of lb", version)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what is missing on this machine: system packages, Rust components, bpf-linker
+    Setup,
+    /// Build lb-userspace, optimised, with the eBPF programs inside
+    Build,
+    /// Show the load balancer at work between network namespaces, then take everything down
+    Demo {
+        /// Run this lb-userspace instead of installing what is missing and building one
+        #[arg(long, value_name = "PATH")]
+        agent: Option<PathBuf>,
+    },
+    /// Install what is missing, then run every check and test
+    Test,
+    /// Measure; `bench packet` is the cost of a packet
+    Bench {
+        /// What to measure, and its options
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        args: Vec<String>,
+    },
+    /// Fuzz the packet pipeline, beginning with the kept corpus
+    Fuzz {
+        /// How long to look for inputs
+        #[arg(long, default_value_t = fuzz::SMOKE_SECONDS)]
+        seconds: u64,
+    },
+    /// Check licences, advisories and sources of all dependencies (needs cargo-deny)
+    Deny,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = process::catch_interrupts().and_then(|()| match cli.task {
+        Task::Setup => setup::run(),
+        Task::Build => setup::run().and_then(|()| agent::build()).map(|_| ()),
+        Task::Demo { agent } => demo::run(agent),
+        Task::Test => checks::run(),
+        Task::Bench { args } => setup::run().and_then(|()| bench::run_bench(&args)),
+        Task::Fuzz { seconds } => setup::run().and_then(|()| fuzz::run(seconds)),
+        Task::Deny => checks::deny(),
+    });
+    match result {
+        _ if process::interrupted() => {
+            eprintln!("interrupted");
+            ExitCode::from(130)
+        }
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
