@@ -7,5 +7,8 @@ pub mod agent;
 pub mod api;
 pub mod cli;
 pub mod config;
+pub mod dataplane;
 pub mod health;
 pub mod netlink;
+pub mod reconcile;
+pub mod state;

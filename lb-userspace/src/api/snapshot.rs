@@ -102,13 +102,13 @@ pub struct Listener {
     pub target_group: String,
     /// Packets from clients.
     pub packets: u64,
-    /// Bytes from clients, whole frames.
+    /// Bytes from clients, IP header and payload.
     pub bytes: u64,
     /// Flows that began.
     pub new_flows: u64,
     /// Packets back to clients; 0 where replies do not pass here.
     pub reply_packets: u64,
-    /// Bytes back to clients, whole frames.
+    /// Bytes back to clients, IP header and payload.
     pub reply_bytes: u64,
 }
 
@@ -135,11 +135,11 @@ pub struct Target {
     pub next_hop: String,
     /// Packets to it.
     pub packets: u64,
-    /// Bytes to it, whole frames.
+    /// Bytes to it, IP header and payload.
     pub bytes: u64,
     /// Packets from it to clients; 0 where replies do not pass here.
     pub reply_packets: u64,
-    /// Bytes from it to clients, whole frames.
+    /// Bytes from it to clients, IP header and payload.
     pub reply_bytes: u64,
 }
 

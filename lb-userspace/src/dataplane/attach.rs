@@ -69,7 +69,10 @@ fn link_generic(program: &mut Xdp, nic: &Interface) -> anyhow::Result<FdLink> {
 
 fn link(program: &mut Xdp, nic: &Interface, mode: AyaMode) -> Result<FdLink, ProgramError> {
     let id = program.attach_to_if_index(nic.index, mode)?;
-    program.take_link(id)?.try_into().map_err(ProgramError::from)
+    // Only kernels before 5.9 attach without a link that ends with its owner.
+    program.take_link(id)?.try_into().map_err(|_| {
+        ProgramError::IOError(std::io::Error::from(std::io::ErrorKind::Unsupported))
+    })
 }
 
 /// Whether the driver cannot run XDP as the NIC is now; the reasons differ by driver.

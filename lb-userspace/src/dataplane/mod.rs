@@ -24,6 +24,7 @@ use lb_common::verdict::DropReason;
 
 use crate::config::XdpMode;
 use crate::reconcile::{Plan, Prefix, Step};
+use crate::state::Counters;
 
 pub use attach::{Attachment, check_privileges};
 pub use mapped::MappedArray;
@@ -66,7 +67,8 @@ pub struct Dataplane {
     admission: LpmTrie<MapData, Raw<AdmissionKey>, u32>,
     interfaces: HashMap<MapData, u32, Raw<Interface>>,
     devices: DevMapHash<MapData>,
-    flows: Owned<FlowKey, Flow>,
+    /// The flow table's id.
+    flows: u32,
     listener_traffic: PerCpuArray<MapData, Raw<Traffic>>,
     target_traffic: PerCpuArray<MapData, Raw<Traffic>>,
     drops: PerCpuArray<MapData, u64>,
@@ -105,7 +107,10 @@ impl Dataplane {
             admission: take(&mut ebpf, "ADMISSION")?.try_into()?,
             interfaces: take(&mut ebpf, "INTERFACES")?.try_into()?,
             devices: take(&mut ebpf, "DEVICES")?.try_into()?,
-            flows: take(&mut ebpf, "FLOWS")?.try_into()?,
+            flows: match ebpf.map("FLOWS") {
+                Some(Map::LruHashMap(data)) => data.info()?.id(),
+                other => anyhow::bail!("FLOWS is no flow table but {other:?}"),
+            },
             listener_traffic: take(&mut ebpf, "LISTENER_TRAFFIC")?.try_into()?,
             target_traffic: take(&mut ebpf, "TARGET_TRAFFIC")?.try_into()?,
             drops: take(&mut ebpf, "DROPS")?.try_into()?,
@@ -240,42 +245,12 @@ impl Dataplane {
         self.generation.store(0, &next);
     }
 
-    /// What is remembered of flows, now.
-    pub fn flows(&self) -> impl Iterator<Item = (FlowKey, Flow)> {
-        self.flows.iter().filter_map(Result::ok).map(|(key, flow)| (key.0, flow.0))
-    }
-
-    /// Forgets a flow.
-    pub fn forget(&mut self, key: &FlowKey) {
-        // Gone already is as good.
-        let _ = self.flows.remove(&Raw(*key));
-    }
-
-    /// Counters of a listener, of all CPUs together.
+    /// The flow table, for a walk in another thread.
     ///
     /// # Errors
-    /// An index beyond the table.
-    pub fn listener_traffic(&self, index: u32) -> anyhow::Result<Traffic> {
-        Ok(sum(&self.listener_traffic.get(&index, 0)?))
-    }
-
-    /// Counters of a target, of all CPUs together.
-    ///
-    /// # Errors
-    /// An index beyond the table.
-    pub fn target_traffic(&self, index: u32) -> anyhow::Result<Traffic> {
-        Ok(sum(&self.target_traffic.get(&index, 0)?))
-    }
-
-    /// Packets that died, by reason.
-    ///
-    /// # Errors
-    /// A lookup that the kernel refuses.
-    pub fn drops(&self) -> anyhow::Result<BTreeMap<DropReason, u64>> {
-        DropReason::ALL
-            .into_iter()
-            .map(|reason| Ok((reason, self.drops.get(&(reason as u32), 0)?.iter().sum())))
-            .collect()
+    /// What the kernel says.
+    pub fn flow_table(&self) -> anyhow::Result<FlowTable> {
+        Ok(FlowTable(Map::LruHashMap(MapData::from_id(self.flows)?).try_into()?))
     }
 
     fn zero(&mut self, index: u32, counter: Counter) -> anyhow::Result<()> {
@@ -286,6 +261,39 @@ impl Dataplane {
             Counter::Target => self.target_traffic.set(index, values, 0)?,
         }
         Ok(())
+    }
+}
+
+impl Counters for Dataplane {
+    fn listener(&self, number: u32) -> anyhow::Result<Traffic> {
+        Ok(sum(&self.listener_traffic.get(&number, 0)?))
+    }
+
+    fn target(&self, number: u32) -> anyhow::Result<Traffic> {
+        Ok(sum(&self.target_traffic.get(&number, 0)?))
+    }
+
+    fn drops(&self) -> anyhow::Result<BTreeMap<DropReason, u64>> {
+        DropReason::ALL
+            .into_iter()
+            .map(|reason| Ok((reason, self.drops.get(&(reason as u32), 0)?.iter().sum())))
+            .collect()
+    }
+}
+
+/// Remembered flows.
+pub struct FlowTable(Owned<FlowKey, Flow>);
+
+impl FlowTable {
+    /// Every flow once, as far as the table stands still meanwhile.
+    pub fn iter(&self) -> impl Iterator<Item = (FlowKey, Flow)> {
+        self.0.iter().filter_map(Result::ok).map(|(key, flow)| (key.0, flow.0))
+    }
+
+    /// Forgets a flow.
+    pub fn forget(&mut self, key: &FlowKey) {
+        // Gone already is as good.
+        let _ = self.0.remove(&Raw(*key));
     }
 }
 

@@ -1,0 +1,188 @@
+//! Starting: everything that can be refused is refused before a packet meets the program.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context as _;
+use lb_common::flow::HashKeys;
+use tokio::signal::unix::SignalKind;
+use tokio::sync::mpsc;
+use tracing::{Level, info, warn};
+
+use crate::api::server::Server;
+use crate::cli::{AgentOptions, Usage, choose_interfaces};
+use crate::config::Config;
+use crate::dataplane::{Dataplane, LoadOptions, check_privileges};
+use crate::health::Checker;
+use crate::netlink::{
+    AddressManager, DEFAULT_STATE_DIRECTORY, Interface, LinkLayer, Netlink, NetworkEvent,
+    VlanOffload, VlanStripping, read_interfaces,
+};
+use crate::reconcile::Desired;
+use crate::state::State;
+
+use super::reload::{Source, Watch};
+use super::{Agent, Events, kernel_log, on};
+
+/// Events that may wait for the owner.
+const WAITING: usize = 4096;
+
+impl Agent {
+    /// Reads the configuration, loads and attaches the program, starts all observers.
+    pub(super) async fn start(options: AgentOptions) -> anyhow::Result<(Self, Events)> {
+        let (source, config) = Source::open(options.config)?;
+        let names = choose_interfaces(&options.interfaces, &config.agent.interfaces)?;
+        check_privileges()?;
+        let nics = find(&names).await?;
+        let socket = options.api_socket.unwrap_or_else(|| config.agent.api_socket.clone());
+        let server = Server::bind(&socket).await?;
+
+        let ring_size = config.agent.maglev_table_size;
+        let hash_seed = config.agent.hash_seed.unwrap_or_else(rand::random);
+        let mut dataplane = Dataplane::load(&LoadOptions {
+            hash_seed,
+            ring_size,
+            flow_table_size: config.agent.flow_table_size,
+            log: tracing::enabled!(target: "lb_ebpf", Level::DEBUG),
+        })?;
+        kernel_log::follow_messages(&mut dataplane)?;
+        let vlan_offload = attach(&mut dataplane, &nics, &options.xdp_mode.unwrap_or(config.agent.xdp_mode))?;
+
+        let (network_events, mut network) = mpsc::channel(WAITING);
+        let netlink = Netlink::start(network_events.clone()).context("observe the network")?;
+        let (health_events, health) = mpsc::channel(WAITING);
+        let (api_requests, api) = mpsc::channel(WAITING);
+        let (unresolved_events, unresolved) = mpsc::channel(WAITING);
+        if let Some(reports) = dataplane.take_unresolved() {
+            kernel_log::follow_unresolved(reports, unresolved_events)?;
+        }
+
+        let mut state = State::new(ring_size);
+        state.set_attached(nics.iter().map(|nic| nic.index).collect());
+        let state_directory = Path::new(DEFAULT_STATE_DIRECTORY);
+        let mut agent = Self {
+            state,
+            dataplane,
+            current: Arc::new(Desired::default()),
+            generation: 0,
+            keys: HashKeys::from_seed(hash_seed),
+            ring_size,
+            source,
+            reload_error: None,
+            warnings: Vec::new(),
+            network_problems: Vec::new(),
+            checker: Checker::new(health_events),
+            netlink,
+            network_events,
+            addresses: AddressManager::new(state_directory).context("manage addresses")?,
+            vlan_offload,
+            api: tokio::spawn(async move {
+                server.serve(api_requests).await;
+            }),
+            walk: None,
+            last_walk: Instant::now(),
+            started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
+            is_ready: false,
+        };
+        let events = Events {
+            health,
+            api,
+            unresolved,
+            file: Watch::new(agent.source.path()),
+            hangup: on(SignalKind::hangup())?,
+            terminate: on(SignalKind::terminate())?,
+            interrupt: on(SignalKind::interrupt())?,
+            network: {
+                // The first picture comes before the first address is added.
+                while let Some(event) = network.recv().await {
+                    if let NetworkEvent::Snapshot(snapshot) = event {
+                        agent.state.set_network(snapshot);
+                        break;
+                    }
+                }
+                network
+            },
+        };
+        welcome(&agent.source, &config);
+        agent.set_config(config).await;
+        Ok((agent, events))
+    }
+}
+
+/// The machine's NICs of these names.
+async fn find(names: &[String]) -> anyhow::Result<Vec<Interface>> {
+    let interfaces = read_interfaces().await.context("list the interfaces")?;
+    let mut found: Vec<Interface> = Vec::new();
+    for name in names {
+        let Some(nic) = interfaces.values().find(|nic| nic.name == *name) else {
+            let others: BTreeSet<_> = interfaces.values().map(|nic| nic.name.as_str()).collect();
+            let others: Vec<_> = others.into_iter().collect();
+            return Err(Usage(format!(
+                "there is no interface {name} on this machine; there are: {}",
+                others.join(", ")
+            ))
+            .into());
+        };
+        if nic.layer != LinkLayer::Ethernet {
+            return Err(Usage(format!(
+                "{name} carries no Ethernet frames; lb attaches to Ethernet interfaces"
+            ))
+            .into());
+        }
+        if found.iter().any(|other| other.index == nic.index) {
+            continue;
+        }
+        if !nic.up {
+            warn!(interface = %name, "the interface is down or has no carrier");
+        }
+        found.push(nic.clone());
+    }
+    Ok(found)
+}
+
+/// Attaches to every NIC, or to none.
+fn attach(
+    dataplane: &mut Dataplane,
+    nics: &[Interface],
+    mode: &crate::config::XdpMode,
+) -> anyhow::Result<VlanOffload> {
+    let mut vlan_offload =
+        VlanOffload::new(Path::new(DEFAULT_STATE_DIRECTORY)).context("note the NICs' settings")?;
+    for nic in nics {
+        let attachment = dataplane.attach(nic, *mode)?;
+        let how = if attachment.is_native { "native" } else { "generic" };
+        info!(interface = %nic.name, mode = how, "attached");
+    }
+    let indices: Vec<u32> = nics.iter().map(|nic| nic.index).collect();
+    if let Err(error) = vlan_offload.restore_all_but(&indices) {
+        warn!("a former run's NICs keep rxvlan off: {error}");
+    }
+    for nic in nics {
+        match vlan_offload.turn_off(nic) {
+            Ok(VlanStripping::Refused) => warn!(
+                interface = %nic.name,
+                "the NIC strips VLAN tags and does not let that be turned off: tagged frames look untagged"
+            ),
+            Ok(_) => {}
+            Err(error) => warn!(interface = %nic.name, "rxvlan not known: {error}"),
+        }
+    }
+    Ok(vlan_offload)
+}
+
+/// Tells a newcomer what to do next.
+fn welcome(source: &Source, config: &Config) {
+    let path = source.path().display();
+    if !source.is_there() {
+        info!(
+            "there is no configuration file {path}: all traffic passes untouched. To add a load \
+             balancer, write one, for example:\n\n{}\nIt is taken over as soon as it is saved \
+             (`lb-userspace check {path}` says whether it is right).",
+            include_str!("example.toml")
+        );
+    } else if config.load_balancers.is_empty() {
+        info!("{path} has no load balancer: all traffic passes untouched");
+    }
+}

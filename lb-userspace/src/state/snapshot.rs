@@ -1,0 +1,156 @@
+//! The state as readers are shown it.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use lb_common::tables::Traffic;
+use lb_common::verdict::DropReason;
+
+use crate::api::snapshot::{self, Agent, Interface, LoadBalancer, Snapshot, Status};
+use crate::config::{self, Scheme};
+use crate::health::Health;
+
+use super::{ListenerKey, State, TargetKey};
+
+/// The kernel's counters.
+pub trait Counters {
+    /// Of a listener, by number.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    fn listener(&self, number: u32) -> anyhow::Result<Traffic>;
+    /// Of a target, by number.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    fn target(&self, number: u32) -> anyhow::Result<Traffic>;
+    /// Packets that died.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    fn drops(&self) -> anyhow::Result<BTreeMap<DropReason, u64>>;
+}
+
+/// What the agent adds to the picture.
+#[derive(Debug, Clone)]
+pub struct About {
+    /// The agent.
+    pub agent: Agent,
+    /// What it is attached to.
+    pub interfaces: Vec<Interface>,
+    /// What an operator should know, beside what the state has to say.
+    pub warnings: Vec<String>,
+}
+
+impl State {
+    /// Everything a reader may ask for.
+    ///
+    /// # Errors
+    /// Counters that cannot be read.
+    pub fn snapshot(&self, about: About, counters: &dyn Counters) -> anyhow::Result<Snapshot> {
+        let About { agent, interfaces, mut warnings } = about;
+        warnings.extend(self.warnings.iter().cloned());
+        let balancers = self.config.load_balancers.iter();
+        let load_balancers = balancers
+            .map(|(name, balancer)| self.load_balancer(name, balancer, counters))
+            .collect::<anyhow::Result<_>>()?;
+        let drops = counters.drops()?;
+        let drops = drops.into_iter().map(|(reason, count)| (reason.name().into(), count)).collect();
+        Ok(Snapshot {
+            status: Status { agent, interfaces, load_balancers, drops, warnings },
+            target_groups: self.config.target_groups.keys().cloned().collect(),
+            targets: self
+                .all_targets()
+                .map(|(key, target)| self.target(&key, target, counters))
+                .collect::<anyhow::Result<_>>()?,
+        })
+    }
+
+    fn load_balancer(
+        &self,
+        name: &str,
+        balancer: &config::LoadBalancer,
+        counters: &dyn Counters,
+    ) -> anyhow::Result<LoadBalancer> {
+        let listeners = balancer.listeners.iter();
+        Ok(LoadBalancer {
+            name: name.into(),
+            kind: "network".into(),
+            scheme: match balancer.scheme {
+                Scheme::Internal => "internal".into(),
+                Scheme::InternetFacing => "internet-facing".into(),
+            },
+            addresses: balancer.addresses.clone(),
+            listeners: listeners
+                .map(|listener| self.listener(listener, &balancer.addresses, counters))
+                .collect::<anyhow::Result<_>>()?,
+        })
+    }
+
+    fn listener(
+        &self,
+        listener: &config::Listener,
+        addresses: &[IpAddr],
+        counters: &dyn Counters,
+    ) -> anyhow::Result<snapshot::Listener> {
+        let mut sum = Traffic::default();
+        for address in addresses {
+            let config::Listener { protocol, port, .. } = *listener;
+            let key = ListenerKey { address: *address, protocol, port };
+            if let Some(number) = self.listeners.get(&key) {
+                let traffic = counters.listener(number)?;
+                sum.packets += traffic.packets;
+                sum.bytes += traffic.bytes;
+                sum.reply_packets += traffic.reply_packets;
+                sum.reply_bytes += traffic.reply_bytes;
+                sum.new_flows += traffic.new_flows;
+            }
+        }
+        Ok(snapshot::Listener {
+            protocol: listener.protocol.to_string(),
+            port: listener.port,
+            target_group: listener.target_group.clone(),
+            packets: sum.packets,
+            bytes: sum.bytes,
+            new_flows: sum.new_flows,
+            reply_packets: sum.reply_packets,
+            reply_bytes: sum.reply_bytes,
+        })
+    }
+
+    fn target(
+        &self,
+        key: &TargetKey,
+        target: &config::Target,
+        counters: &dyn Counters,
+    ) -> anyhow::Result<snapshot::Target> {
+        let Health { state, reason, description } = self.health_of(key);
+        let number = self.targets.get(key);
+        let traffic = number.map(|number| counters.target(number)).transpose()?.unwrap_or_default();
+        Ok(snapshot::Target {
+            target_group: key.target_group.to_string(),
+            address: target.address,
+            port: target.port,
+            availability_zone: target.availability_zone.clone(),
+            weight: target.weight,
+            state: state.to_string(),
+            reason: reason.map(|reason| reason.to_string()),
+            description,
+            next_hop: match self.hop(target.address) {
+                Ok(hop) => self.describe(&hop),
+                Err(problem) => problem,
+            },
+            packets: traffic.packets,
+            bytes: traffic.bytes,
+            reply_packets: traffic.reply_packets,
+            reply_bytes: traffic.reply_bytes,
+        })
+    }
+
+    fn describe(&self, hop: &lb_common::tables::NextHop) -> String {
+        let mac: Vec<_> = hop.macs.destination.iter().map(|byte| format!("{byte:02x}")).collect();
+        let name = self.network.interfaces.get(&hop.ifindex).map_or("?", |nic| nic.name.as_str());
+        let vlan = if hop.vlan == 0 { String::new() } else { format!(" VLAN {}", hop.vlan) };
+        format!("{} on {name}{vlan}", mac.join(":"))
+    }
+}
