@@ -1,0 +1,212 @@
+//! XDP programs of the tests and of the benchmark.
+//!
+//! `pass` goes onto every veth peer of a balancer: without a program there, whatever the balancer
+//! sends by `XDP_TX` or `XDP_REDIRECT` is lost. `drop`, `swap` and `encap` are the floors that a
+//! benchmark is read against. `wrapper` makes a fresh packet and calls the program under test.
+#![no_std]
+#![no_main]
+#![expect(missing_docs, reason = "#[xdp] drops the documentation of the programs")]
+
+mod template;
+
+use aya_ebpf::{
+    bindings::xdp_action::{XDP_ABORTED, XDP_DROP, XDP_PASS, XDP_TX},
+    helpers::bpf_xdp_adjust_head,
+    macros::{map, xdp},
+    maps::{Array, ProgramArray},
+    programs::XdpContext,
+};
+
+use crate::template::{FIRST_PORT, HEADERS_SIZE, PORT_BITS, Template};
+
+/// What the wrapper makes; entry 0 is the only one.
+#[map]
+static TEMPLATE: Array<Template> = Array::with_max_entries(1, 0);
+
+/// Slot 0 holds the program that the wrapper calls.
+#[map]
+static PROGRAMS: ProgramArray = ProgramArray::with_max_entries(1, 0);
+
+/// Leaves the packet to the kernel.
+#[xdp]
+pub fn pass(_: XdpContext) -> u32 {
+    XDP_PASS
+}
+
+/// Floor: the cost of the wrapper alone.
+#[xdp]
+pub fn drop(_: XdpContext) -> u32 {
+    XDP_DROP
+}
+
+/// Floor of forwarding by rewriting: swaps the MAC addresses and sends the packet back.
+#[xdp]
+pub fn swap(ctx: XdpContext) -> u32 {
+    try_swap(&ctx).unwrap_or(XDP_ABORTED)
+}
+
+/// Floor of forwarding by tunnel: constant IPIP encapsulation.
+#[xdp]
+pub fn encap(ctx: XdpContext) -> u32 {
+    try_encap(&ctx).unwrap_or(XDP_ABORTED)
+}
+
+/// Writes the next flow's packet over whatever the previous run left, then calls the program in
+/// slot 0 of [`PROGRAMS`]. `BPF_PROG_TEST_RUN` resets nothing between its repeats.
+#[xdp]
+pub fn wrapper(ctx: XdpContext) -> u32 {
+    if try_make_packet(&ctx).is_none() {
+        return XDP_ABORTED;
+    }
+    // SAFETY: nothing here waits to be dropped; control comes back only if the slot is empty.
+    unsafe { PROGRAMS.tail_call(&ctx, 0) };
+    XDP_ABORTED
+}
+
+/// Two MAC addresses as 16-bit words: the kernel's NET_IP_ALIGN leaves them no better alignment.
+type MacPair = [[u16; 3]; 2];
+
+#[inline(always)]
+fn try_swap(ctx: &XdpContext) -> Option<u32> {
+    let macs = pointer::<MacPair>(ctx, 0)?;
+    // SAFETY: `pointer` checked the bounds, and this program alone has the packet.
+    unsafe {
+        let [destination, source] = *macs;
+        *macs = [source, destination];
+    }
+    Some(XDP_TX)
+}
+
+/// Ethernet and IPv4 as 16-bit words, from and to addresses that belong to nobody.
+const OUTER_HEADERS: [u16; 17] = [
+    u16::to_be(0x0200),
+    0,
+    u16::to_be(0x0002),
+    u16::to_be(0x0200),
+    0,
+    u16::to_be(0x0001),
+    u16::to_be(0x0800),
+    u16::to_be(0x4500),
+    0, // total length
+    0,
+    u16::to_be(0x4000), // don't fragment
+    u16::to_be(0x4004), // TTL 64, IPIP
+    0,                  // checksum
+    u16::to_be(0xc612), // 198.18.0.1, of the range for benchmarks (RFC 2544)
+    u16::to_be(0x0001),
+    u16::to_be(0xc612), // 198.18.0.2
+    u16::to_be(0x0002),
+];
+const ETHERNET_SIZE: u16 = 14;
+const IPV4_SIZE: u16 = 20;
+const TOTAL_LENGTH: usize = 8;
+const CHECKSUM: usize = 12;
+
+#[inline(always)]
+fn try_encap(ctx: &XdpContext) -> Option<u32> {
+    let length = (ctx.data_end() - ctx.data()) as u16;
+    adjust_head(ctx, -i32::from(IPV4_SIZE))?;
+    let outer = pointer::<[u16; OUTER_HEADERS.len()]>(ctx, 0)?;
+    let total_length = (length - ETHERNET_SIZE + IPV4_SIZE).to_be();
+    // SAFETY: `pointer` checked the bounds, and this program alone has the packet.
+    unsafe {
+        *outer = OUTER_HEADERS;
+        (*outer)[TOTAL_LENGTH] = total_length;
+        (*outer)[CHECKSUM] = checksum_with(const { checksum_of_outer() }, total_length, 0);
+    }
+    Some(XDP_TX)
+}
+
+/// Checksum of the outer IPv4 header with a total length of zero.
+const fn checksum_of_outer() -> u16 {
+    let mut sum = 0;
+    let mut i = ETHERNET_SIZE as usize / 2;
+    while i < OUTER_HEADERS.len() {
+        sum += OUTER_HEADERS[i] as u32;
+        i += 1;
+    }
+    !fold(sum)
+}
+
+#[inline(always)]
+fn try_make_packet(ctx: &XdpContext) -> Option<()> {
+    let template = TEMPLATE.get_ptr_mut(0)?;
+    // SAFETY: a value of an array map lives as long as the map, and a test run is on one CPU.
+    let template = unsafe { &mut *template };
+
+    let longer = (ctx.data_end() - ctx.data()) as i32 - template.frame_length as i32;
+    if longer != 0 {
+        adjust_head(ctx, longer)?;
+    }
+
+    let flow = template.next;
+    let next = flow + template.stride;
+    template.next = if next >= template.flows { next - template.flows } else { next };
+
+    let headers = pointer::<[u64; HEADERS_SIZE / 8]>(ctx, 0)?;
+    // SAFETY: `pointer` checked the bounds. A test run's frame begins on a multiple of eight, and
+    // the head was just put back there.
+    unsafe { *headers = template.headers };
+
+    let address = ((flow >> PORT_BITS) as u16).to_be();
+    let port = (FIRST_PORT | (flow & ((1 << PORT_BITS) - 1)) as u16).to_be();
+    patch(ctx, template.address, |_| address)?;
+    patch(ctx, template.port, |_| port)?;
+    if template.ip_checksum != 0 {
+        patch(ctx, template.ip_checksum, |old| checksum_with(old, address, 0))?;
+    }
+    patch(ctx, template.l4_checksum, |old| match checksum_with(old, address, port) {
+        // Zero would mean "no checksum" in UDP (RFC 768); the same number to TCP's receiver.
+        0 => 0xffff,
+        checksum => checksum,
+    })
+}
+
+/// The checksum once two fields that were zero hold `a` and `b` (RFC 1624, equation 3).
+#[inline(always)]
+fn checksum_with(checksum: u16, a: u16, b: u16) -> u16 {
+    !fold(u32::from(!checksum) + u32::from(a) + u32::from(b))
+}
+
+/// The one's complement sum of both halves. A second carry is possible.
+#[inline(always)]
+const fn fold(sum: u32) -> u16 {
+    let sum = (sum & 0xffff) + (sum >> 16);
+    (sum + (sum >> 16)) as u16
+}
+
+/// Changes the 16 bits at `offset`, which is even.
+#[inline(always)]
+fn patch(ctx: &XdpContext, offset: u16, change: impl FnOnce(u16) -> u16) -> Option<()> {
+    // The verifier adds to a packet pointer only what has a constant bound.
+    let offset = usize::from(offset) & 0x7e;
+    let field = pointer::<u16>(ctx, offset)?;
+    // SAFETY: `pointer` checked the bounds, and this program alone has the packet.
+    unsafe { *field = change(*field) };
+    Some(())
+}
+
+/// Moves the start of the packet: forward by `by` bytes, backward if negative.
+#[inline(always)]
+fn adjust_head(ctx: &XdpContext, by: i32) -> Option<()> {
+    // SAFETY: the context is the kernel's own; no pointer into the packet is kept across the call.
+    let result = unsafe { bpf_xdp_adjust_head(ctx.ctx, by) };
+    (result == 0).then_some(())
+}
+
+/// A `T` at `offset` of the packet, `None` if the packet ends before it.
+#[inline(always)]
+fn pointer<T>(ctx: &XdpContext, offset: usize) -> Option<*mut T> {
+    let start = ctx.data() + offset;
+    (start + size_of::<T>() <= ctx.data_end()).then_some(start as *mut T)
+}
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+/// What the loader tells the kernel.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
