@@ -200,7 +200,7 @@ impl Process {
         let output = NamedTempFile::new()?;
         let child = command
             .stdin(Stdio::null())
-            .stdout(output.reopen()?)
+            .stdout(output.as_file().try_clone()?)
             .stderr(output.as_file().try_clone()?)
             .spawn()
             .with_context(|| format!("start {}", command.get_program().display()))?;

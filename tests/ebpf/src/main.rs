@@ -68,8 +68,8 @@ type MacPair = [[u16; 3]; 2];
 
 #[inline(always)]
 fn try_swap(ctx: &XdpContext) -> Option<u32> {
-    let macs = pointer::<MacPair>(ctx, 0)?;
-    // SAFETY: `pointer` checked the bounds, and this program alone has the packet.
+    let macs = Bytes::of(ctx).at::<MacPair>(0)?;
+    // SAFETY: `at` checked the bounds, and this program alone has the packet.
     unsafe {
         let [destination, source] = *macs;
         *macs = [source, destination];
@@ -104,11 +104,11 @@ const CHECKSUM: usize = 12;
 
 #[inline(always)]
 fn try_encap(ctx: &XdpContext) -> Option<u32> {
-    let length = (ctx.data_end() - ctx.data()) as u16;
+    let length = Bytes::of(ctx).length() as u16;
     adjust_head(ctx, -i32::from(IPV4_SIZE))?;
-    let outer = pointer::<[u16; OUTER_HEADERS.len()]>(ctx, 0)?;
+    let outer = Bytes::of(ctx).at::<[u16; OUTER_HEADERS.len()]>(0)?;
     let total_length = (length - ETHERNET_SIZE + IPV4_SIZE).to_be();
-    // SAFETY: `pointer` checked the bounds, and this program alone has the packet.
+    // SAFETY: `at` checked the bounds, and this program alone has the packet.
     unsafe {
         *outer = OUTER_HEADERS;
         (*outer)[TOTAL_LENGTH] = total_length;
@@ -134,28 +134,31 @@ fn try_make_packet(ctx: &XdpContext) -> Option<()> {
     // SAFETY: a value of an array map lives as long as the map, and a test run is on one CPU.
     let template = unsafe { &mut *template };
 
-    let longer = (ctx.data_end() - ctx.data()) as i32 - template.frame_length as i32;
+    let longer = Bytes::of(ctx).length().wrapping_sub(u64::from(template.frame_length));
     if longer != 0 {
-        adjust_head(ctx, longer)?;
+        adjust_head(ctx, longer as i32)?;
     }
 
     let flow = template.next;
     let next = flow + template.stride;
     template.next = if next >= template.flows { next - template.flows } else { next };
 
-    let headers = pointer::<[u64; HEADERS_SIZE / 8]>(ctx, 0)?;
-    // SAFETY: `pointer` checked the bounds. A test run's frame begins on a multiple of eight, and
-    // the head was just put back there.
-    unsafe { *headers = template.headers };
+    let packet = Bytes::of(ctx);
+    let headers = packet.at::<[u64; HEADERS_SIZE / 8]>(0)?.cast::<u64>();
+    for (i, word) in template.headers.iter().enumerate() {
+        // SAFETY: `at` checked the bounds. A test run's frame begins on a multiple of eight, and
+        // the head was just put back there. Volatile, or this becomes a call of a slow memcpy.
+        unsafe { headers.add(i).write_volatile(*word) };
+    }
 
     let address = ((flow >> PORT_BITS) as u16).to_be();
     let port = (FIRST_PORT | (flow & ((1 << PORT_BITS) - 1)) as u16).to_be();
-    patch(ctx, template.address, |_| address)?;
-    patch(ctx, template.port, |_| port)?;
+    packet.patch(template.address, |_| address)?;
+    packet.patch(template.port, |_| port)?;
     if template.ip_checksum != 0 {
-        patch(ctx, template.ip_checksum, |old| checksum_with(old, address, 0))?;
+        packet.patch(template.ip_checksum, |old| checksum_with(old, address, 0))?;
     }
-    patch(ctx, template.l4_checksum, |old| match checksum_with(old, address, port) {
+    packet.patch(template.l4_checksum, |old| match checksum_with(old, address, port) {
         // Zero would mean "no checksum" in UDP (RFC 768); the same number to TCP's receiver.
         0 => 0xffff,
         checksum => checksum,
@@ -175,17 +178,6 @@ const fn fold(sum: u32) -> u16 {
     (sum + (sum >> 16)) as u16
 }
 
-/// Changes the 16 bits at `offset`, which is even.
-#[inline(always)]
-fn patch(ctx: &XdpContext, offset: u16, change: impl FnOnce(u16) -> u16) -> Option<()> {
-    // The verifier adds to a packet pointer only what has a constant bound.
-    let offset = usize::from(offset) & 0x7e;
-    let field = pointer::<u16>(ctx, offset)?;
-    // SAFETY: `pointer` checked the bounds, and this program alone has the packet.
-    unsafe { *field = change(*field) };
-    Some(())
-}
-
 /// Moves the start of the packet: forward by `by` bytes, backward if negative.
 #[inline(always)]
 fn adjust_head(ctx: &XdpContext, by: i32) -> Option<()> {
@@ -194,11 +186,41 @@ fn adjust_head(ctx: &XdpContext, by: i32) -> Option<()> {
     (result == 0).then_some(())
 }
 
-/// A `T` at `offset` of the packet, `None` if the packet ends before it.
-#[inline(always)]
-fn pointer<T>(ctx: &XdpContext, offset: usize) -> Option<*mut T> {
-    let start = ctx.data() + offset;
-    (start + size_of::<T>() <= ctx.data_end()).then_some(start as *mut T)
+/// Where the packet lies, until the next `adjust_head`.
+#[derive(Clone, Copy)]
+struct Bytes {
+    start: usize,
+    end: usize,
+}
+
+impl Bytes {
+    #[inline(always)]
+    fn of(ctx: &XdpContext) -> Self {
+        Self { start: ctx.data(), end: ctx.data_end() }
+    }
+
+    /// In 64 bits: with fewer, the compiler cuts the pointers first, which the verifier forbids.
+    #[inline(always)]
+    fn length(self) -> u64 {
+        (self.end - self.start) as u64
+    }
+
+    /// A `T` at `offset`, `None` if the packet ends before it.
+    #[inline(always)]
+    fn at<T>(self, offset: usize) -> Option<*mut T> {
+        let start = self.start + offset;
+        (start + size_of::<T>() <= self.end).then_some(start as *mut T)
+    }
+
+    /// Changes the 16 bits at `offset`, which is even.
+    #[inline(always)]
+    fn patch(self, offset: u16, change: impl FnOnce(u16) -> u16) -> Option<()> {
+        // The verifier adds to a packet pointer only what has a constant bound.
+        let field = self.at::<u16>(usize::from(offset) & 0x7e)?;
+        // SAFETY: `at` checked the bounds, and this program alone has the packet.
+        unsafe { *field = change(*field) };
+        Some(())
+    }
 }
 
 #[panic_handler]
