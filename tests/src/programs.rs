@@ -244,6 +244,10 @@ fn template_of(packet: &Packet, varying: Varying, flows: u32) -> (Template, Vec<
         Transport::Tcp(_) => l4 + 16,
         Transport::Udp => l4 + 6,
     };
+    let sum = |checksum: u16| {
+        let at = usize::from(checksum);
+        !u16::from_ne_bytes([frame[at], frame[at + 1]])
+    };
     let mut headers = [0; HEADERS_SIZE / 8];
     bytemuck::cast_slice_mut(&mut headers).copy_from_slice(&frame[..HEADERS_SIZE]);
     let template = Template {
@@ -256,6 +260,10 @@ fn template_of(packet: &Packet, varying: Varying, flows: u32) -> (Template, Vec<
         port: if replies { l4 + 2 } else { l4 },
         ip_checksum,
         l4_checksum,
+        // Of IPv6 it is never used.
+        ip_sum: sum(ip_checksum),
+        l4_sum: sum(l4_checksum),
+        _padding: [0; 2],
     };
     (template, frame)
 }

@@ -1,4 +1,5 @@
 //! The harness itself, without a load balancer. Needs root.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::{
     collections::HashSet,

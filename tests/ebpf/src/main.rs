@@ -112,20 +112,20 @@ fn try_encap(ctx: &XdpContext) -> Option<u32> {
     unsafe {
         *outer = OUTER_HEADERS;
         (*outer)[TOTAL_LENGTH] = total_length;
-        (*outer)[CHECKSUM] = checksum_with(const { checksum_of_outer() }, total_length, 0);
+        (*outer)[CHECKSUM] = checksum(const { sum_of_outer() }, total_length, 0);
     }
     Some(XDP_TX)
 }
 
-/// Checksum of the outer IPv4 header with a total length of zero.
-const fn checksum_of_outer() -> u16 {
+/// The sum of the outer IPv4 header, its total length being zero.
+const fn sum_of_outer() -> u16 {
     let mut sum = 0;
     let mut i = ETHERNET_SIZE as usize / 2;
     while i < OUTER_HEADERS.len() {
         sum += OUTER_HEADERS[i] as u32;
         i += 1;
     }
-    !fold(sum)
+    fold(sum)
 }
 
 #[inline(always)]
@@ -153,22 +153,23 @@ fn try_make_packet(ctx: &XdpContext) -> Option<()> {
 
     let address = ((flow >> PORT_BITS) as u16).to_be();
     let port = (FIRST_PORT | (flow & ((1 << PORT_BITS) - 1)) as u16).to_be();
-    packet.patch(template.address, |_| address)?;
-    packet.patch(template.port, |_| port)?;
+    packet.put(template.address, address)?;
+    packet.put(template.port, port)?;
     if template.ip_checksum != 0 {
-        packet.patch(template.ip_checksum, |old| checksum_with(old, address, 0))?;
+        packet.put(template.ip_checksum, checksum(template.ip_sum, address, 0))?;
     }
-    packet.patch(template.l4_checksum, |old| match checksum_with(old, address, port) {
+    let l4_checksum = match checksum(template.l4_sum, address, port) {
         // Zero would mean "no checksum" in UDP (RFC 768); the same number to TCP's receiver.
         0 => 0xffff,
-        checksum => checksum,
-    })
+        other => other,
+    };
+    packet.put(template.l4_checksum, l4_checksum)
 }
 
-/// The checksum once two fields that were zero hold `a` and `b` (RFC 1624, equation 3).
+/// The checksum over words whose one's complement sum is `sum`, and two more (RFC 1071).
 #[inline(always)]
-fn checksum_with(checksum: u16, a: u16, b: u16) -> u16 {
-    !fold(u32::from(!checksum) + u32::from(a) + u32::from(b))
+const fn checksum(sum: u16, a: u16, b: u16) -> u16 {
+    !fold(sum as u32 + a as u32 + b as u32)
 }
 
 /// The one's complement sum of both halves. A second carry is possible.
@@ -212,13 +213,13 @@ impl Bytes {
         (start + size_of::<T>() <= self.end).then_some(start as *mut T)
     }
 
-    /// Changes the 16 bits at `offset`, which is even.
+    /// Writes the 16 bits at `offset`, which is even.
     #[inline(always)]
-    fn patch(self, offset: u16, change: impl FnOnce(u16) -> u16) -> Option<()> {
+    fn put(self, offset: u16, value: u16) -> Option<()> {
         // The verifier adds to a packet pointer only what has a constant bound.
         let field = self.at::<u16>(usize::from(offset) & 0x7e)?;
         // SAFETY: `at` checked the bounds, and this program alone has the packet.
-        unsafe { *field = change(*field) };
+        unsafe { *field = value };
         Some(())
     }
 }

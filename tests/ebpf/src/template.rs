@@ -16,8 +16,7 @@ pub const FIRST_PORT: u16 = 0x8000;
 ///
 /// A flow is a number: its low [`PORT_BITS`] bits choose the port, the rest is the low half of the
 /// client's IPv4 address or the last 16 bits of its IPv6 address. Both fields are zero in
-/// `headers`, and the checksums there are those of zero fields. So adding both words to the
-/// checksums (RFC 1624, equation 3, with an old value of zero) makes them right.
+/// `headers`; so both words only have to be added to the sums behind the checksums.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct Template {
@@ -41,4 +40,10 @@ pub struct Template {
     pub ip_checksum: u16,
     /// Offset of the TCP or UDP checksum.
     pub l4_checksum: u16,
+    /// One's complement sum of the IPv4 header, in the byte order of the wire.
+    pub ip_sum: u16,
+    /// One's complement sum of pseudo header, TCP or UDP header and payload.
+    pub l4_sum: u16,
+    /// Keeps the size a multiple of eight.
+    pub _padding: [u16; 2],
 }
