@@ -178,7 +178,7 @@ pub fn ping(destination: IpAddr) -> Result<()> {
         IpAddr::V4(_) => (Protocol::ICMPV4, 8, 0),
         IpAddr::V6(_) => (Protocol::ICMPV6, 128, 129),
     };
-    let destination = SocketAddr::new(destination, 0).into();
+    let destination = SocketAddr::new(destination, 0);
     let mut socket = Socket::new(Domain::for_address(destination), Type::DGRAM, Some(protocol))?;
     socket.set_read_timeout(Some(TIMEOUT))?;
     socket.connect(&destination.into())?;

@@ -27,42 +27,8 @@ pub use template::{FIRST_PORT, PORT_BITS};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-tests-ebpf"));
 
-/// The program that passes everything, for the veth peers of a balancer; detached on drop.
-pub struct Pass(Ebpf);
-
-impl Pass {
-    /// Loads it.
-    ///
-    /// # Errors
-    ///
-    /// If the kernel refuses.
-    pub fn load() -> Result<Self> {
-        let mut ebpf = Ebpf::load(OBJECT)?;
-        xdp(&mut ebpf, "pass")?.load()?;
-        Ok(Self(ebpf))
-    }
-
-    /// Attaches it in native mode.
-    ///
-    /// # Errors
-    ///
-    /// If there is no such interface, or it runs a program.
-    pub fn attach(&mut self, namespace: &Namespace, interface: &str) -> Result<()> {
-        let program = xdp(&mut self.0, "pass")?;
-        namespace
-            .run(|| program.attach(interface, XdpMode::Driver))
-            .with_context(|| format!("attach to {interface} in {}", namespace.name()))?;
-        Ok(())
-    }
-}
-
-impl fmt::Debug for Pass {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Pass")
-    }
-}
-
-/// A program with nothing to decide: what a real one is compared with.
+/// A program with nothing to decide: what a real one is compared with. `Pass` also belongs onto the
+/// veth peers of a balancer, which otherwise lose what it sends.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Floor {
     /// Leaves the packet as the wrapper made it.
@@ -86,6 +52,44 @@ impl Floor {
             Self::Swap => "swap",
             Self::Encap => "encap",
         }
+    }
+}
+
+/// A helper program on interfaces; detached on drop.
+pub struct Attached {
+    ebpf: Ebpf,
+    program: Floor,
+}
+
+impl Attached {
+    /// Loads the program; it is on no interface yet.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses.
+    pub fn load(program: Floor) -> Result<Self> {
+        let mut ebpf = Ebpf::load(OBJECT)?;
+        xdp(&mut ebpf, program.name())?.load()?;
+        Ok(Self { ebpf, program })
+    }
+
+    /// Attaches it in native mode.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such interface, or it runs a program.
+    pub fn attach(&mut self, namespace: &Namespace, interface: &str) -> Result<()> {
+        let program = xdp(&mut self.ebpf, self.program.name())?;
+        namespace
+            .run(|| program.attach(interface, XdpMode::Driver))
+            .with_context(|| format!("attach to {interface} in {}", namespace.name()))?;
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Attached {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Attached").field("program", &self.program).finish_non_exhaustive()
     }
 }
 
@@ -234,7 +238,7 @@ fn template_of(packet: &Packet, varying: Varying, flows: u32) -> (Template, Vec<
 
     const IP: u16 = 14;
     let replies = varying == Varying::Destination;
-    let (address, ip_checksum, l4) = match (client_is_v4(&packet), replies) {
+    let (address, ip_checksum, l4) = match (packet.source.is_ipv4(), replies) {
         (true, false) => (IP + 14, IP + 10, IP + 20),
         (true, true) => (IP + 18, IP + 10, IP + 20),
         (false, false) => (IP + 22, 0, IP + 40),
@@ -266,10 +270,6 @@ fn template_of(packet: &Packet, varying: Varying, flows: u32) -> (Template, Vec<
         _padding: [0; 2],
     };
     (template, frame)
-}
-
-fn client_is_v4(packet: &Packet) -> bool {
-    packet.source.is_ipv4()
 }
 
 fn without_last_16_bits(address: IpAddr) -> IpAddr {

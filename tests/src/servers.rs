@@ -47,7 +47,7 @@ impl Server {
     /// If the address is taken or not the namespace's.
     pub fn tcp_echo(namespace: &Namespace, address: SocketAddr) -> Result<Self> {
         Self::start(namespace, address, async |socket: TcpListener, served, stopped| {
-            accept(&socket, stopped, served, |stream, stopped| echo(stream, stopped)).await;
+            accept(&socket, stopped, served, echo).await;
         })
     }
 

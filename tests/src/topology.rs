@@ -24,7 +24,7 @@ use anyhow::Result;
 
 use crate::{
     netns::{Namespace, link},
-    programs::Pass,
+    programs::{Attached, Floor},
 };
 
 /// The network of the clients: 10.0.1.0/24 and fd00:1::/64.
@@ -114,7 +114,7 @@ pub struct Topology {
     // Namespaces and programs that only need to exist.
     _router: Option<Namespace>,
     _switch: Namespace,
-    _pass: Pass,
+    _pass: Attached,
 }
 
 impl Topology {
@@ -124,7 +124,7 @@ impl Topology {
     ///
     /// If a step fails; what was built goes.
     pub fn new(picture: Picture, targets: u8) -> Result<Self> {
-        let mut pass = Pass::load()?;
+        let mut pass = Attached::load(Floor::Pass)?;
         let client = Namespace::new("client")?;
         let switch = new_switch()?;
         let balancer = new_router("balancer")?;

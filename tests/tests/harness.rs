@@ -15,9 +15,9 @@ use lb_tests::{
     frames::PacketSocket,
     netns::{Namespace, Process, link},
     packets::{Packet, endpoints, verify_checksums},
-    programs::{FIRST_PORT, Floor, PORT_BITS, Varying, Wrapper},
+    programs::{Attached, FIRST_PORT, Floor, PORT_BITS, Varying, Wrapper},
     servers::{HttpServer, Server, body},
-    topology::{CLIENTS, Dual, Picture, Topology, client_host, target_host},
+    topology::{CLIENTS, Dual, Picture, TARGETS, Topology, client_host, target_host},
     wait_until,
 };
 
@@ -202,6 +202,40 @@ fn frames_arrive_as_they_were_sent() {
         assert_eq!(receiver.receive(clients::TIMEOUT, ours).unwrap(), frame, "{packet:?}");
     }
     assert!(sender.receive(Duration::from_millis(100), |f| endpoints(f).is_ok()).is_err());
+}
+
+/// Without the pass program on the right peers, nothing would come back.
+#[test]
+fn what_a_balancer_sends_by_xdp_arrives() {
+    for picture in [Picture::OneNic, Picture::TwoNics] {
+        let topology = Topology::new(picture, 1).unwrap();
+        let balancer = &topology.balancer;
+        let mut swap = Attached::load(Floor::Swap).unwrap();
+        for interface in topology.interfaces {
+            swap.attach(balancer, interface).unwrap();
+            let link = balancer.command("ip").args(["link", "show", interface]).output().unwrap();
+            let link = String::from_utf8(link.stdout).unwrap();
+            assert!(link.contains(" xdp "), "native: {link}");
+        }
+        mirror(&topology.targets[0], target_host(0), Dual::new(TARGETS, 1));
+        if picture == Picture::TwoNics {
+            mirror(&topology.client, client_host(), Dual::new(CLIENTS, 1));
+        }
+    }
+}
+
+/// Sends a frame to a balancer that swaps MAC addresses, and awaits it.
+fn mirror(namespace: &Namespace, host: Dual, balancer: Dual) {
+    let socket = PacketSocket::open(namespace, "eth0").unwrap();
+    let sent = Packet {
+        source_mac: host.mac(),
+        destination_mac: balancer.mac(),
+        ..Packet::udp(host.v4_port(1), balancer.v4_port(2))
+    };
+    let returned =
+        Packet { source_mac: balancer.mac(), destination_mac: host.mac(), ..sent.clone() }.build();
+    socket.send(&sent.build()).unwrap();
+    socket.receive(clients::TIMEOUT, |frame| frame.starts_with(&returned)).unwrap();
 }
 
 /// One packet of each kind that the wrapper can make.
