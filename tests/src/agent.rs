@@ -102,9 +102,9 @@ impl Agent {
             .args(interfaces.iter().flat_map(|interface| ["--iface", interface]))
             .args(arguments)
             .env("LB_STATE_DIR", home.state())
-            .env("RUST_LOG", "debug");
+            .env("RUST_LOG", "info,lb_userspace=debug,lb_ebpf=debug");
         let mut agent = Self { process: Process::spawn(&mut command)?, home };
-        agent.wait_for_log("ready").context("start the agent")?;
+        agent.wait_for(is_ready, "ready").context("start the agent")?;
         Ok(agent)
     }
 
@@ -119,15 +119,18 @@ impl Agent {
     ///
     /// If it ends before, or the text does not come within 15 s; with the whole log.
     pub fn wait_for_log(&mut self, text: &str) -> Result<()> {
-        let mut running = true;
-        let found = wait_until(text, PATIENCE, || {
+        self.wait_for(|log| log.contains(text), text)
+    }
+
+    fn wait_for(&mut self, is_there: impl Fn(&str) -> bool, what: &str) -> Result<()> {
+        let ended_or_there = wait_until(what, PATIENCE, || {
             // Asked first: what it wrote before its end counts.
-            running = self.process.is_running().unwrap_or(false);
-            !running || self.process.output().contains(text)
+            let running = self.process.is_running().unwrap_or(false);
+            is_there(&self.process.output()) || !running
         });
         let log = self.log();
-        found.with_context(|| format!("log:\n{log}"))?;
-        ensure!(log.contains(text), "the agent ended without saying {text:?}; log:\n{log}");
+        ended_or_there.with_context(|| format!("log:\n{log}"))?;
+        ensure!(is_there(&log), "the agent ended without saying {what:?}; log:\n{log}");
         Ok(())
     }
 
@@ -228,4 +231,9 @@ impl Agent {
         ensure!(output.status.success(), "{command}: {}: {errors}", output.status);
         serde_json::from_slice(&output.stdout).with_context(|| format!("JSON of {command}"))
     }
+}
+
+/// Whether a line has the word "ready", and not just "already".
+fn is_ready(log: &str) -> bool {
+    log.split(|c: char| !c.is_alphanumeric()).any(|word| word == "ready")
 }
