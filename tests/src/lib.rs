@@ -1,1 +1,40 @@
-//! Test harness.
+//! The harness of lb's system tests and benchmarks.
+//!
+//! Layer 3 of the tests is a network of namespaces ([`topology`], built from [`netns`]) in which
+//! real [`servers`] and [`clients`] talk through a running [`agent`]. Everything is torn down when
+//! its value is dropped, on panic too. [`packets`] builds frames byte by byte, [`programs`] holds
+//! the helper programs in the kernel and runs packets through the one under test.
+//!
+//! All of it needs root.
+
+pub mod agent;
+pub mod clients;
+pub mod frames;
+pub mod netns;
+pub mod packets;
+pub mod programs;
+pub mod servers;
+pub mod topology;
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+/// Asks `condition` every 10 ms until it holds.
+///
+/// # Errors
+///
+/// If it does not hold within `timeout`; `what` says what was waited for.
+pub fn wait_until(
+    what: &str,
+    timeout: Duration,
+    mut condition: impl FnMut() -> bool,
+) -> anyhow::Result<()> {
+    let deadline = Instant::now() + timeout;
+    while !condition() {
+        anyhow::ensure!(Instant::now() < deadline, "{what}: not within {timeout:?}");
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}

@@ -19,7 +19,8 @@ use crate::dataplane::Dataplane;
 /// Memory running out.
 pub fn follow_messages(dataplane: &mut Dataplane) -> anyhow::Result<()> {
     let logger = EbpfLogger::init(dataplane.ebpf()).context("read the program's messages")?;
-    let mut logger = AsyncFd::register_with_interest(logger, Interest::READABLE)?;
+    // SAFETY: the logger owns its descriptor and keeps it open until it is dropped.
+    let mut logger = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE)? };
     tokio::spawn(async move {
         while let Ok(mut guard) = logger.readable_mut().await {
             guard.get_inner_mut().flush();
@@ -38,7 +39,8 @@ pub fn follow_unresolved(
     reports: RingBuf<MapData>,
     events: mpsc::Sender<IpAddr>,
 ) -> anyhow::Result<()> {
-    let mut reports = AsyncFd::register_with_interest(reports, Interest::READABLE)?;
+    // SAFETY: the ring buffer owns its descriptor and keeps it open until it is dropped.
+    let mut reports = unsafe { AsyncFd::register_with_interest(reports, Interest::READABLE)? };
     tokio::spawn(async move {
         while let Ok(mut guard) = reports.readable_mut().await {
             let reports = guard.get_inner_mut();
