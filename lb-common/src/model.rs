@@ -12,7 +12,7 @@ use crate::endpoints::EndpointTable;
 use crate::flow::{Flow, FlowKey, HashKeys, ReturnFlow};
 use crate::forward::Frame;
 use crate::tables::{
-    AdmissionKey, Bucket, Endpoint, EndpointKey, Listener, NextHop, Route, Slot, Tables, Target,
+    Bucket, Endpoint, EndpointKey, Listener, NextHop, Slot, Tables, Target,
     Traffic,
 };
 use crate::verdict::DropReason;
@@ -119,11 +119,11 @@ impl Tables for Model {
         ring.get((index % self.ring_size) as usize).copied()
     }
 
-    fn admits(&self, key: &AdmissionKey) -> bool {
-        let address = u128::from_be_bytes(bytemuck::cast(key.address));
-        self.prefixes.iter().any(|(class, prefix, bits)| {
+    fn admits(&self, class: u32, source: Address) -> bool {
+        let address = u128::from_be_bytes(source.octets());
+        self.prefixes.iter().any(|(known, prefix, bits)| {
             let differing = address ^ u128::from_be_bytes(prefix.octets());
-            *class == key.class && differing.leading_zeros() >= *bits
+            *known == class && differing.leading_zeros() >= *bits
         })
     }
 
@@ -164,19 +164,23 @@ impl Tables for Model {
         self.direct_flows.borrow_mut().remove(key);
     }
 
-    fn route(&self, _ingress: u32, _source: Address, destination: Address) -> Route {
-        self.routes.get(&destination).map_or(Route::Unresolved, |hop| Route::Via(*hop))
+    fn route(&self, _ingress: u32, _source: Address, destination: Address) -> Option<&NextHop> {
+        let hop = self.routes.get(&destination);
+        if hop.is_none() {
+            self.report_unresolved(destination);
+        }
+        hop
     }
 
     fn report_unresolved(&self, address: Address) {
         self.unresolved.borrow_mut().push(address);
     }
 
-    fn count_request(&self, listener: u32, target: u32, bytes: u64, new_flow: bool) {
+    fn count_request(&self, listener: u32, target: u32, bytes: u64, new_flows: u32) {
         let count = |traffic: &mut Traffic| {
             traffic.packets += 1;
             traffic.bytes += bytes;
-            traffic.new_flows += u64::from(new_flow);
+            traffic.new_flows += u64::from(new_flows);
         };
         count(self.listener_traffic.borrow_mut().entry(listener).or_default());
         count(self.target_traffic.borrow_mut().entry(target).or_default());
@@ -191,7 +195,8 @@ impl Tables for Model {
         count(self.target_traffic.borrow_mut().entry(target).or_default());
     }
 
-    fn count_drop(&self, reason: DropReason) {
+    fn count_drop(&self, reason: u32) {
+        let reason = DropReason::ALL[reason as usize];
         *self.drops.borrow_mut().entry(reason).or_default() += 1;
     }
 }
@@ -247,8 +252,10 @@ impl Frame for Bytes {
         Some(())
     }
 
-    fn shrink_back(&mut self, by: u32) -> Option<()> {
-        let length = self.bytes.len().checked_sub(by as usize).filter(|length| *length >= 14)?;
+    fn truncate(&mut self, length: usize) -> Option<()> {
+        if length < 14 || length > self.bytes.len() {
+            return None;
+        }
         self.bytes.truncate(length);
         Some(())
     }

@@ -7,7 +7,6 @@
 use bytemuck::{Pod, Zeroable};
 
 use crate::flow::{Flow, FlowKey, Keys, ReturnFlow};
-use crate::verdict::DropReason;
 use crate::wire::eth::Macs;
 use crate::wire::{Address, Be16};
 
@@ -303,15 +302,6 @@ pub struct Traffic {
     pub zero: [u64; 3],
 }
 
-/// Where a reply goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Route {
-    /// Out by this way.
-    Via(NextHop),
-    /// Nowhere now; the agent has been told.
-    Unresolved,
-}
-
 /// The lookups, for the kernel and for the host.
 ///
 /// Methods take `&self`: in the kernel, all tables are shared with other CPUs anyway.
@@ -337,7 +327,7 @@ pub trait Tables {
     /// A slot by `ring * ring_size + slot`.
     fn slot(&self, index: u32) -> Option<Slot>;
     /// Whether the class admits the source address.
-    fn admits(&self, key: &AdmissionKey) -> bool;
+    fn admits(&self, class: u32, source: Address) -> bool;
 
     /// What is remembered of a flow; the time of its last packet is not checked.
     fn flow(&self, key: &FlowKey) -> Option<Flow>;
@@ -359,17 +349,18 @@ pub trait Tables {
     /// Forgets such a client.
     fn forget_direct_flow(&self, key: &FlowKey);
 
-    /// Where a packet from `source` to `destination` goes that came in by `ingress`.
-    fn route(&self, ingress: u32, source: Address, destination: Address) -> Route;
+    /// Where a packet from `source` to `destination` goes that came in by `ingress`. `None`: nowhere
+    /// now; the agent has been told.
+    fn route(&self, ingress: u32, source: Address, destination: Address) -> Option<&NextHop>;
     /// Tells the agent that a target's next hop is missing.
     fn report_unresolved(&self, address: Address);
 
-    /// Counts a packet to a target.
-    fn count_request(&self, listener: u32, target: u32, bytes: u64, new_flow: bool);
+    /// Counts a packet to a target, and 1 new flow or none.
+    fn count_request(&self, listener: u32, target: u32, bytes: u64, new_flows: u32);
     /// Counts a reply of a target.
     fn count_reply(&self, listener: u32, target: u32, bytes: u64);
-    /// Counts a packet that died.
-    fn count_drop(&self, reason: DropReason);
+    /// Counts a packet that died, by the number of its [`DropReason`](crate::verdict::DropReason).
+    fn count_drop(&self, reason: u32);
 }
 
 const _: () = {

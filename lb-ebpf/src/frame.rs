@@ -67,9 +67,14 @@ impl Frame for XdpFrame<'_> {
     }
 
     #[inline(always)]
-    fn shrink_back(&mut self, by: u32) -> Option<()> {
+    fn truncate(&mut self, length: usize) -> Option<()> {
+        let now = self.len();
+        // SAFETY: a variable of our own. Volatile, so that the difference of the two pointers is
+        // taken before anything else is done to it: the verifier allows nothing else.
+        let now = unsafe { core::ptr::read_volatile(&now) };
+        let excess = now.checked_sub(length)?;
         // SAFETY: as for `grow_front`.
-        let result = unsafe { bpf_xdp_adjust_tail(self.ctx.as_ptr().cast(), -(by as i32)) };
+        let result = unsafe { bpf_xdp_adjust_tail(self.ctx.as_ptr().cast(), -(excess as i32)) };
         (result == 0).then_some(())
     }
 }

@@ -12,7 +12,7 @@ use lb_common::flow::{Flow, FlowKey, HashKeys, Keys, ReturnFlow};
 use lb_common::tables::{
     AdmissionKey, BUCKETS, Bucket, CachedHop, Endpoint, EndpointKey, Interface, Listener,
     MAX_DEVICES, MAX_DIRECT_FLOWS, MAX_LISTENERS, MAX_PREFIXES, MAX_RINGS, MAX_TARGETS,
-    NEXT_HOP_CACHE, NextHop, OVERFLOW_ENDPOINTS, Route, Slot, Tables, Target, Traffic,
+    NEXT_HOP_CACHE, NextHop, OVERFLOW_ENDPOINTS, Slot, Tables, Target, Traffic,
 };
 use lb_common::verdict::DropReason;
 use lb_common::wire::Address;
@@ -90,7 +90,7 @@ impl<'a> Maps<'a> {
         match DEVICES.redirect(ifindex, 0) {
             Ok(action) => action,
             Err(_) => {
-                self.count_drop(DropReason::NextHopUnresolved);
+                self.count_drop(DropReason::NextHopUnresolved as u32);
                 xdp_action::XDP_DROP
             }
         }
@@ -98,43 +98,75 @@ impl<'a> Maps<'a> {
 
     /// Off the hot path: only a packet that dies comes here.
     #[inline(never)]
-    fn log_drop(&self, reason: DropReason) {
-        debug!(self.ctx, "dropped: {}", reason.name());
+    fn log_drop(&self, reason: u32) {
+        debug!(self.ctx, "dropped for reason {}", reason);
     }
 
-    /// Asks the kernel's routes. Host code has no part in this: its model is given the routes.
+    /// Asks the kernel's routes, and remembers the answer. Host code has no part in this: its model
+    /// is given the routes.
     #[inline(never)]
-    fn look_up_route(&self, ingress: u32, source: Address, destination: Address) -> Option<NextHop> {
+    fn look_up_route(&self, source: &Address, query: &RouteQuery, cached: &mut CachedHop) -> i32 {
         // SAFETY: all zero is a valid request.
-        let mut query: FibLookup = unsafe { core::mem::zeroed() };
-        query.ifindex = ingress;
-        if destination.is_v4() {
-            query.family = AF_INET;
-            query.__bindgen_anon_3.ipv4_src = source.low32().raw();
-            query.__bindgen_anon_4.ipv4_dst = destination.low32().raw();
+        let mut request: FibLookup = unsafe { core::mem::zeroed() };
+        request.ifindex = query.ingress;
+        if query.destination.is_v4() {
+            request.family = AF_INET;
+            request.__bindgen_anon_3.ipv4_src = source.low32().raw();
+            request.__bindgen_anon_4.ipv4_dst = query.destination.low32().raw();
         } else {
-            query.family = AF_INET6;
-            query.__bindgen_anon_3.ipv6_src = source.quarters();
-            query.__bindgen_anon_4.ipv6_dst = destination.quarters();
+            request.family = AF_INET6;
+            request.__bindgen_anon_3.ipv6_src = source.quarters();
+            request.__bindgen_anon_4.ipv6_dst = query.destination.quarters();
         }
         let size = size_of::<FibLookup>() as i32;
         // SAFETY: the context is the one the kernel gave, the request is as long as said.
         let result =
-            unsafe { bpf_fib_lookup(self.ctx.as_ptr(), (&raw mut query).cast(), size, 0) };
+            unsafe { bpf_fib_lookup(self.ctx.as_ptr(), (&raw mut request).cast(), size, 0) };
         if result != 0 {
-            debug!(self.ctx, "no next hop for a reply: fib lookup says {}", result);
-            return None;
+            self.report_unresolved(query.destination);
+            return result as i32;
         }
         // SAFETY: nothing in the agent or here removes an interface's entry and reuses its memory
         // within a program's run (RCU).
-        let interface = unsafe { INTERFACES.get(query.ifindex) }?;
-        Some(NextHop {
-            ifindex: interface.ifindex,
-            macs: Macs { destination: query.dmac, source: query.smac },
-            vlan: interface.vlan,
-            mtu: interface.mtu,
-        })
+        let Some(interface) = (unsafe { INTERFACES.get(request.ifindex) }) else {
+            self.report_unresolved(query.destination);
+            return NOT_ATTACHED;
+        };
+        *cached = CachedHop {
+            destination: query.destination,
+            generation: query.generation,
+            hop: NextHop {
+                ifindex: interface.ifindex,
+                macs: Macs { destination: request.dmac, source: request.smac },
+                vlan: interface.vlan,
+                mtu: interface.mtu,
+            },
+        };
+        0
     }
+
+    #[inline(never)]
+    fn log_unresolved(&self, result: i32) {
+        debug!(self.ctx, "no next hop for a reply: bpf_fib_lookup says {}", result);
+    }
+}
+
+/// The way out is a NIC that lb is not attached to; beside the results of `bpf_fib_lookup`.
+const NOT_ATTACHED: i32 = -1;
+
+/// What a route is asked for.
+struct RouteQuery {
+    destination: Address,
+    ingress: u32,
+    generation: u32,
+}
+
+/// Off the path of open listeners, with a stack frame of its own for the key.
+#[inline(never)]
+fn admits(class: u32, high: u64, low: u64) -> bool {
+    let bits = 8 * size_of::<AdmissionKey>() as u32;
+    let key = AdmissionKey::new(class, Address::from_words([high, low]));
+    ADMISSION.get(Key::new(bits, key)).is_some()
 }
 
 const AF_INET: u8 = 2;
@@ -199,9 +231,9 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(always)]
-    fn admits(&self, key: &AdmissionKey) -> bool {
-        let bits = 8 * size_of::<AdmissionKey>() as u32;
-        ADMISSION.get(Key::new(bits, *key)).is_some()
+    fn admits(&self, class: u32, source: Address) -> bool {
+        let [high, low] = source.words();
+        admits(class, high, low)
     }
 
     #[inline(always)]
@@ -263,22 +295,24 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(always)]
-    fn route(&self, ingress: u32, source: Address, destination: Address) -> Route {
+    fn route(&self, ingress: u32, source: Address, destination: Address) -> Option<&NextHop> {
         let generation = GENERATION.get(0).copied().unwrap_or(0);
         let key = EndpointKey::of_address(destination);
         let index = (self.keys().endpoint(&key) >> (64 - NEXT_HOP_CACHE.ilog2())) as u32;
-        let Some(cached) = NEXT_HOPS.get_ptr_mut(index) else { return Route::Unresolved };
         // SAFETY: this CPU's element; no other program run touches it before this one ends.
-        let cached = unsafe { &mut *cached };
-        if cached.destination == destination && cached.generation == generation {
-            return Route::Via(cached.hop);
+        let cached = unsafe { &mut *NEXT_HOPS.get_ptr_mut(index)? };
+        let is_known = cached.destination == destination
+            && cached.generation == generation
+            && cached.hop.ifindex != 0;
+        if !is_known {
+            let query = RouteQuery { destination, ingress, generation };
+            let result = self.look_up_route(&source, &query, cached);
+            if result != 0 {
+                self.log_unresolved(result);
+                return None;
+            }
         }
-        let Some(hop) = self.look_up_route(ingress, source, destination) else {
-            self.report_unresolved(destination);
-            return Route::Unresolved;
-        };
-        *cached = CachedHop { destination, generation, hop };
-        Route::Via(hop)
+        Some(&cached.hop)
     }
 
     #[inline(always)]
@@ -288,14 +322,14 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(always)]
-    fn count_request(&self, listener: u32, target: u32, bytes: u64, new_flow: bool) {
+    fn count_request(&self, listener: u32, target: u32, bytes: u64, new_flows: u32) {
         for counter in [LISTENER_TRAFFIC.get_ptr_mut(listener), TARGET_TRAFFIC.get_ptr_mut(target)] {
             if let Some(counter) = counter {
                 // SAFETY: this CPU's element.
                 let counter = unsafe { &mut *counter };
                 counter.packets += 1;
                 counter.bytes += bytes;
-                counter.new_flows += new_flow as u64;
+                counter.new_flows += new_flows as u64;
             }
         }
     }
@@ -313,8 +347,8 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(always)]
-    fn count_drop(&self, reason: DropReason) {
-        if let Some(counter) = DROPS.get_ptr_mut(reason as u32) {
+    fn count_drop(&self, reason: u32) {
+        if let Some(counter) = DROPS.get_ptr_mut(reason) {
             // SAFETY: this CPU's element.
             unsafe { *counter += 1 };
         }

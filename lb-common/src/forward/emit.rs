@@ -8,7 +8,7 @@ use crate::wire::{Address, Be16, EtherType, VlanTag};
 
 use super::ip::{End, Ip};
 use super::parse::{Link, Packet, Ports, Transport};
-use super::{Frame, Outcome};
+use super::Frame;
 
 /// Gives one end of the packet another address and port, and takes a hop off its life.
 ///
@@ -48,7 +48,11 @@ pub fn translate<I: Ip, F: Frame>(
 
 /// Gives the frame its next hop's MAC addresses and VLAN tag.
 #[inline(always)]
-pub fn send<F: Frame>(frame: &mut F, link: &Link, hop: &NextHop) -> Outcome {
+pub fn send<F: Frame>(
+    frame: &mut F,
+    link: &Link,
+    hop: &NextHop,
+) -> Result<Verdict, DropReason> {
     if link.tags == 0 && hop.vlan == 0 {
         frame.write(0, hop.macs).ok_or(DropReason::Malformed)?;
     } else {

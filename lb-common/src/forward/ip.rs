@@ -7,6 +7,7 @@ use crate::wire::icmp::Icmp;
 use crate::wire::ipv6::{Extension, FragmentHeader};
 use crate::wire::{Address, Ipv4, Ipv6};
 
+use super::parse::whole;
 use super::Frame;
 
 /// An IP version.
@@ -36,6 +37,12 @@ pub trait Ip: Sized {
     /// The hops that the packet may still go.
     fn hops(header: &Self::Header) -> u8;
 
+    /// Source and destination.
+    fn addresses(header: &Self::Header) -> (Address, Address);
+
+    /// Header and payload as claimed, bytes.
+    fn length(header: &Self::Header) -> usize;
+
     /// Corrects a transport checksum's sum for a changed address.
     fn replace_address(sum: Sum, old: Address, new: Address) -> Sum;
 }
@@ -53,20 +60,14 @@ pub enum End {
 pub struct Parsed<H> {
     /// The header without options.
     pub header: H,
-    /// Source address.
-    pub source: Address,
-    /// Destination address.
-    pub destination: Address,
     /// Protocol of what follows all IP headers.
     pub protocol: u8,
     /// Offset of what follows all IP headers.
     pub l4: usize,
-    /// Whether this is a fragment.
-    pub is_fragment: bool,
+    /// Not 0 in a fragment. No boolean: the verifier would follow either of its values to the end.
+    pub fragment: u16,
     /// Whether the transport header is in this fragment.
     pub is_first: bool,
-    /// Header and payload as claimed, bytes.
-    pub length: usize,
 }
 
 /// IP version 4.
@@ -86,13 +87,10 @@ impl Ip for V4 {
         }
         let fragment = header.fragment.get();
         Some(Parsed {
-            source: Address::v4(header.source),
-            destination: Address::v4(header.destination),
             protocol: header.ttl.protocol,
             l4: l3 + header_length,
-            is_fragment: fragment & (Ipv4::MORE_FRAGMENTS | Ipv4::FRAGMENT_OFFSET) != 0,
+            fragment: fragment & (Ipv4::MORE_FRAGMENTS | Ipv4::FRAGMENT_OFFSET),
             is_first: fragment & Ipv4::FRAGMENT_OFFSET == 0,
-            length: header.total_length.get() as usize,
             header,
         })
     }
@@ -126,6 +124,16 @@ impl Ip for V4 {
     }
 
     #[inline(always)]
+    fn addresses(header: &Ipv4) -> (Address, Address) {
+        (Address::v4(header.source), Address::v4(header.destination))
+    }
+
+    #[inline(always)]
+    fn length(header: &Ipv4) -> usize {
+        header.total_length.get() as usize
+    }
+
+    #[inline(always)]
     fn replace_address(sum: Sum, old: Address, new: Address) -> Sum {
         sum.replace32(old.low32(), new.low32())
     }
@@ -139,9 +147,66 @@ fn first_word(words: &crate::wire::ipv4::TtlProtocolChecksum) -> crate::wire::Be
 /// IP version 6.
 pub struct V6;
 
-impl V6 {
-    /// Extension headers that are followed; a packet with more passes untouched.
-    const EXTENSIONS: usize = 4;
+/// What follows IPv6's extension headers. In half words, which the verifier does not track in
+/// memory: so it looks at what comes after the extension headers once, not once for every way
+/// through them.
+#[derive(Clone, Copy)]
+struct Upper {
+    l4: u16,
+    fragment: u16,
+    protocol: u8,
+    is_first: u8,
+}
+
+/// Extension headers that are followed; a packet with more passes untouched.
+const EXTENSIONS: usize = 4;
+/// Where the transport header may begin at most, as a mask.
+pub const MAX_HEADERS: u16 = 0xfff;
+
+/// A function of its own in the kernel too. Without a protocol: nothing that we know of.
+#[inline(never)]
+fn skip_extensions<F: Frame>(frame: &F, l3: usize, upper: &mut Upper) {
+    if let Some(found) = walk_extensions(whole(frame), l3) {
+        *upper = found;
+    }
+}
+
+#[inline(always)]
+fn is_extension(protocol: u8) -> bool {
+    matches!(
+        protocol,
+        Ipv6::HOP_BY_HOP | Ipv6::ROUTING | Ipv6::DESTINATION_OPTIONS | Ipv6::FRAGMENT
+    )
+}
+
+#[inline(always)]
+fn walk_extensions<F: Frame>(frame: &F, l3: usize) -> Option<Upper> {
+    let header: Ipv6 = frame.read(l3)?;
+    let mut protocol = header.next_header;
+    let mut l4 = l3 + Ipv6::LENGTH;
+    let mut fragment = 0;
+    for _ in 0..EXTENSIONS {
+        match protocol {
+            Ipv6::HOP_BY_HOP | Ipv6::ROUTING | Ipv6::DESTINATION_OPTIONS => {
+                let extension: Extension = frame.read(l4)?;
+                protocol = extension.next_header;
+                l4 += (extension.length as usize + 1) << 3;
+            }
+            Ipv6::FRAGMENT => {
+                let header: FragmentHeader = frame.read(l4)?;
+                // An "atomic" fragment is whole (RFC 6946).
+                fragment |= header.offset_more.get() & !0x6;
+                protocol = header.next_header;
+                l4 += size_of::<FragmentHeader>();
+                if fragment >> 3 != 0 {
+                    break;
+                }
+            }
+            _ => break,
+        }
+    }
+    let is_first = (fragment >> 3 == 0) as u8;
+    (l4 <= MAX_HEADERS as usize).then_some(Upper { l4: l4 as u16, fragment, protocol, is_first })
 }
 
 impl Ip for V6 {
@@ -155,39 +220,18 @@ impl Ip for V6 {
         if header.version() != 6 {
             return None;
         }
-        let mut parsed = Parsed {
-            source: Ipv6::address(header.source),
-            destination: Ipv6::address(header.destination),
-            protocol: header.next_header,
-            l4: l3 + Ipv6::LENGTH,
-            is_fragment: false,
-            is_first: true,
-            length: Ipv6::LENGTH + header.payload_length.get() as usize,
-            header,
-        };
-        for _ in 0..Self::EXTENSIONS {
-            match parsed.protocol {
-                Ipv6::HOP_BY_HOP | Ipv6::ROUTING | Ipv6::DESTINATION_OPTIONS => {
-                    let extension: Extension = frame.read(parsed.l4)?;
-                    parsed.protocol = extension.next_header;
-                    parsed.l4 += (extension.length as usize + 1) << 3;
-                }
-                Ipv6::FRAGMENT => {
-                    let fragment: FragmentHeader = frame.read(parsed.l4)?;
-                    let offset_more = fragment.offset_more.get();
-                    // An "atomic" fragment is whole (RFC 6946).
-                    parsed.is_fragment |= offset_more & !0x6 != 0;
-                    parsed.is_first = offset_more >> 3 == 0;
-                    parsed.protocol = fragment.next_header;
-                    parsed.l4 += size_of::<FragmentHeader>();
-                    if !parsed.is_first {
-                        return Some(parsed);
-                    }
-                }
-                _ => return Some(parsed),
-            }
+        let l4 = (l3 + Ipv6::LENGTH) as u16;
+        let mut upper = Upper { l4, fragment: 0, protocol: header.next_header, is_first: 1 };
+        if is_extension(header.next_header) {
+            skip_extensions(frame, l3, &mut upper);
         }
-        Some(parsed)
+        Some(Parsed {
+            protocol: upper.protocol,
+            l4: (upper.l4 & MAX_HEADERS) as usize,
+            fragment: upper.fragment,
+            is_first: upper.is_first != 0,
+            header,
+        })
     }
 
     #[inline(always)]
@@ -210,6 +254,16 @@ impl Ip for V6 {
     #[inline(always)]
     fn hops(header: &Ipv6) -> u8 {
         header.hop_limit
+    }
+
+    #[inline(always)]
+    fn addresses(header: &Ipv6) -> (Address, Address) {
+        (Ipv6::address(header.source), Ipv6::address(header.destination))
+    }
+
+    #[inline(always)]
+    fn length(header: &Ipv6) -> usize {
+        Ipv6::LENGTH + header.payload_length.get() as usize
     }
 
     #[inline(always)]

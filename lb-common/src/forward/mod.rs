@@ -14,14 +14,15 @@ mod select;
 
 use bytemuck::Pod;
 
-use crate::flow::{ICMP, ICMPV6, TCP, UDP};
-use crate::tables::{AdmissionKey, Endpoint, EndpointKey, OPEN, Tables};
+use crate::flow::{TCP, UDP};
+use crate::tables::{Endpoint, EndpointKey, OPEN, Slot, Tables};
 use crate::verdict::{DropReason, Verdict};
 use crate::wire::icmp::Icmp;
-use crate::wire::EtherType;
+use crate::wire::{Address, Be16, EtherType};
 
 use ip::{Ip, V4, V6};
-use parse::{Link, Packet};
+use parse::{Link, Packet, Place};
+use reject::Answer;
 
 /// The bytes of a packet. Every access checks its bounds.
 pub trait Frame {
@@ -40,53 +41,206 @@ pub trait Frame {
     /// Adds bytes of unspecified content at the front (`by` > 0), or takes them away. `None`, and
     /// nothing changed, if there is no room.
     fn grow_front(&mut self, by: i32) -> Option<()>;
-    /// Cuts bytes off the end. `None` if there are not as many.
-    fn shrink_back(&mut self, by: u32) -> Option<()>;
+    /// Cuts the packet to a length, bytes. `None` if it is shorter.
+    fn truncate(&mut self, length: usize) -> Option<()>;
 }
 
-/// What the pipeline says: a verdict, or a packet that dies of a reason yet to be counted.
-type Outcome = Result<Verdict, DropReason>;
+/// What the pipeline says: a verdict, or why there is none yet.
+type Outcome = Result<Verdict, Stop>;
+
+/// Why a packet goes no further on the straight way.
+enum Stop {
+    /// It dies, for a reason yet to be counted.
+    Drop(DropReason),
+    /// It is refused so that the client hears of it, and counted.
+    Answer(DropReason),
+    /// Its target is a matter of what is remembered of its flow.
+    Recall(Recall),
+}
+
+impl From<DropReason> for Stop {
+    #[inline(always)]
+    fn from(reason: DropReason) -> Self {
+        Self::Drop(reason)
+    }
+}
 
 /// Decides what happens to a packet, rewrites it accordingly, and counts it.
+///
+/// The stages are functions of their own in the kernel too, called one after the other, each with
+/// the whole stack (512 bytes) to itself: what a packet does not need costs it nothing, and
+/// reading the headers again in a later stage is cheaper than keeping them in memory for it.
 #[inline(always)]
 pub fn forward<F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verdict {
-    let Some(link) = Link::parse(frame) else { return Verdict::Pass };
-    let outcome = match link.ether_type {
-        EtherType::IPV4 => classify::<V4, F, T>(frame, tables, &link),
-        EtherType::IPV6 => classify::<V6, F, T>(frame, tables, &link),
-        _ => Ok(Verdict::Pass),
-    };
-    outcome.unwrap_or_else(|reason| {
-        tables.count_drop(reason);
-        Verdict::Drop
-    })
+    match Link::parse(frame).map(|link| link.ether_type) {
+        Some(EtherType::IPV4) => forward_ip::<V4, F, T>(frame, tables),
+        Some(EtherType::IPV6) => forward_ip::<V6, F, T>(frame, tables),
+        _ => Verdict::Pass,
+    }
 }
 
-/// Whose packet is it? Nothing is written here: what is not ours passes untouched.
 #[inline(always)]
-fn classify<I: reject::Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, link: &Link) -> Outcome {
-    let Some(packet) = Packet::<I>::parse(frame, link) else { return Ok(Verdict::Pass) };
-    if packet.protocol == ICMP || packet.protocol == ICMPV6 {
-        return guard(frame, tables, &packet);
+fn forward_ip<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verdict {
+    let mut step = Step::UNDECIDED;
+    to_listener::<I, F, T>(frame, tables, &mut step);
+    if step.action == Step::RECALL {
+        select::recall::<I, F, T>(frame, tables, &mut step);
+        if step.action == Step::DELIVER {
+            deliver::<I, F, T>(frame, tables, &mut step);
+        }
+    } else if step.action == Step::UNDECIDED.action {
+        from_elsewhere::<I, F, T>(frame, tables, &mut step);
     }
-    let Some(transport) = &packet.transport else { return without_ports(tables, &packet) };
-    let ports = transport.ports;
+    if step.action == Step::ANSWER {
+        return reject::answer::<I, F, T>(frame, tables, &step);
+    }
+    match step.action {
+        Step::TRANSMIT => Verdict::Transmit,
+        Step::REDIRECT => Verdict::Redirect(step.argument),
+        Step::DROP => {
+            tables.count_drop(step.argument);
+            Verdict::Drop
+        }
+        _ => Verdict::Pass,
+    }
+}
 
-    let destination = EndpointKey::new(packet.destination, ports.destination, packet.protocol);
-    if let Some(endpoint) = lookup(tables, &destination) {
-        return match endpoint.kind() {
-            Endpoint::LISTENER => request::handle(frame, tables, link, &packet, transport, &endpoint),
-            Endpoint::TARGET => reply::note_direct(tables, &packet, transport, &endpoint),
-            _ => Ok(Verdict::Pass),
+/// What one stage leaves to the next, in memory. Plain numbers that are always written: an enum
+/// leaves bytes unset that the compiler copies all the same, and the verifier refuses.
+#[derive(Clone, Copy)]
+struct Step {
+    action: u32,
+    /// By action: an interface, a [`DropReason`].
+    argument: u32,
+    recall: Recall,
+    place: Place,
+    selected: Selected,
+}
+
+/// What is asked of the flow table.
+#[derive(Clone, Copy)]
+struct Recall {
+    /// The slot that the hash chose.
+    slot: Slot,
+    /// Its number in the ring.
+    chosen: u32,
+    /// The ring.
+    ring: u32,
+    /// Index of the listener.
+    listener: u32,
+    /// Not 0 if the listener tracks every flow.
+    is_tracked: u32,
+}
+
+/// A flow's target.
+#[derive(Clone, Copy)]
+struct Selected {
+    /// Its index.
+    index: u32,
+    /// Not 0 for a flow that is new, as far as can be told.
+    is_new: u32,
+}
+
+impl Step {
+    const UNDECIDED: Self = Self {
+        action: 0,
+        argument: 0,
+        recall: Recall { slot: Slot::settled(0), chosen: 0, ring: 0, listener: 0, is_tracked: 0 },
+        place: Place { l3: 0, l4: 0, protocol: 0 },
+        selected: Selected { index: 0, is_new: 0 },
+    };
+    const PASS: u32 = 1;
+    const TRANSMIT: u32 = 2;
+    const REDIRECT: u32 = 3;
+    const DROP: u32 = 4;
+    const ANSWER: u32 = 5;
+    const RECALL: u32 = 6;
+    const DELIVER: u32 = 7;
+
+    /// Takes down how a stage ended.
+    #[inline(always)]
+    fn conclude(&mut self, outcome: Outcome, place: Place) {
+        (self.action, self.argument) = match outcome {
+            Ok(Verdict::Pass | Verdict::Drop) => (Self::PASS, 0),
+            Ok(Verdict::Transmit) => (Self::TRANSMIT, 0),
+            Ok(Verdict::Redirect(ifindex)) => (Self::REDIRECT, ifindex),
+            Err(Stop::Drop(reason)) => (Self::DROP, reason as u32),
+            Err(Stop::Answer(reason)) => {
+                self.place = place;
+                (Self::ANSWER, reason as u32)
+            }
+            Err(Stop::Recall(recall)) => {
+                self.place = place;
+                self.recall = recall;
+                (Self::RECALL, 0)
+            }
         };
     }
-    let source = EndpointKey::new(packet.source, ports.source, packet.protocol);
-    if let Some(endpoint) = lookup(tables, &source)
-        && endpoint.kind() == Endpoint::TARGET
-    {
-        return reply::handle(frame, tables, link, &packet, transport, &endpoint);
-    }
-    if is_owned(tables, &packet) { Err(DropReason::NoListener) } else { Ok(Verdict::Pass) }
+}
+
+/// Whose packet is it? A listener's is decided here, with a target by the hash alone. Nothing is
+/// written before all is certain: what is not ours passes untouched.
+#[inline(never)]
+fn to_listener<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) {
+    let Some((link, packet)) = parse::<I, F>(frame) else {
+        step.action = Step::PASS;
+        return;
+    };
+    let outcome = match &packet.transport {
+        _ if packet.protocol == I::ICMP => guard(frame, tables, &packet),
+        None => without_ports(tables, &packet),
+        Some(transport) => {
+            let port = transport.ports.destination;
+            let key = EndpointKey::new(packet.destination, port, packet.protocol);
+            let endpoint = lookup(tables, &key);
+            match endpoint.kind() {
+                Endpoint::LISTENER => {
+                    request::handle(frame, tables, &link, &packet, transport, &endpoint)
+                }
+                Endpoint::TARGET => {
+                    reply::note_direct::<I, F, T>(frame, tables, &packet.place(), endpoint.index);
+                    Ok(Verdict::Pass)
+                }
+                _ => return,
+            }
+        }
+    };
+    step.conclude(outcome, packet.place());
+}
+
+/// Sends a packet to the target that was recalled for it.
+#[inline(never)]
+fn deliver<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) {
+    let Some(link) = Link::parse(frame) else { return };
+    let Some(packet) = step.place.read::<I, F>(frame) else { return };
+    let Some(transport) = &packet.transport else { return };
+    let (selected, listener) = (step.selected, step.recall.listener);
+    let outcome = request::deliver(frame, tables, &link, &packet, transport, listener, selected);
+    step.conclude(outcome, packet.place());
+}
+
+/// A target's reply, or a packet that is none of ours.
+#[inline(never)]
+fn from_elsewhere<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) {
+    let Some((link, packet)) = parse::<I, F>(frame) else { return };
+    let Some(transport) = &packet.transport else { return };
+    let port = transport.ports.source;
+    let endpoint = lookup(tables, &EndpointKey::new(packet.source, port, packet.protocol));
+    let outcome = if endpoint.kind() == Endpoint::TARGET {
+        reply::handle(frame, tables, &link, &packet, transport, &endpoint)
+    } else if is_owned(tables, &packet) {
+        Err(DropReason::NoListener.into())
+    } else {
+        Ok(Verdict::Pass)
+    };
+    step.conclude(outcome, packet.place());
+}
+
+#[inline(always)]
+fn parse<I: Ip, F: Frame>(frame: &F) -> Option<(Link, Packet<I>)> {
+    let link = Link::parse(frame)?;
+    let packet = Packet::parse(frame, &link)?;
+    Some((link, packet))
 }
 
 /// A packet without ports: a later fragment, a truncated header, another protocol.
@@ -94,8 +248,8 @@ fn classify<I: reject::Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, l
 fn without_ports<I: Ip, T: Tables>(tables: &T, packet: &Packet<I>) -> Outcome {
     let balanced = packet.protocol == TCP || packet.protocol == UDP;
     if balanced && is_owned(tables, packet) {
-        let fragment = packet.is_fragment;
-        return Err(if fragment { DropReason::Fragmented } else { DropReason::Malformed });
+        let is_fragment = packet.is_fragment();
+        return Err(if is_fragment { DropReason::Fragmented } else { DropReason::Malformed }.into());
     }
     Ok(Verdict::Pass)
 }
@@ -104,15 +258,20 @@ fn without_ports<I: Ip, T: Tables>(tables: &T, packet: &Packet<I>) -> Outcome {
 /// listener must not show the machine's own services there.
 #[inline(always)]
 fn is_owned<I: Ip, T: Tables>(tables: &T, packet: &Packet<I>) -> bool {
-    lookup(tables, &EndpointKey::of_address(packet.destination))
-        .is_some_and(|endpoint| endpoint.kind() == Endpoint::OWNED)
+    kind_of_address(tables, packet.destination.words()) == Endpoint::OWNED
 }
 
 /// Whether the destination is an address of this machine.
 #[inline(always)]
-fn is_local<T: Tables>(tables: &T, address: crate::wire::Address) -> bool {
-    lookup(tables, &EndpointKey::of_address(address))
-        .is_some_and(|endpoint| matches!(endpoint.kind(), Endpoint::LOCAL | Endpoint::OWNED))
+fn is_local<T: Tables>(tables: &T, address: Address) -> bool {
+    let kind = kind_of_address(tables, address.words());
+    kind == Endpoint::LOCAL || kind == Endpoint::OWNED
+}
+
+/// A function of its own in the kernel too, with stack of its own.
+#[inline(never)]
+fn kind_of_address<T: Tables>(tables: &T, [high, low]: [u64; 2]) -> u8 {
+    lookup(tables, &EndpointKey::of_address(Address::from_words([high, low]))).kind()
 }
 
 /// Echo requests to an address with security groups need a rule; errors and neighbour discovery
@@ -120,16 +279,15 @@ fn is_local<T: Tables>(tables: &T, address: crate::wire::Address) -> bool {
 #[inline(always)]
 fn guard<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, packet: &Packet<I>) -> Outcome {
     let Some(icmp) = frame.read::<Icmp>(packet.l4) else { return Ok(Verdict::Pass) };
-    if packet.is_fragment || icmp.kind != I::ECHO_REQUEST {
+    if packet.is_fragment() || icmp.kind != I::ECHO_REQUEST {
         return Ok(Verdict::Pass);
     }
     let key = EndpointKey::new(packet.destination, Default::default(), packet.protocol);
-    match lookup(tables, &key) {
-        Some(endpoint) if endpoint.kind() == Endpoint::GUARD => {
-            admit(tables, packet, &endpoint).map(|()| Verdict::Pass)
-        }
-        _ => Ok(Verdict::Pass),
+    let endpoint = lookup(tables, &key);
+    if endpoint.kind() == Endpoint::GUARD {
+        admit(tables, packet, &endpoint)?;
     }
+    Ok(Verdict::Pass)
 }
 
 /// The security groups: a listener without one costs nothing.
@@ -137,24 +295,76 @@ fn guard<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, packet: &Packet<I>) 
 fn admit<I: Ip, T: Tables>(
     tables: &T,
     packet: &Packet<I>,
-    endpoint: &Endpoint,
+    endpoint: &Found,
 ) -> Result<(), DropReason> {
     let admitted = endpoint.class == OPEN
-        || tables.admits(&AdmissionKey::new(endpoint.class, packet.source));
+        || tables.admits(endpoint.class, packet.source);
     if admitted { Ok(()) } else { Err(DropReason::SecurityGroupDenied) }
+}
+
+/// What an endpoint's key leads to: the second half of an [`Endpoint`].
+#[derive(Clone, Copy)]
+struct Found {
+    kind: u32,
+    listener: u32,
+    index: u32,
+    class: u32,
+}
+
+impl Found {
+    /// An `Option` would have the compiler look into what is not there, which the verifier refuses.
+    const NOTHING: Self = Self { kind: 0, listener: 0, index: 0, class: 0 };
+
+    #[inline(always)]
+    fn new(endpoint: &Endpoint) -> Self {
+        let Endpoint { kind, listener, index, class, .. } = *endpoint;
+        Self { kind: kind as u32, listener, index, class }
+    }
+
+    #[inline(always)]
+    fn kind(&self) -> u8 {
+        self.kind as u8 & Endpoint::KIND
+    }
+
+    #[inline(always)]
+    fn has(&self, flag: u8) -> bool {
+        self.kind & flag as u32 != 0
+    }
 }
 
 /// Finds an endpoint in its bucket, and beyond it only if the bucket says so.
 #[inline(always)]
-fn lookup<T: Tables>(tables: &T, key: &EndpointKey) -> Option<Endpoint> {
-    let [first, second] = &tables.bucket(key.bucket(tables.keys()))?.endpoints;
+fn lookup<T: Tables>(tables: &T, key: &EndpointKey) -> Found {
+    let Some(bucket) = tables.bucket(key.bucket(tables.keys())) else { return Found::NOTHING };
+    let [first, second] = &bucket.endpoints;
     if matches(first, key) {
-        return Some(*first);
+        return Found::new(first);
     }
     if matches(second, key) {
-        return Some(*second);
+        return Found::new(second);
     }
-    if first.kind & Endpoint::OVERFLOW != 0 { tables.overflow(key) } else { None }
+    let mut found = Found::NOTHING;
+    if first.kind & Endpoint::OVERFLOW != 0 {
+        let ([high, low], port) = (key.address.words(), key.port.raw() as u32);
+        look_up_overflow(tables, high, low, port << 8 | key.protocol as u32, &mut found);
+    }
+    found
+}
+
+/// A function of its own in the kernel too, with stack of its own; the key in registers.
+#[inline(never)]
+fn look_up_overflow<T: Tables>(
+    tables: &T,
+    high: u64,
+    low: u64,
+    port_protocol: u32,
+    found: &mut Found,
+) {
+    let address = Address::from_words([high, low]);
+    let port = Be16::from_raw((port_protocol >> 8) as u16);
+    if let Some(endpoint) = tables.overflow(&EndpointKey::new(address, port, port_protocol as u8)) {
+        *found = Found::new(&endpoint);
+    }
 }
 
 #[inline(always)]

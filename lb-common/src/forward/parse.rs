@@ -4,7 +4,7 @@ use crate::flow::{FlowKey, TCP, UDP};
 use crate::wire::eth::Macs;
 use crate::wire::{Address, Be16, EtherType, Ethernet, Tcp, Udp, VlanTag};
 
-use super::ip::{Ip, Parsed};
+use super::ip::{Ip, MAX_HEADERS, Parsed};
 use super::Frame;
 
 /// Ethernet and its VLAN tags.
@@ -37,20 +37,42 @@ impl Link {
             l3: size_of::<Ethernet>(),
         };
         if ethernet.ether_type.is_vlan() {
-            let outer: VlanTag = frame.read(size_of::<Ethernet>())?;
-            link.priority = outer.control.get() & VlanTag::PRIORITY_MASK;
-            link.ether_type = outer.ether_type;
-            link.tags = 1;
-            link.l3 += size_of::<VlanTag>();
-            if outer.ether_type.is_vlan() {
-                let inner: VlanTag = frame.read(link.l3)?;
-                link.ether_type = inner.ether_type;
-                link.tags = 2;
-                link.l3 += size_of::<VlanTag>();
-            }
+            let mut tagged = Tagged::default();
+            read_tags(frame, &mut tagged);
+            link.ether_type = tagged.ether_type;
+            link.tags = (tagged.tags & 3) as usize;
+            link.priority = tagged.priority;
+            link.l3 = (tagged.l3 & 0x1f) as usize;
         }
         Some(link)
     }
+}
+
+/// What VLAN tags say. In half words, see [`super::ip`].
+#[derive(Default)]
+struct Tagged {
+    ether_type: EtherType,
+    tags: u16,
+    priority: u16,
+    l3: u16,
+}
+
+/// A function of its own in the kernel too. Leaves the EtherType 0, which nobody knows, for a
+/// frame that ends within its tags.
+#[inline(never)]
+fn read_tags<F: Frame>(frame: &F, tagged: &mut Tagged) {
+    let frame = whole(frame);
+    let at = size_of::<Ethernet>();
+    let Some(outer) = frame.read::<VlanTag>(at) else { return };
+    tagged.priority = outer.control.get() & VlanTag::PRIORITY_MASK;
+    let at = at + size_of::<VlanTag>();
+    if !outer.ether_type.is_vlan() {
+        (tagged.ether_type, tagged.tags, tagged.l3) = (outer.ether_type, 1, at as u16);
+        return;
+    }
+    let Some(inner) = frame.read::<VlanTag>(at) else { return };
+    let at = at + size_of::<VlanTag>();
+    (tagged.ether_type, tagged.tags, tagged.l3) = (inner.ether_type, 2, at as u16);
 }
 
 /// IP and transport.
@@ -69,8 +91,8 @@ pub struct Packet<I: Ip> {
     pub l4: usize,
     /// IP header and payload as claimed, bytes.
     pub length: usize,
-    /// Whether this is a fragment.
-    pub is_fragment: bool,
+    /// Not 0 in a fragment.
+    pub fragment: u16,
     /// TCP or UDP; `None` for other protocols, later fragments and truncated headers.
     pub transport: Option<Transport>,
 }
@@ -86,8 +108,8 @@ pub struct Transport {
     pub checksum_at: usize,
     /// TCP's control bits; 0 for UDP.
     pub flags: u8,
-    /// Whether the header claims lengths that cannot be.
-    pub is_malformed: bool,
+    /// What the header claims as its length (TCP) or the datagram's (UDP), bytes.
+    claimed: usize,
 }
 
 /// Ports as they lie on the wire.
@@ -101,6 +123,14 @@ pub struct Ports {
 }
 
 impl Transport {
+    /// Whether a header lies about a length. Asked only once the packet is known to be ours.
+    #[inline(always)]
+    pub fn is_malformed<I: Ip, F: Frame>(&self, frame: &F, packet: &Packet<I>) -> bool {
+        let least = if packet.protocol == TCP { size_of::<Tcp>() } else { size_of::<Udp>() };
+        let end = packet.l3 + packet.length;
+        self.claimed < least || packet.l4 + self.claimed > end || end > frame.len()
+    }
+
     /// Whether this opens a TCP connection.
     #[inline(always)]
     pub fn is_syn(&self) -> bool {
@@ -112,20 +142,31 @@ impl<I: Ip> Packet<I> {
     /// Reads IP and transport headers.
     #[inline(always)]
     pub fn parse<F: Frame>(frame: &F, link: &Link) -> Option<Self> {
-        let Parsed { header, source, destination, protocol, l4, is_fragment, is_first, length } =
-            I::parse(frame, link.l3)?;
-        let transport = if is_first { transport(frame, protocol, link.l3, l4, length) } else { None };
+        let Parsed { header, protocol, l4, fragment, is_first } = I::parse(frame, link.l3)?;
+        let (source, destination) = I::addresses(&header);
         Some(Self {
-            header,
             source,
             destination,
             protocol,
             l3: link.l3,
             l4,
-            length,
-            is_fragment,
-            transport,
+            length: I::length(&header),
+            fragment,
+            header,
+            transport: if is_first { transport(frame, protocol, l4) } else { None },
         })
+    }
+
+    /// Where it was read.
+    #[inline(always)]
+    pub fn place(&self) -> Place {
+        Place { l3: self.l3 as u16, l4: self.l4 as u16, protocol: self.protocol as u32 }
+    }
+
+    /// Whether this is a fragment.
+    #[inline(always)]
+    pub fn is_fragment(&self) -> bool {
+        self.fragment != 0
     }
 
     /// The flow, as this packet's direction sees it.
@@ -142,39 +183,79 @@ impl<I: Ip> Packet<I> {
     }
 }
 
-/// Reads the transport header and holds its claims against the frame: a header that lies about a
-/// length is malformed, which matters only once the packet is known to be ours.
+/// Where the headers of a packet are: what functions off the hot path are told, so that the hot
+/// path need not keep the headers in memory for them.
+#[derive(Clone, Copy)]
+pub struct Place {
+    /// Offset of the IP header.
+    pub l3: u16,
+    /// Offset of the transport header.
+    pub l4: u16,
+    /// IP protocol number.
+    pub protocol: u32,
+}
+
+impl Place {
+    /// Reads the headers once more.
+    #[inline(always)]
+    pub fn read<I: Ip, F: Frame>(&self, frame: &F) -> Option<Packet<I>> {
+        let frame = whole(frame);
+        // The masks change nothing; they are for the verifier.
+        let (l3, l4) = ((self.l3 & 0x1f) as usize, (self.l4 & MAX_HEADERS) as usize);
+        let protocol = self.protocol as u8;
+        let header: I::Header = frame.read(l3)?;
+        let (source, destination) = I::addresses(&header);
+        Some(Packet {
+            source,
+            destination,
+            protocol,
+            l3,
+            l4,
+            length: I::length(&header),
+            fragment: 0,
+            header,
+            transport: transport(frame, protocol, l4),
+        })
+    }
+
+    /// Reads the flow and its transport header once more.
+    #[inline(always)]
+    pub fn flow<I: Ip, F: Frame>(&self, frame: &F) -> Option<(FlowKey, Transport)> {
+        let packet = self.read::<I, F>(frame)?;
+        let transport = packet.transport?;
+        Some((packet.flow(transport.ports), transport))
+    }
+}
+
+/// Keeps the compiler from handing a function the packet's two pointers instead of the frame, as
+/// half words that the verifier does not take for pointers.
 #[inline(always)]
-fn transport<F: Frame>(
-    frame: &F,
-    protocol: u8,
-    l3: usize,
-    l4: usize,
-    length: usize,
-) -> Option<Transport> {
-    let end = l3 + length;
-    let is_cut = end > frame.len();
+pub fn whole<F: Frame>(frame: &F) -> &F {
+    core::hint::black_box(frame)
+}
+
+/// Reads the transport header.
+#[inline(always)]
+fn transport<F: Frame>(frame: &F, protocol: u8, l4: usize) -> Option<Transport> {
     match protocol {
         TCP => {
             let tcp: Tcp = frame.read(l4)?;
-            let header = tcp.header_length();
             Some(Transport {
                 ports: Ports { source: tcp.source, destination: tcp.destination },
                 checksum: tcp.checksum,
                 checksum_at: l4 + Tcp::CHECKSUM_AT,
                 flags: tcp.flags,
-                is_malformed: is_cut || header < size_of::<Tcp>() || l4 + header > end,
+                claimed: tcp.header_length(),
             })
         }
         UDP => {
             let udp: Udp = frame.read(l4)?;
-            let datagram = udp.length.get() as usize;
             Some(Transport {
                 ports: Ports { source: udp.source, destination: udp.destination },
                 checksum: udp.checksum,
                 checksum_at: l4 + Udp::CHECKSUM_AT,
                 flags: 0,
-                is_malformed: is_cut || datagram < size_of::<Udp>() || l4 + datagram > end,
+                claimed: udp.length.get() as usize,
             })
         }
         _ => None,

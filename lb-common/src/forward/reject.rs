@@ -9,8 +9,8 @@ use crate::wire::icmp::Icmp;
 use crate::wire::{Address, Be16, Be32, Ethernet, Ipv4, Ipv6, Tcp, Udp, VlanTag};
 
 use super::ip::{Ip, V4, V6};
-use super::parse::{Link, Packet};
-use super::{Frame, Outcome};
+use super::parse::{Link, Packet, Place, whole};
+use super::{Frame, Step};
 
 /// TTL or hop limit of our own packets.
 const HOPS: u8 = 64;
@@ -19,19 +19,21 @@ const HOPS: u8 = 64;
 /// that must not be answered (a reset, a header with options where it would have to be quoted)
 /// is dropped for the same reason.
 #[inline(always)]
-pub fn answer<I: Answer, F: Frame, T: Tables>(
-    frame: &mut F,
-    tables: &T,
-    reason: DropReason,
-) -> Outcome {
-    match refuse::<I, F>(frame) {
+pub fn answer<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &Step) -> Verdict {
+    let refusal = if step.place.protocol == TCP as u32 {
+        reset::<I, F>(frame, &step.place)
+    } else {
+        unreachable::<I, F>(frame, &step.place)
+    };
+    match refusal {
         Refusal::Written => {
-            tables.count_drop(reason);
-            Ok(Verdict::Transmit)
+            tables.count_drop(step.argument);
+            return Verdict::Transmit;
         }
-        Refusal::None => Err(reason),
-        Refusal::NoRoom => Err(DropReason::NoHeadroom),
+        Refusal::None => tables.count_drop(step.argument),
+        Refusal::NoRoom => tables.count_drop(DropReason::NoHeadroom as u32),
     }
+    Verdict::Drop
 }
 
 /// What became of a refusal.
@@ -46,35 +48,43 @@ enum Refusal {
     NoRoom = 2,
 }
 
-/// Writes the refusal over the packet. A function of its own in the kernel too, which reads the
-/// headers again: so the hot path need not keep them in memory for it.
+/// Writes a reset over the packet. A function of its own in the kernel too, which reads the headers
+/// again: so the hot path need not keep them in memory for it.
 #[inline(never)]
-fn refuse<I: Answer, F: Frame>(frame: &mut F) -> Refusal {
-    match try_refuse::<I, F>(frame) {
-        Some(Ok(())) => Refusal::Written,
-        Some(Err(_)) => Refusal::NoRoom,
-        None => Refusal::None,
+fn reset<I: Answer, F: Frame>(frame: &mut F, place: &Place) -> Refusal {
+    let Some(link) = Link::parse(whole(frame)) else { return Refusal::None };
+    let Some(packet) = place.read::<I, F>(frame) else { return Refusal::None };
+    if packet.transport.is_none_or(|transport| transport.flags & Tcp::RST != 0) {
+        return Refusal::None;
     }
+    let written = write_reset(frame, &packet);
+    finish(frame, &link, written)
 }
 
+/// Writes a port unreachable around the packet; see [`reset`].
+#[inline(never)]
+fn unreachable<I: Answer, F: Frame>(frame: &mut F, place: &Place) -> Refusal {
+    // From front to back: the compiler would leave out a check that a later one implies, and the
+    // verifier does not see that it does.
+    let Some(link) = Link::parse(whole(frame)) else { return Refusal::None };
+    let Some(front) = Front::read(frame, &link) else { return Refusal::None };
+    let Some(packet) = place.read::<I, F>(frame) else { return Refusal::None };
+    if packet.l4 != packet.l3 + size_of::<I::Header>() {
+        return Refusal::None;
+    }
+    let written = write_unreachable(frame, &front, &packet);
+    finish(frame, &link, written)
+}
+
+/// Sends it back to where the packet came from.
 #[inline(always)]
-fn try_refuse<I: Answer, F: Frame>(frame: &mut F) -> Option<Result<(), DropReason>> {
-    let link = Link::parse(frame)?;
-    let packet = Packet::<I>::parse(frame, &link)?;
-    let transport = packet.transport?;
-    let written = if packet.protocol == TCP {
-        if transport.flags & Tcp::RST != 0 {
-            return None;
-        }
-        reset(frame, &packet)
-    } else {
-        if packet.l4 != packet.l3 + size_of::<I::Header>() {
-            return None;
-        }
-        unreachable(frame, &link, &packet)
-    };
+fn finish<F: Frame>(frame: &mut F, link: &Link, written: Result<(), DropReason>) -> Refusal {
     let back = Macs { destination: link.macs.source, source: link.macs.destination };
-    Some(written.and_then(|()| frame.write(0, back).ok_or(DropReason::Malformed)))
+    if written.is_ok() && frame.write(0, back).is_some() {
+        Refusal::Written
+    } else {
+        Refusal::NoRoom
+    }
 }
 
 /// What an IP version adds to answer for itself.
@@ -96,7 +106,7 @@ pub trait Answer: Ip {
 /// RFC 9293 section 3.10.7.1: the reset takes its number from the segment's acknowledgment, or
 /// else acknowledges all of the segment.
 #[inline(always)]
-fn reset<I: Answer, F: Frame>(frame: &mut F, packet: &Packet<I>) -> Result<(), DropReason> {
+fn write_reset<I: Answer, F: Frame>(frame: &mut F, packet: &Packet<I>) -> Result<(), DropReason> {
     let tcp: Tcp = frame.read(packet.l4).ok_or(DropReason::Malformed)?;
     let has_ack = tcp.flags & Tcp::ACK != 0;
     let occupied = ((tcp.flags & Tcp::SYN != 0) as u32)
@@ -127,7 +137,7 @@ fn reset<I: Answer, F: Frame>(frame: &mut F, packet: &Packet<I>) -> Result<(), D
     let l4 = packet.l3 + size_of::<I::Header>();
     I::write_header(frame, packet.l3, packet, TCP, size_of::<Tcp>()).ok_or(DropReason::Malformed)?;
     frame.write(l4, reset).ok_or(DropReason::Malformed)?;
-    cut(frame, l4 + size_of::<Tcp>())
+    frame.truncate(l4 + size_of::<Tcp>()).ok_or(DropReason::NoHeadroom)
 }
 
 /// Bytes of data in the segment.
@@ -140,16 +150,15 @@ fn data_length<I: Ip>(packet: &Packet<I>, tcp: &Tcp) -> u32 {
 /// RFC 792, RFC 4443 section 3.1: the refused datagram's headers are quoted, so the new headers
 /// go in front of them.
 #[inline(always)]
-fn unreachable<I: Answer, F: Frame>(
+fn write_unreachable<I: Answer, F: Frame>(
     frame: &mut F,
-    link: &Link,
+    front: &Front,
     packet: &Packet<I>,
 ) -> Result<(), DropReason> {
     let quoted = size_of::<I::Header>() + size_of::<Udp>();
     let added = size_of::<I::Header>() + size_of::<Icmp>();
     let udp: Udp = frame.read(packet.l4).ok_or(DropReason::Malformed)?;
-    let front = Front::read(frame, link).ok_or(DropReason::Malformed)?;
-    cut(frame, packet.l3 + quoted)?;
+    frame.truncate(packet.l3 + quoted).ok_or(DropReason::NoHeadroom)?;
     frame.grow_front(added as i32).ok_or(DropReason::NoHeadroom)?;
     front.write(frame).ok_or(DropReason::Malformed)?;
 
@@ -188,13 +197,14 @@ impl Front {
 
     #[inline(always)]
     fn read<F: Frame>(frame: &F, link: &Link) -> Option<Self> {
-        // Reading past the tags into the IP header does no harm, and saves a branch.
-        Some(Self {
-            ethernet: frame.read(0)?,
-            tags: link.tags,
-            outer: frame.read(Self::OUTER_AT)?,
-            inner: frame.read(Self::INNER_AT)?,
-        })
+        let (mut outer, mut inner) = (VlanTag::default(), VlanTag::default());
+        if link.tags > 0 {
+            outer = frame.read(Self::OUTER_AT)?;
+        }
+        if link.tags > 1 {
+            inner = frame.read(Self::INNER_AT)?;
+        }
+        Some(Self { ethernet: frame.read(0)?, tags: link.tags, outer, inner })
     }
 
     #[inline(always)]
@@ -208,16 +218,6 @@ impl Front {
         }
         Some(())
     }
-}
-
-/// Cuts the frame to a length.
-#[inline(always)]
-fn cut<F: Frame>(frame: &mut F, length: usize) -> Result<(), DropReason> {
-    let excess = frame.len().wrapping_sub(length) as u32;
-    if excess == 0 {
-        return Ok(());
-    }
-    frame.shrink_back(excess).ok_or(DropReason::NoHeadroom)
 }
 
 impl Answer for V4 {

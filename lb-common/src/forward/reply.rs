@@ -1,12 +1,12 @@
 //! A packet from a target, and a client that talks to a target's own address.
 
 use crate::flow::{FlowKey, REFRESH};
-use crate::tables::{Endpoint, NO_LISTENER, Route, Tables};
+use crate::tables::{Endpoint, NO_LISTENER, Tables};
 use crate::verdict::{DropReason, Verdict};
 
 use super::ip::{End, Ip};
-use super::parse::{Link, Packet, Transport};
-use super::{Frame, Outcome, emit};
+use super::parse::{Link, Packet, Place, Transport};
+use super::{Found, Frame, Outcome, emit};
 
 /// Gives a reply the listener's address back and sends it to the client.
 ///
@@ -19,75 +19,91 @@ pub fn handle<I: Ip, F: Frame, T: Tables>(
     link: &Link,
     packet: &Packet<I>,
     transport: &Transport,
-    target: &Endpoint,
+    target: &Found,
 ) -> Outcome {
     if super::is_local(tables, packet.destination) {
         return Ok(Verdict::Pass);
     }
-    let key = packet.flow(transport.ports);
-    if tables.has_direct_flows(target.index) && tables.is_direct_flow(&key) {
+    if tables.has_direct_flows(target.index) && is_direct::<I, F, T>(frame, tables, &packet.place()) {
         return Ok(Verdict::Pass);
     }
-    let (listener, index) = match origin(tables, &key, target) {
-        Some(origin) => origin,
-        None => return Ok(Verdict::Pass),
-    };
-    let listening = tables.listener(listener).ok_or(DropReason::TableInconsistent)?;
-    let hop = match tables.route(frame.ingress(), listening.address, packet.destination) {
-        Route::Via(hop) => hop,
-        Route::Unresolved => return Err(DropReason::NextHopUnresolved),
-    };
-    if transport.is_malformed {
-        return Err(DropReason::Malformed);
+    let mut origin = Origin { listener: target.listener, target: target.index };
+    if target.has(Endpoint::SHARED) {
+        look_up_origin::<I, F, T>(frame, tables, &packet.place(), &mut origin);
     }
-    if packet.is_fragment {
-        return Err(DropReason::Fragmented);
+    if origin.listener == NO_LISTENER {
+        return Ok(Verdict::Pass);
+    }
+    let listening = tables.listener(origin.listener).ok_or(DropReason::TableInconsistent)?;
+    let ingress = frame.ingress();
+    let Some(hop) = tables.route(ingress, listening.address, packet.destination) else {
+        return Err(DropReason::NextHopUnresolved.into());
+    };
+    if transport.is_malformed(frame, packet) {
+        return Err(DropReason::Malformed.into());
+    }
+    if packet.is_fragment() {
+        return Err(DropReason::Fragmented.into());
     }
     if packet.length > hop.mtu as usize {
-        return Err(DropReason::TooBig);
+        return Err(DropReason::TooBig.into());
     }
     emit::translate::<I, F>(frame, packet, transport, End::Source, listening.address, listening.port)?;
-    let verdict = emit::send(frame, link, &hop)?;
-    tables.count_reply(listener, index, packet.length as u64);
+    let verdict = emit::send(frame, link, hop)?;
+    tables.count_reply(origin.listener, origin.target, packet.length as u64);
     Ok(verdict)
 }
 
 /// The listener and the target that a reply's flow came by.
-#[inline(always)]
-fn origin<T: Tables>(tables: &T, key: &FlowKey, target: &Endpoint) -> Option<(u32, u32)> {
-    if target.kind & Endpoint::SHARED != 0 {
-        let now = tables.now();
-        if let Some(mut flow) = tables.return_flow(key)
-            && flow.is_alive(now, key.protocol)
-        {
-            if now.wrapping_sub(flow.last_seen) > REFRESH {
-                flow.last_seen = now;
-                tables.remember_return(key, &flow);
-            }
-            return Some((flow.listener, flow.target));
+struct Origin {
+    listener: u32,
+    target: u32,
+}
+
+/// Of a target that several listeners share, the flow knows.
+#[inline(never)]
+fn look_up_origin<I: Ip, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &T,
+    place: &Place,
+    origin: &mut Origin,
+) {
+    let Some((key, _)) = place.flow::<I, F>(frame) else { return };
+    let now = tables.now();
+    if let Some(mut flow) = tables.return_flow(&key)
+        && flow.is_alive(now, key.protocol)
+    {
+        *origin = Origin { listener: flow.listener, target: flow.target };
+        if now.wrapping_sub(flow.last_seen) > REFRESH {
+            flow.last_seen = now;
+            tables.remember_return(&key, &flow);
         }
     }
-    (target.listener != NO_LISTENER).then_some((target.listener, target.index))
+}
+
+/// Whether the client talks to the target's own address.
+#[inline(never)]
+fn is_direct<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, place: &Place) -> bool {
+    place.flow::<I, F>(frame).is_some_and(|(key, _)| tables.is_direct_flow(&key))
 }
 
 /// A client talks to a target's own address through us: note it, or the replies would be given
 /// the listener's address.
-#[inline(always)]
-pub fn note_direct<I: Ip, T: Tables>(
+#[inline(never)]
+pub fn note_direct<I: Ip, F: Frame, T: Tables>(
+    frame: &F,
     tables: &T,
-    packet: &Packet<I>,
-    transport: &Transport,
-    target: &Endpoint,
-) -> Outcome {
-    let ports = transport.ports;
-    let reply = FlowKey {
-        source: packet.destination,
-        destination: packet.source,
-        source_port: ports.destination,
-        destination_port: ports.source,
-        protocol: packet.protocol,
-        zero: [0; 3],
-    };
-    tables.note_direct_flow(target.index, &reply);
-    Ok(Verdict::Pass)
+    place: &Place,
+    target: u32,
+) {
+    if let Some((key, _)) = place.flow::<I, F>(frame) {
+        let reply = FlowKey {
+            source: key.destination,
+            destination: key.source,
+            source_port: key.destination_port,
+            destination_port: key.source_port,
+            ..key
+        };
+        tables.note_direct_flow(target, &reply);
+    }
 }

@@ -1,52 +1,65 @@
 //! A packet to a listener.
 
-use crate::tables::{Endpoint, NO_RING, Tables, Target};
-use crate::verdict::{DropReason, Verdict};
+use crate::tables::{NO_RING, Tables, Target};
+use crate::verdict::DropReason;
 
-use super::ip::End;
+use super::ip::{End, Ip};
 use super::parse::{Link, Packet, Transport};
-use super::select::{Selected, select};
-use super::reject::Answer;
-use super::{Frame, Outcome, admit, emit, reject};
+use super::select::{forget_direct, select, serving};
+use super::{Found, Frame, Outcome, Selected, Stop, admit, emit};
 
 /// Admits the packet, chooses its target and sends it there.
 #[inline(always)]
-pub fn handle<I: Answer, F: Frame, T: Tables>(
+pub fn handle<I: Ip, F: Frame, T: Tables>(
     frame: &mut F,
     tables: &T,
     link: &Link,
     packet: &Packet<I>,
     transport: &Transport,
-    listener: &Endpoint,
+    listener: &Found,
 ) -> Outcome {
-    if transport.is_malformed {
-        return Err(DropReason::Malformed);
+    if transport.is_malformed(frame, packet) {
+        return Err(DropReason::Malformed.into());
     }
     admit(tables, packet, listener)?;
-    if packet.is_fragment {
-        return Err(DropReason::Fragmented);
+    if packet.is_fragment() {
+        return Err(DropReason::Fragmented.into());
     }
     if listener.index == NO_RING {
-        return reject::answer::<I, F, T>(frame, tables, DropReason::NoTarget);
+        return Err(Stop::Answer(DropReason::NoTarget));
     }
-    let Selected { target, index, is_new } = match select(tables, packet, transport, listener) {
-        Ok(selected) => selected,
-        Err(reason @ (DropReason::TargetDown | DropReason::PortAllocationError)) => {
-            return reject::answer::<I, F, T>(frame, tables, reason);
-        }
-        Err(reason) => return Err(reason),
+    let selected = select(tables, packet, transport, listener)?;
+    deliver(frame, tables, link, packet, transport, listener.listener, selected)
+}
+
+/// Sends the packet to its target.
+#[inline(always)]
+pub fn deliver<I: Ip, F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    link: &Link,
+    packet: &Packet<I>,
+    transport: &Transport,
+    listener: u32,
+    selected: Selected,
+) -> Outcome {
+    let Selected { index, is_new } = selected;
+    let Some(target) = serving(tables, index) else {
+        return Err(Stop::Answer(DropReason::TargetDown));
     };
+    forget_direct(frame, tables, packet, index);
     if target.hop.ifindex == 0 {
         tables.report_unresolved(target.address);
-        return Err(DropReason::NextHopUnresolved);
+        return Err(DropReason::NextHopUnresolved.into());
     }
     if packet.length > target.hop.mtu as usize {
-        return Err(DropReason::TooBig);
+        return Err(DropReason::TooBig.into());
     }
     if target.mode == Target::NAT {
-        emit::translate::<I, F>(frame, packet, transport, End::Destination, target.address, target.port)?;
+        let (address, port) = (target.address, target.port);
+        emit::translate(frame, packet, transport, End::Destination, address, port)?;
     }
-    let verdict: Verdict = emit::send(frame, link, &target.hop)?;
-    tables.count_request(listener.listener, index, packet.length as u64, is_new);
+    let verdict = emit::send(frame, link, &target.hop)?;
+    tables.count_request(listener, index, packet.length as u64, is_new);
     Ok(verdict)
 }

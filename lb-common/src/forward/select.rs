@@ -9,51 +9,60 @@ use crate::verdict::DropReason;
 use crate::wire::Tcp;
 
 use super::ip::Ip;
-use super::parse::{Packet, Transport};
-
-/// A flow's target.
-pub struct Selected<'a> {
-    /// The target.
-    pub target: &'a Target,
-    /// Its index.
-    pub index: u32,
-    /// Whether the flow is new, as far as can be told.
-    pub is_new: bool,
-}
+use super::parse::{Packet, Place, Transport};
+use super::{Found, Frame, Recall, Selected, Step, Stop};
 
 /// Slots that a new connection tries when its 4-tuple is taken at a target.
 const ATTEMPTS: u32 = 4;
 
-/// Chooses the target of a packet's flow.
+/// Chooses the target of a packet's flow, by the hash alone where its slot is settled.
 ///
 /// # Errors
-/// [`DropReason::TargetDown`] when the flow's target no longer serves,
-/// [`DropReason::PortAllocationError`] when its 4-tuple is taken at every target tried.
+/// [`Stop::Recall`] where it is not, or every flow is tracked.
 #[inline(always)]
-pub fn select<'a, I: Ip, T: Tables>(
-    tables: &'a T,
+pub fn select<I: Ip, T: Tables>(
+    tables: &T,
     packet: &Packet<I>,
     transport: &Transport,
-    listener: &Endpoint,
-) -> Result<Selected<'a>, DropReason> {
-    let key = packet.flow(transport.ports);
-    let chosen = flow::slot(tables.keys().flow(&key), tables.ring_size());
+    listener: &Found,
+) -> Result<Selected, Stop> {
+    let hash = tables.keys().flow(&packet.flow(transport.ports));
+    let chosen = flow::slot(hash, tables.ring_size());
     let slot = slot(tables, listener.index, chosen)?;
-    let is_tracked = listener.kind & Endpoint::TRACKED != 0;
-    let selected = if slot.is_settled() && !is_tracked {
-        serving(tables, slot.current, transport.is_syn())?
-    } else {
-        let listener_index = listener.listener;
-        let (flags, ring) = (transport.flags, listener.index);
-        let ask = Ask { flags, is_tracked, listener: listener_index, ring, chosen, slot };
-        let mut answer = Answer { index: 0, is_new: false };
-        remembered(tables, &key, &ask, &mut answer).map_or(Ok(()), Err)?;
-        serving(tables, answer.index, answer.is_new)?
-    };
-    if tables.has_direct_flows(selected.index) {
-        tables.forget_direct_flow(&reply_key(&key, selected.target));
+    let is_tracked = listener.has(Endpoint::TRACKED);
+    if slot.is_settled() && !is_tracked {
+        return Ok(Selected { index: slot.current, is_new: transport.is_syn() as u32 });
     }
-    Ok(selected)
+    let (ring, listener) = (listener.index, listener.listener);
+    Err(Stop::Recall(Recall { slot, chosen, ring, listener, is_tracked: is_tracked as u32 }))
+}
+
+/// A client that talked to the target's own address talks to the listener now, from the same
+/// address and port: its replies are the listener's again.
+#[inline(always)]
+pub fn forget_direct<I: Ip, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &T,
+    packet: &Packet<I>,
+    index: u32,
+) {
+    if tables.has_direct_flows(index) {
+        forget_direct_flow::<I, F, T>(frame, tables, &packet.place(), index);
+    }
+}
+
+#[inline(never)]
+fn forget_direct_flow<I: Ip, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &T,
+    place: &Place,
+    index: u32,
+) {
+    if let Some((key, _)) = place.flow::<I, F>(frame)
+        && let Some(target) = tables.target(index)
+    {
+        tables.forget_direct_flow(&reply_key(&key, target));
+    }
 }
 
 #[inline(always)]
@@ -62,107 +71,74 @@ fn slot<T: Tables>(tables: &T, ring: u32, slot: u32) -> Result<Slot, DropReason>
     tables.slot(index).ok_or(DropReason::TableInconsistent)
 }
 
+/// The target, if packets of its flows still go to it.
 #[inline(always)]
-fn serving<T: Tables>(tables: &T, index: u32, is_new: bool) -> Result<Selected<'_>, DropReason> {
-    let target = tables.target(index).ok_or(DropReason::TableInconsistent)?;
-    if target.serves() { Ok(Selected { target, index, is_new }) } else { Err(DropReason::TargetDown) }
+pub fn serving<T: Tables>(tables: &T, index: u32) -> Option<&Target> {
+    tables.target(index).filter(|target| target.serves())
 }
 
-/// What [`remembered`] is asked.
-struct Ask {
-    /// TCP's control bits.
-    flags: u8,
-    /// Whether the listener tracks every flow.
-    is_tracked: bool,
-    /// Index of the listener.
-    listener: u32,
-    /// The ring.
-    ring: u32,
-    /// The slot's number in it.
-    chosen: u32,
-    /// The slot.
-    slot: Slot,
-}
-
-impl Ask {
-    #[inline(always)]
-    fn is_syn(&self) -> bool {
-        self.flags & (Tcp::SYN | Tcp::ACK) == Tcp::SYN
-    }
-
-    #[inline(always)]
-    fn closing(&self) -> u32 {
-        (self.flags & (Tcp::FIN | Tcp::RST) != 0) as u32
-    }
-}
-
-/// What [`remembered`] answers.
-struct Answer {
-    index: u32,
-    is_new: bool,
-}
-
-/// The slow way: the flow may be older than the slot's last change, or is tracked anyway.
-///
-/// A function of its own in the kernel too, with a stack frame of its own; hence the out
-/// parameter: BPF functions return one register.
+/// Recalls the flow, and remembers it if it must: it may be older than the slot's last change, or
+/// is tracked anyway.
 #[inline(never)]
-fn remembered<T: Tables>(
+pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step) {
+    let Some((key, transport)) = step.place.flow::<I, F>(frame) else { return };
+    match remember(tables, &key, &transport, &step.recall) {
+        Ok(selected) => {
+            step.selected = selected;
+            step.action = Step::DELIVER;
+        }
+        Err(reason) => {
+            step.action = Step::ANSWER;
+            step.argument = reason as u32;
+        }
+    }
+}
+
+/// # Errors
+/// [`DropReason::TargetDown`] when the flow's target no longer serves,
+/// [`DropReason::PortAllocationError`] when its 4-tuple is taken at every target tried.
+#[inline(always)]
+fn remember<T: Tables>(
     tables: &T,
     key: &FlowKey,
-    ask: &Ask,
-    answer: &mut Answer,
-) -> Option<DropReason> {
-    match remember(tables, key, ask) {
-        Ok(found) => {
-            *answer = found;
-            None
-        }
-        Err(reason) => Some(reason),
-    }
-}
-
-#[inline(always)]
-fn remember<T: Tables>(tables: &T, key: &FlowKey, ask: &Ask) -> Result<Answer, DropReason> {
+    transport: &Transport,
+    recall: &Recall,
+) -> Result<Selected, DropReason> {
     let now = tables.now();
     // A SYN on a connection that is closing opens a new one (RFC 9293 section 3.6.1).
     let known = tables
         .flow(key)
-        .filter(|flow| flow.is_alive(now, key.protocol) && !(ask.is_syn() && flow.closing != 0));
+        .filter(|flow| flow.is_alive(now, key.protocol) && !(transport.is_syn() && flow.closing != 0));
     if let Some(flow) = known {
-        match serving(tables, flow.target, false) {
-            Ok(selected) => {
-                refresh(tables, key, ask, &flow, selected.target, now);
-                return Ok(Answer { index: flow.target, is_new: false });
-            }
-            Err(reason) => {
-                tables.forget(key);
-                if key.protocol == TCP && !ask.is_syn() {
-                    return Err(reason);
-                }
-            }
+        if let Some(target) = serving(tables, flow.target) {
+            refresh(tables, key, transport, recall, &flow, target, now);
+            return Ok(Selected { index: flow.target, is_new: 0 });
+        }
+        tables.forget(key);
+        if key.protocol == TCP && !transport.is_syn() {
+            return Err(DropReason::TargetDown);
         }
     }
-    let is_new = ask.is_syn() || key.protocol != TCP;
-    let slot = ask.slot;
-    let index = if is_previous(&slot, ask, key.protocol) { slot.previous() } else { slot.current };
-    let selected = match serving(tables, index, is_new) {
-        Ok(selected) => selected,
+    let slot = recall.slot;
+    let mut index = if is_previous(&slot, transport, key.protocol) { slot.previous() } else { slot.current };
+    if key.protocol != TCP && serving(tables, index).is_none() {
         // A datagram has nothing to lose by another target.
-        Err(_) if key.protocol != TCP => serving(tables, slot.current, is_new)?,
-        Err(reason) => return Err(reason),
-    };
-    let index = if ask.is_tracked { claim(tables, key, ask, selected, now)? } else { selected.index };
-    if ask.is_tracked || slot.state() != SlotState::Pinned {
-        tables.remember(key, &Flow { last_seen: now, target: index, closing: ask.closing() });
+        index = slot.current;
     }
-    Ok(Answer { index, is_new })
+    if recall.is_tracked != 0 {
+        index = claim(tables, key, recall, index, now)?;
+    }
+    if recall.is_tracked != 0 || slot.state() != SlotState::Pinned {
+        tables.remember(key, &Flow { last_seen: now, target: index, closing: closing(transport) });
+    }
+    let is_new = (transport.is_syn() || key.protocol != TCP) as u32;
+    Ok(Selected { index, is_new })
 }
 
 /// Whether an unknown flow is taken to be older than the slot's change.
 #[inline(always)]
-fn is_previous(slot: &Slot, ask: &Ask, protocol: u8) -> bool {
-    if slot.previous() == 0 || ask.is_syn() {
+fn is_previous(slot: &Slot, transport: &Transport, protocol: u8) -> bool {
+    if slot.previous() == 0 || transport.is_syn() {
         return false;
     }
     match slot.state() {
@@ -178,23 +154,30 @@ fn is_previous(slot: &Slot, ask: &Ask, protocol: u8) -> bool {
 fn refresh<T: Tables>(
     tables: &T,
     key: &FlowKey,
-    ask: &Ask,
+    transport: &Transport,
+    recall: &Recall,
     flow: &Flow,
     target: &Target,
     now: u64,
 ) {
     let is_stale = now.wrapping_sub(flow.last_seen) > REFRESH;
     // Data a while after a FIN or a reset that the other end did not accept: the flow lives on.
-    let closing = if is_stale { ask.closing() } else { flow.closing | ask.closing() };
+    let closing = closing(transport) | if is_stale { 0 } else { flow.closing };
     if closing == flow.closing && !is_stale {
         return;
     }
     tables.remember(key, &Flow { last_seen: now, target: flow.target, closing });
-    if ask.is_tracked && target.mode == Target::NAT {
+    if recall.is_tracked != 0 && target.mode == Target::NAT {
         // Evicted on its own, the other direction is restored here.
-        let return_flow = ReturnFlow { last_seen: now, listener: ask.listener, target: flow.target };
+        let return_flow = ReturnFlow { last_seen: now, listener: recall.listener, target: flow.target };
         tables.remember_return(&reply_key(key, target), &return_flow);
     }
+}
+
+/// 1 for a packet that ends a TCP connection.
+#[inline(always)]
+fn closing(transport: &Transport) -> u32 {
+    (transport.flags & (Tcp::FIN | Tcp::RST) != 0) as u32
 }
 
 /// The same client address and port, through two listeners to one target, would be one 4-tuple
@@ -203,31 +186,32 @@ fn refresh<T: Tables>(
 fn claim<T: Tables>(
     tables: &T,
     key: &FlowKey,
-    ask: &Ask,
-    first: Selected<'_>,
+    recall: &Recall,
+    first: u32,
     now: u64,
 ) -> Result<u32, DropReason> {
     let size = tables.ring_size();
     // Neighbouring slots often hold the same target: step far.
     let step = size / (ATTEMPTS + 1) + 1;
-    let mut next = ask.chosen;
-    let mut candidate = first;
+    let mut next = recall.chosen;
+    let mut index = first;
     for _ in 0..ATTEMPTS {
-        if candidate.target.mode != Target::NAT {
-            return Ok(candidate.index);
+        let Some(target) = serving(tables, index) else { return Err(DropReason::TargetDown) };
+        if target.mode != Target::NAT {
+            return Ok(index);
         }
-        let reply = reply_key(key, candidate.target);
+        let reply = reply_key(key, target);
         let taken = tables
             .return_flow(&reply)
-            .is_some_and(|flow| flow.listener != ask.listener && flow.is_alive(now, key.protocol));
+            .is_some_and(|flow| flow.listener != recall.listener && flow.is_alive(now, key.protocol));
         if !taken {
-            let flow = ReturnFlow { last_seen: now, listener: ask.listener, target: candidate.index };
+            let flow = ReturnFlow { last_seen: now, listener: recall.listener, target: index };
             tables.remember_return(&reply, &flow);
-            return Ok(candidate.index);
+            return Ok(index);
         }
         next = next.wrapping_add(step);
         next = if next >= size { next - size } else { next };
-        candidate = serving(tables, slot(tables, ask.ring, next)?.current, false)?;
+        index = slot(tables, recall.ring, next)?.current;
     }
     Err(DropReason::PortAllocationError)
 }
