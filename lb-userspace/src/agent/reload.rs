@@ -8,7 +8,7 @@ use notify::event::{AccessKind, AccessMode, EventKind, ModifyKind};
 use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
-use tracing::warn;
+use tracing::{debug, warn};
 
 use crate::config::{self, Agent, Config, LoadError};
 
@@ -109,11 +109,17 @@ fn keep<T: PartialEq + Clone>(key: &str, new: &mut T, running: &T) {
     }
 }
 
+/// How often a directory is looked for that is not there yet.
+const LOOK: Duration = Duration::from_secs(2);
+
 /// Tells when the file may have changed and has been left alone for a moment.
 pub struct Watch {
+    path: PathBuf,
+    sender: mpsc::UnboundedSender<Touch>,
     events: mpsc::UnboundedReceiver<Touch>,
     quiet_at: Option<Instant>,
-    _watcher: Option<RecommendedWatcher>,
+    look_at: Instant,
+    watcher: Option<RecommendedWatcher>,
 }
 
 /// What happened to something in the file's directory.
@@ -127,22 +133,26 @@ enum Touch {
 
 impl Watch {
     /// Watches the file's directory: an editor replaces the file, a mounted configuration changes
-    /// a link beside it. Without the directory there is SIGHUP only, and the log says so.
+    /// a link beside it. A directory that is not there yet is looked for now and then.
     pub fn new(path: &Path) -> Self {
         let (sender, events) = mpsc::unbounded_channel();
-        let watcher = watch(path, sender);
+        let watcher = watch(path, sender.clone());
         if let Err(error) = &watcher {
-            warn!("changes of {} are not noticed, reload with SIGHUP: {error:#}", path.display());
+            debug!("{error:#}: looking for it every {LOOK:?}");
         }
-        Self { events, quiet_at: None, _watcher: watcher.ok() }
+        let (path, look_at) = (path.to_owned(), Instant::now() + LOOK);
+        Self { path, sender, events, quiet_at: None, look_at, watcher: watcher.ok() }
     }
 
-    /// Waits until the file may have changed.
+    /// Waits until the file may have changed. Can be dropped and called again at any time.
     pub async fn changed(&mut self) {
         loop {
-            let quiet_at = self.quiet_at;
+            let wake = match (&self.watcher, self.quiet_at) {
+                (None, _) => Some(self.look_at),
+                (Some(_), quiet_at) => quiet_at,
+            };
             let quiet = async {
-                match quiet_at {
+                match wake {
                     Some(at) => sleep_until(at).await,
                     None => std::future::pending().await,
                 }
@@ -155,7 +165,13 @@ impl Watch {
                 },
                 () = quiet => {
                     self.quiet_at = None;
-                    return;
+                    if self.watcher.is_none() {
+                        self.look_at = Instant::now() + LOOK;
+                        self.watcher = watch(&self.path, self.sender.clone()).ok();
+                    }
+                    if self.watcher.is_some() {
+                        return;
+                    }
                 }
             }
         }
@@ -212,6 +228,18 @@ mod tests {
         half.flush().unwrap();
         timeout(SHORT, watch.changed()).await.unwrap_err();
         drop(half);
+        timeout(WAIT, watch.changed()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_directory_that_comes_later_is_found() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("lb/lb.toml");
+        let mut watch = Watch::new(&path);
+        timeout(SHORT, watch.changed()).await.unwrap_err();
+        std::fs::create_dir(directory.path().join("lb")).unwrap();
+        timeout(WAIT, watch.changed()).await.unwrap();
+        std::fs::write(&path, "# one").unwrap();
         timeout(WAIT, watch.changed()).await.unwrap();
     }
 

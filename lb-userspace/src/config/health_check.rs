@@ -17,7 +17,7 @@ const THRESHOLDS: RangeInclusive<u32> = 1..=10;
 impl Default for HealthCheck {
     fn default() -> Self {
         Self {
-            probe: ProbeKind::Tcp,
+            probe: ProbeKind::Http(HttpProbe::default()),
             port: None,
             interval: DEFAULT_INTERVAL,
             timeout: DEFAULT_TIMEOUT,
@@ -45,7 +45,7 @@ pub(super) fn read(table: Option<Table<'_>>) -> HealthCheck {
     let kinds = [("tcp", Kind::Tcp), ("http", Kind::Http), ("https", Kind::Https)];
     let kind = match table.optional("protocol") {
         Some(protocol) => protocol.choice(&kinds, &[]),
-        None => Some(Kind::Tcp),
+        None => Some(Kind::Http),
     };
     let probe = probe(kind, table.optional("path"), table.optional("matcher"));
     let (interval, timeout) = interval_and_timeout(&mut table);
@@ -69,7 +69,7 @@ fn probe(kind: Option<Kind>, path: Option<Value<'_>>, matcher: Option<Value<'_>>
         for value in [path, matcher].into_iter().flatten() {
             value.error(
                 format!("`{} = {}` has no meaning in a tcp check", value.key(), value.quote()),
-                "leave it out, or write protocol = \"http\" or \"https\" (the default is tcp)",
+                "leave it out, or write protocol = \"http\" or \"https\"",
             );
         }
         return ProbeKind::Tcp;
@@ -83,27 +83,21 @@ fn probe(kind: Option<Kind>, path: Option<Value<'_>>, matcher: Option<Value<'_>>
 }
 
 fn interval_and_timeout(table: &mut Table<'_>) -> (Duration, Duration) {
-    let interval_value = table.optional("interval");
     let timeout_value = table.optional("timeout");
-    let interval = read_duration(interval_value, INTERVALS, DEFAULT_INTERVAL);
-    let timeout = read_duration(timeout_value, TIMEOUTS, DEFAULT_TIMEOUT);
+    let interval = read_duration(table.optional("interval"), INTERVALS, DEFAULT_INTERVAL);
+    let default = interval.unwrap_or(DEFAULT_INTERVAL).min(DEFAULT_TIMEOUT);
+    let timeout = read_duration(timeout_value, TIMEOUTS, default);
     let (Some(interval), Some(timeout)) = (interval, timeout) else {
         return (DEFAULT_INTERVAL, DEFAULT_TIMEOUT);
     };
     if timeout > interval {
-        let (interval, timeout) = (show_duration(interval), show_duration(timeout));
+        let interval = show_duration(interval);
         let help = format!("write a timeout of at most {interval}");
-        // One of them is there, or the defaults would be in each other's way.
+        // Without a value it would be at most the interval.
         if let Some(value) = timeout_value {
             let message =
                 format!("`timeout = {}` is longer than the interval, {interval}", value.quote());
             value.error(message, help);
-        } else if let Some(value) = interval_value {
-            let message = format!(
-                "`interval = {}` is shorter than the timeout, {timeout} by default",
-                value.quote()
-            );
-            value.error(message, format!("add timeout = \"{interval}\" or less"));
         }
     }
     (interval, timeout)

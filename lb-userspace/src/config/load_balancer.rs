@@ -123,6 +123,9 @@ fn listeners<'a>(value: Value<'a>) -> Vec<ListenerDraft<'a>> {
     listeners
 }
 
+/// Port of a listener that names none.
+const DEFAULT_PORT: u16 = 80;
+
 fn listener<'a>(table: &mut Table<'a>) -> ListenerDraft<'a> {
     let protocol = match table.optional("protocol") {
         Some(value) => value.choice(
@@ -131,7 +134,10 @@ fn listener<'a>(table: &mut Table<'a>) -> ListenerDraft<'a> {
         ),
         None => Some(Protocol::Tcp),
     };
-    let port = table.required("port", "add port = 80").and_then(|port| port.port());
+    let port = match table.optional("port") {
+        Some(port) => port.port(),
+        None => Some(DEFAULT_PORT),
+    };
     let target_group = target_group(table);
     table.not_supported_yet(&["certificates", "rule"]);
     ListenerDraft { protocol, port, target_group }

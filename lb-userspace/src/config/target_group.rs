@@ -26,6 +26,7 @@ const TARGET_HELP: &str = "write \"10.0.2.11\", \"10.0.2.12:8081\", \"2001:db8::
                            \"[2001:db8::1]:80\" or { address = \"10.0.2.13\", port = 8080 }";
 /// Of a port that could not be read.
 pub(super) const UNKNOWN_PORT: u16 = 0;
+const DEFAULT_PORT: u16 = 8080;
 const DEFAULT_WEIGHT: u16 = 1;
 /// AWS's bounds of deregistration_delay.timeout_seconds.
 const MAX_DEREGISTRATION_DELAY: Duration = Duration::from_secs(3600);
@@ -38,10 +39,10 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
         ),
         None => Some(Protocol::Tcp),
     };
-    let port = table
-        .required("port", "add port = 8080, the port of targets that name none")
-        .and_then(|port| port.port())
-        .unwrap_or(UNKNOWN_PORT);
+    let port = match table.optional("port") {
+        Some(port) => port.port().unwrap_or(UNKNOWN_PORT),
+        None => DEFAULT_PORT,
+    };
     let forwarding = match table.optional("forwarding") {
         Some(value) => value.choice(
             &[("nat", Forwarding::Nat), ("dsr_l2", Forwarding::DsrL2)],

@@ -120,7 +120,6 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("source_mapped", rule!("protocol = \"all\", sources = [\"::ffff:10.0.0.0/104\"]")),
     ("source_security_group", rule!("protocol = \"all\", sources = [\"sg:web-lb\"]")),
     // target groups
-    ("target_group_without_port", "[target_group.web]\nprotocol = \"tcp\""),
     ("target_group_port_zero", "[target_group.web]\nport = 0"),
     ("target_group_port_range", "[target_group.web]\nport = 70000"),
     ("target_group_port_string", "[target_group.web]\nport = \"80\""),
@@ -155,7 +154,7 @@ const ONE_ERROR: &[(&str, &str)] = &[
     // health checks
     ("health_check_no_table", target_group!("health_check = \"tcp\"")),
     ("health_check_protocol", health_check!("protocol = \"grpc\"")),
-    ("health_check_path_of_tcp", health_check!("path = \"/health\"")),
+    ("health_check_path_of_tcp", health_check!("protocol = \"tcp\"\npath = \"/health\"")),
     ("health_check_matcher_of_tcp", health_check!("protocol = \"tcp\"\nmatcher = \"200\"")),
     ("health_check_path", health_check!("protocol = \"http\"\npath = \"health\"")),
     ("health_check_path_space", health_check!("protocol = \"http\"\npath = \"/a b\"")),
@@ -164,7 +163,6 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("health_check_interval_range", health_check!("interval = \"10ms\"\ntimeout = \"100ms\"")),
     ("health_check_interval_integer", health_check!("interval = 10")),
     ("health_check_timeout", health_check!("interval = \"5s\"\ntimeout = \"6s\"")),
-    ("health_check_timeout_default", health_check!("interval = \"1s\"")),
     ("health_check_threshold", health_check!("healthy_threshold = 11")),
     ("health_check_threshold_zero", health_check!("unhealthy_threshold = 0")),
     ("health_check_matcher", health_check!("protocol = \"http\"\nmatcher = \"2xx\"")),
@@ -222,7 +220,6 @@ const ONE_ERROR: &[(&str, &str)] = &[
         "listener_protocol_differs",
         listener!("protocol = \"udp\"\nport = 80\ntarget_group = \"web\""),
     ),
-    ("listener_without_port", listener!("protocol = \"tcp\"\ntarget_group = \"web\"")),
     ("listener_port_range", listener!("port = 65536\ntarget_group = \"web\"")),
     ("listener_without_target_group", listener!("port = 80")),
     ("listener_target_group_unknown", listener!("port = 80\ntarget_group = \"wbe\"")),
@@ -293,5 +290,5 @@ addresses = ["0.0.0.0"]
 port = 80
 target_group = "wbe"
 "#;
-    assert_refused("all_at_once", text, 13);
+    assert_refused("all_at_once", text, 12);
 }
