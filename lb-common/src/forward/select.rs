@@ -121,7 +121,10 @@ fn remember<T: Tables>(
     }
     let slot = recall.slot;
     let mut index = if is_previous(&slot, transport, key.protocol) { slot.previous() } else { slot.current };
-    if key.protocol != TCP && serving(tables, index).is_none() {
+    if serving(tables, index).is_none() {
+        if key.protocol == TCP {
+            return Err(DropReason::TargetDown);
+        }
         // A datagram has nothing to lose by another target.
         index = slot.current;
     }

@@ -53,10 +53,11 @@ impl<T: Pod> MappedArray<T> {
 
     /// Writes an element, first word first.
     pub fn store(&self, index: u32, value: &T) {
-        let mut bytes = vec![0; Self::STRIDE * 8];
-        bytes[..size_of::<T>()].copy_from_slice(bytemuck::bytes_of(value));
-        for (word, new) in self.words(index).iter().zip(bytes.as_chunks::<8>().0) {
-            word.store(u64::from_ne_bytes(*new), Ordering::Release);
+        let bytes = bytemuck::bytes_of(value).chunks(8);
+        for (word, bytes) in self.words(index).iter().zip(bytes) {
+            let mut whole = [0; 8];
+            whole[..bytes.len()].copy_from_slice(bytes);
+            word.store(u64::from_ne_bytes(whole), Ordering::Release);
         }
     }
 
@@ -69,11 +70,6 @@ impl<T: Pod> MappedArray<T> {
         let bytes: Vec<u8> =
             words.iter().flat_map(|word| word.load(Ordering::Acquire).to_ne_bytes()).collect();
         Some(bytemuck::pod_read_unaligned(&bytes[..size_of::<T>()]))
-    }
-
-    /// How many elements there are.
-    pub fn len(&self) -> u32 {
-        self.length
     }
 }
 

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use anyhow::{Context as _, anyhow};
 use aya::maps::lpm_trie::Key;
 use aya::maps::xdp::DevMapHash;
-use aya::maps::{HashMap, LpmTrie, Map, MapData, PerCpuArray, PerCpuValues, RingBuf};
+use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuValues, RingBuf};
 use aya::programs::Xdp;
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 use lb_common::endpoints::{EndpointTable, Write};
@@ -173,9 +173,9 @@ impl Dataplane {
             Step::SetInterface(index, interface) => {
                 self.interfaces.insert(index, Raw(*interface), 0)?;
             }
-            Step::RemoveInterface(index) => self.interfaces.remove(index)?,
+            Step::RemoveInterface(index) => removed(self.interfaces.remove(index))?,
             Step::AddDevice(index) => self.devices.insert(*index, *index, None, 0)?,
-            Step::RemoveDevice(index) => self.devices.remove(*index)?,
+            Step::RemoveDevice(index) => removed(self.devices.remove(*index))?,
             Step::SetTarget(index, target) => {
                 self.targets.store(*index, target);
             }
@@ -198,7 +198,9 @@ impl Dataplane {
             Step::AddPrefix(class, prefix) => {
                 self.admission.insert(&trie_key(*class, prefix), 1, 0)?;
             }
-            Step::RemovePrefix(class, prefix) => self.admission.remove(&trie_key(*class, prefix))?,
+            Step::RemovePrefix(class, prefix) => {
+                removed(self.admission.remove(&trie_key(*class, prefix)))?;
+            }
             Step::SetEndpoint(endpoint) => {
                 for write in self.table.insert(*endpoint) {
                     self.write_endpoint(&write)?;
@@ -234,7 +236,7 @@ impl Dataplane {
                 place[2].store(key, Ordering::SeqCst);
             }
             Write::Overflow(endpoint) => self.overflow.insert(Raw(endpoint.key()), Raw(*endpoint), 0)?,
-            Write::RemoveOverflow(key) => self.overflow.remove(&Raw(*key))?,
+            Write::RemoveOverflow(key) => removed(self.overflow.remove(&Raw(*key)))?,
         }
         Ok(())
     }
@@ -311,6 +313,19 @@ fn sum(values: &PerCpuValues<Raw<Traffic>>) -> Traffic {
         new_flows: sum.new_flows + cpu.new_flows,
         zero: [0; 3],
     })
+}
+
+/// A plan that is carried out again after an error finds some of its removals done.
+fn removed(result: Result<(), MapError>) -> Result<(), MapError> {
+    match result {
+        Err(MapError::KeyNotFound | MapError::ElementNotFound) => Ok(()),
+        Err(MapError::SyscallError(error))
+            if error.io_error.kind() == std::io::ErrorKind::NotFound =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
 }
 
 fn trie_key(class: u32, prefix: &Prefix) -> Key<Raw<AdmissionKey>> {

@@ -281,6 +281,8 @@ impl State {
                 is_v4: key.address.is_ipv4(),
             })
             .collect();
+        // What the kernel's listeners name until the plan is carried out must not be written over.
+        let shown: BTreeSet<u32> = self.rings.values().map(|(number, _)| *number).collect();
         self.rings.retain(|key, _| keys.contains(key));
         for key in keys {
             let candidates = self.candidates(&key);
@@ -292,14 +294,14 @@ impl State {
                 if !Arc::ptr_eq(&before, ring.slots()) {
                     // A whole new ring beside the old one, shown to each listener in one store.
                     let taken = *number;
-                    if let Some(free) = self.free_ring() {
+                    if let Some(free) = self.free_ring(&shown) {
                         self.rings.entry(key).and_modify(|(number, _)| *number = free);
                     } else {
                         tracing::debug!(ring = taken, "no spare ring: slots change in place");
                     }
                 }
             } else if self.has_concluded(&key)
-                && let Some(number) = self.free_ring()
+                && let Some(number) = self.free_ring(&shown)
             {
                 let ring = Ring::new(candidates, self.ring_size, now);
                 self.rings.insert(key, (number, ring));
@@ -307,9 +309,9 @@ impl State {
         }
     }
 
-    fn free_ring(&self) -> Option<u32> {
+    fn free_ring(&self, shown: &BTreeSet<u32>) -> Option<u32> {
         let taken: BTreeSet<u32> = self.rings.values().map(|(number, _)| *number).collect();
-        (0..MAX_RINGS).find(|number| !taken.contains(number))
+        (0..MAX_RINGS).find(|number| !taken.contains(number) && !shown.contains(number))
     }
 
     /// The targets that take new flows: the healthy ones, or all of them if none is healthy.
@@ -395,9 +397,8 @@ impl State {
             target_group: key.target_group.clone(),
             is_v4: target.address.is_ipv4(),
         };
-        let number = self.targets.get(key);
-        let in_ring = self.rings.get(&ring).is_some_and(|(_, ring)| {
-            ring.slots().iter().any(|slot| Some(slot.current) == number)
+        let in_ring = self.targets.get(key).is_some_and(|number| {
+            self.rings.get(&ring).is_some_and(|(_, ring)| ring.has(number))
         });
         let is_unhealthy =
             self.health.get(key).is_some_and(|health| health.state == HealthState::Unhealthy);

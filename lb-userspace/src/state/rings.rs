@@ -40,6 +40,11 @@ impl Ring {
         &self.slots
     }
 
+    /// Whether a target takes new flows.
+    pub fn has(&self, target: u32) -> bool {
+        self.candidates.iter().any(|candidate| candidate.target == target)
+    }
+
     /// Gives the slots to other candidates. Slots that keep their target are not touched.
     pub fn change(&mut self, candidates: Vec<Candidate>, now: Instant) {
         if candidates == self.candidates {
