@@ -94,11 +94,12 @@ impl EndpointTable {
     /// Every endpoint.
     pub fn iter(&self) -> impl Iterator<Item = Endpoint> {
         let placed = self.buckets.iter().flat_map(|bucket| bucket.endpoints);
-        let strip = |endpoint: Endpoint| Endpoint {
-            kind: endpoint.kind & !Endpoint::OVERFLOW,
-            ..endpoint
-        };
-        placed.filter(|endpoint| endpoint.kind() != 0).map(strip).chain(self.overflow.values().copied())
+        let strip =
+            |endpoint: Endpoint| Endpoint { kind: endpoint.kind & !Endpoint::OVERFLOW, ..endpoint };
+        placed
+            .filter(|endpoint| endpoint.kind() != 0)
+            .map(strip)
+            .chain(self.overflow.values().copied())
     }
 
     fn place(&mut self, bucket: u32, place: usize, mut endpoint: Endpoint) -> Write {

@@ -240,8 +240,8 @@ mod tests {
             assert_uniform(many.map(|ip| key(ip, 40000)), &keys, "clients of one network");
             let v6 = (0..60_000_u128).map(|n| IpAddr::from((0xfd00_u128 << 112 | n).to_be_bytes()));
             assert_uniform(v6.map(|ip| key(ip, 40000)), &keys, "IPv6 clients of one network");
-            let v6 =
-                (0..60_000_u128).map(|n| IpAddr::from((0xfd00_u128 << 112 | n << 64).to_be_bytes()));
+            let v6 = (0..60_000_u128)
+                .map(|n| IpAddr::from((0xfd00_u128 << 112 | n << 64).to_be_bytes()));
             assert_uniform(v6.map(|ip| key(ip, 40000)), &keys, "IPv6 networks");
         }
     }

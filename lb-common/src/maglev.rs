@@ -107,9 +107,8 @@ fn quotas(candidates: &[Candidate], size: u32) -> Vec<u32> {
     let share = |candidate: &Candidate| u64::from(candidate.weight) * u64::from(size);
     let mut quotas: Vec<u32> = candidates.iter().map(|c| (share(c) / total) as u32).collect();
     let mut by_remainder: Vec<usize> = (0..candidates.len()).collect();
-    by_remainder.sort_by_key(|&at| {
-        (u64::MAX - share(&candidates[at]) % total, candidates[at].identity)
-    });
+    by_remainder
+        .sort_by_key(|&at| (u64::MAX - share(&candidates[at]) % total, candidates[at].identity));
     let left_over = size - quotas.iter().sum::<u32>();
     for &at in by_remainder.iter().take(left_over as usize) {
         quotas[at] += 1;
@@ -148,7 +147,11 @@ mod tests {
         let after: Vec<_> = (1..=11).map(|n| candidate(n, 1)).collect();
         let (before, after) = (ring(&before, SIZE), ring(&after, SIZE));
         let moved = before.iter().zip(&after).filter(|(a, b)| a != b).count() as u32;
-        assert!(moved < SIZE / 11 * 3 / 2, "{moved} of {SIZE} slots moved, the share is {}", SIZE / 11);
+        assert!(
+            moved < SIZE / 11 * 3 / 2,
+            "{moved} of {SIZE} slots moved, the share is {}",
+            SIZE / 11
+        );
     }
 
     proptest! {

@@ -12,8 +12,7 @@ use crate::endpoints::EndpointTable;
 use crate::flow::{Flow, FlowKey, HashKeys, ReturnFlow};
 use crate::forward::Frame;
 use crate::tables::{
-    Bucket, Endpoint, EndpointKey, Listener, NextHop, Slot, Tables, Target,
-    Traffic,
+    Bucket, Endpoint, EndpointKey, Listener, NextHop, Slot, Tables, Target, Traffic,
 };
 use crate::verdict::DropReason;
 use crate::wire::Address;

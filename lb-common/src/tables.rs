@@ -98,7 +98,12 @@ impl Endpoint {
     /// What finds it.
     #[inline(always)]
     pub fn key(&self) -> EndpointKey {
-        EndpointKey { address: self.address, port: self.port, protocol: self.protocol, zero: [0; 5] }
+        EndpointKey {
+            address: self.address,
+            port: self.port,
+            protocol: self.protocol,
+            zero: [0; 5],
+        }
     }
 }
 

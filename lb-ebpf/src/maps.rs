@@ -323,7 +323,8 @@ impl Tables for Maps<'_> {
 
     #[inline(always)]
     fn count_request(&self, listener: u32, target: u32, bytes: u64, new_flows: u32) {
-        for counter in [LISTENER_TRAFFIC.get_ptr_mut(listener), TARGET_TRAFFIC.get_ptr_mut(target)] {
+        for counter in [LISTENER_TRAFFIC.get_ptr_mut(listener), TARGET_TRAFFIC.get_ptr_mut(target)]
+        {
             if let Some(counter) = counter {
                 // SAFETY: this CPU's element.
                 let counter = unsafe { &mut *counter };
@@ -336,7 +337,8 @@ impl Tables for Maps<'_> {
 
     #[inline(always)]
     fn count_reply(&self, listener: u32, target: u32, bytes: u64) {
-        for counter in [LISTENER_TRAFFIC.get_ptr_mut(listener), TARGET_TRAFFIC.get_ptr_mut(target)] {
+        for counter in [LISTENER_TRAFFIC.get_ptr_mut(listener), TARGET_TRAFFIC.get_ptr_mut(target)]
+        {
             if let Some(counter) = counter {
                 // SAFETY: this CPU's element.
                 let counter = unsafe { &mut *counter };

@@ -70,15 +70,20 @@ pub fn diff(from: &Desired, to: &Desired) -> Plan {
     let mut steps = Vec::new();
 
     // What listeners lean on, before them.
-    steps.extend(changed(&from.interfaces, &to.interfaces).map(|(i, new)| Step::SetInterface(i, *new)));
+    steps.extend(
+        changed(&from.interfaces, &to.interfaces).map(|(i, new)| Step::SetInterface(i, *new)),
+    );
     steps.extend(to.devices.difference(&from.devices).copied().map(Step::AddDevice));
     steps.extend(changed(&from.targets, &to.targets).map(|(i, new)| Step::SetTarget(i, *new)));
-    steps.extend(changed(&from.listeners, &to.listeners).map(|(i, new)| Step::SetListener(i, *new)));
+    steps
+        .extend(changed(&from.listeners, &to.listeners).map(|(i, new)| Step::SetListener(i, *new)));
     for (class, prefixes) in changed_shared(&from.classes, &to.classes) {
         let old = from.classes.get(&class).map(|old| &**old).unwrap_or(&EMPTY);
         steps.extend(prefixes.difference(old).map(|prefix| Step::AddPrefix(class, *prefix)));
     }
-    steps.extend(changed_shared(&from.rings, &to.rings).map(|(ring, s)| Step::SetRing(ring, s.clone())));
+    steps.extend(
+        changed_shared(&from.rings, &to.rings).map(|(ring, s)| Step::SetRing(ring, s.clone())),
+    );
 
     // The way back before the way there; the way there is hidden before the way back.
     let (there, back): (Vec<_>, Vec<_>) =
@@ -119,9 +124,7 @@ fn changed_shared<'a, V: PartialEq + ?Sized>(
     to: &'a BTreeMap<u32, Arc<V>>,
 ) -> impl Iterator<Item = (u32, &'a Arc<V>)> {
     to.iter()
-        .filter(|(key, new)| {
-            from.get(key).is_none_or(|old| !Arc::ptr_eq(old, new) && old != *new)
-        })
+        .filter(|(key, new)| from.get(key).is_none_or(|old| !Arc::ptr_eq(old, new) && old != *new))
         .map(|(key, new)| (*key, new))
 }
 
@@ -252,7 +255,8 @@ mod tests {
                 desired.listeners.insert(index, Listener { address, port, ..Listener::default() });
                 for target in &targets {
                     let address: Address = Ipv4Addr::new(10, 0, 1, *target as u8).into();
-                    let entry = Target { address, port: Be16::new(8000 + hop), ..Target::default() };
+                    let entry =
+                        Target { address, port: Be16::new(8000 + hop), ..Target::default() };
                     desired.targets.insert(*target, entry);
                     let endpoint = Endpoint {
                         address,
@@ -285,8 +289,11 @@ mod tests {
                 desired.endpoints.insert(endpoint.key(), endpoint);
             }
             // A later listener may have given an earlier one's target another port.
-            let ways: BTreeSet<_> =
-                desired.targets.values().map(|t| EndpointKey::new(t.address, t.port, TCP)).collect();
+            let ways: BTreeSet<_> = desired
+                .targets
+                .values()
+                .map(|t| EndpointKey::new(t.address, t.port, TCP))
+                .collect();
             desired.endpoints.retain(|key, e| e.kind() != Endpoint::TARGET || ways.contains(key));
             desired
         })

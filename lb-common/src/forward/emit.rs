@@ -6,9 +6,9 @@ use crate::verdict::{DropReason, Verdict};
 use crate::wire::checksum::Sum;
 use crate::wire::{Address, Be16, EtherType, VlanTag};
 
+use super::Frame;
 use super::ip::{End, Ip};
 use super::parse::{Link, Packet, Ports, Transport};
-use super::Frame;
 
 /// Gives one end of the packet another address and port, and takes a hop off its life.
 ///
@@ -48,11 +48,7 @@ pub fn translate<I: Ip, F: Frame>(
 
 /// Gives the frame its next hop's MAC addresses and VLAN tag.
 #[inline(always)]
-pub fn send<F: Frame>(
-    frame: &mut F,
-    link: &Link,
-    hop: &NextHop,
-) -> Result<Verdict, DropReason> {
+pub fn send<F: Frame>(frame: &mut F, link: &Link, hop: &NextHop) -> Result<Verdict, DropReason> {
     if link.tags == 0 && hop.vlan == 0 {
         frame.write(0, hop.macs).ok_or(DropReason::Malformed)?;
     } else {
@@ -78,10 +74,7 @@ fn retag<F: Frame>(frame: &mut F, link: &Link, hop: &NextHop) -> Result<(), Drop
     if wanted == 0 {
         return frame.write(Link::ETHER_TYPE_AT, link.ether_type).ok_or(DropReason::Malformed);
     }
-    let tag = VlanTag {
-        control: Be16::new(link.priority | hop.vlan),
-        ether_type: link.ether_type,
-    };
+    let tag = VlanTag { control: Be16::new(link.priority | hop.vlan), ether_type: link.ether_type };
     frame.write(Link::ETHER_TYPE_AT, EtherType::VLAN).ok_or(DropReason::Malformed)?;
     frame.write(Link::ETHER_TYPE_AT + size_of::<EtherType>(), tag).ok_or(DropReason::Malformed)
 }

@@ -7,8 +7,8 @@ use crate::wire::icmp::Icmp;
 use crate::wire::ipv6::{Extension, FragmentHeader};
 use crate::wire::{Address, Ipv4, Ipv6};
 
-use super::parse::whole;
 use super::Frame;
+use super::parse::whole;
 
 /// An IP version.
 pub trait Ip: Sized {

@@ -297,8 +297,7 @@ fn admit<I: Ip, T: Tables>(
     packet: &Packet<I>,
     endpoint: &Found,
 ) -> Result<(), DropReason> {
-    let admitted = endpoint.class == OPEN
-        || tables.admits(endpoint.class, packet.source);
+    let admitted = endpoint.class == OPEN || tables.admits(endpoint.class, packet.source);
     if admitted { Ok(()) } else { Err(DropReason::SecurityGroupDenied) }
 }
 

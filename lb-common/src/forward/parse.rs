@@ -4,8 +4,8 @@ use crate::flow::{FlowKey, TCP, UDP};
 use crate::wire::eth::Macs;
 use crate::wire::{Address, Be16, EtherType, Ethernet, Tcp, Udp, VlanTag};
 
-use super::ip::{Ip, MAX_HEADERS, Parsed};
 use super::Frame;
+use super::ip::{Ip, MAX_HEADERS, Parsed};
 
 /// Ethernet and its VLAN tags.
 pub struct Link {

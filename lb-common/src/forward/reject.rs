@@ -135,7 +135,8 @@ fn write_reset<I: Answer, F: Frame>(frame: &mut F, packet: &Packet<I>) -> Result
         .add16(Be16::new((reset.data_offset as u16) << 8 | reset.flags as u16))
         .checksum();
     let l4 = packet.l3 + size_of::<I::Header>();
-    I::write_header(frame, packet.l3, packet, TCP, size_of::<Tcp>()).ok_or(DropReason::Malformed)?;
+    I::write_header(frame, packet.l3, packet, TCP, size_of::<Tcp>())
+        .ok_or(DropReason::Malformed)?;
     frame.write(l4, reset).ok_or(DropReason::Malformed)?;
     frame.truncate(l4 + size_of::<Tcp>()).ok_or(DropReason::NoHeadroom)
 }

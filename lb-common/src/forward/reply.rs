@@ -24,7 +24,8 @@ pub fn handle<I: Ip, F: Frame, T: Tables>(
     if super::is_local(tables, packet.destination) {
         return Ok(Verdict::Pass);
     }
-    if tables.has_direct_flows(target.index) && is_direct::<I, F, T>(frame, tables, &packet.place()) {
+    if tables.has_direct_flows(target.index) && is_direct::<I, F, T>(frame, tables, &packet.place())
+    {
         return Ok(Verdict::Pass);
     }
     let mut origin = Origin { listener: target.listener, target: target.index };
@@ -48,7 +49,14 @@ pub fn handle<I: Ip, F: Frame, T: Tables>(
     if packet.length > hop.mtu as usize {
         return Err(DropReason::TooBig.into());
     }
-    emit::translate::<I, F>(frame, packet, transport, End::Source, listening.address, listening.port)?;
+    emit::translate::<I, F>(
+        frame,
+        packet,
+        transport,
+        End::Source,
+        listening.address,
+        listening.port,
+    )?;
     let verdict = emit::send(frame, link, hop)?;
     tables.count_reply(origin.listener, origin.target, packet.length as u64);
     Ok(verdict)
@@ -90,12 +98,7 @@ fn is_direct<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, place: &Place) -
 /// A client talks to a target's own address through us: note it, or the replies would be given
 /// the listener's address.
 #[inline(never)]
-pub fn note_direct<I: Ip, F: Frame, T: Tables>(
-    frame: &F,
-    tables: &T,
-    place: &Place,
-    target: u32,
-) {
+pub fn note_direct<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, place: &Place, target: u32) {
     if let Some((key, _)) = place.flow::<I, F>(frame) {
         let reply = FlowKey {
             source: key.destination,

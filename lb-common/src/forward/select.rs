@@ -106,9 +106,9 @@ fn remember<T: Tables>(
 ) -> Result<Selected, DropReason> {
     let now = tables.now();
     // A SYN on a connection that is closing opens a new one (RFC 9293 section 3.6.1).
-    let known = tables
-        .flow(key)
-        .filter(|flow| flow.is_alive(now, key.protocol) && !(transport.is_syn() && flow.closing != 0));
+    let known = tables.flow(key).filter(|flow| {
+        flow.is_alive(now, key.protocol) && !(transport.is_syn() && flow.closing != 0)
+    });
     if let Some(flow) = known {
         if let Some(target) = serving(tables, flow.target) {
             refresh(tables, key, transport, recall, &flow, target, now);
@@ -120,7 +120,8 @@ fn remember<T: Tables>(
         }
     }
     let slot = recall.slot;
-    let mut index = if is_previous(&slot, transport, key.protocol) { slot.previous() } else { slot.current };
+    let mut index =
+        if is_previous(&slot, transport, key.protocol) { slot.previous() } else { slot.current };
     if serving(tables, index).is_none() {
         if key.protocol == TCP {
             return Err(DropReason::TargetDown);
@@ -172,7 +173,8 @@ fn refresh<T: Tables>(
     tables.remember(key, &Flow { last_seen: now, target: flow.target, closing });
     if recall.is_tracked != 0 && target.mode == Target::NAT {
         // Evicted on its own, the other direction is restored here.
-        let return_flow = ReturnFlow { last_seen: now, listener: recall.listener, target: flow.target };
+        let return_flow =
+            ReturnFlow { last_seen: now, listener: recall.listener, target: flow.target };
         tables.remember_return(&reply_key(key, target), &return_flow);
     }
 }
@@ -204,9 +206,9 @@ fn claim<T: Tables>(
             return Ok(index);
         }
         let reply = reply_key(key, target);
-        let taken = tables
-            .return_flow(&reply)
-            .is_some_and(|flow| flow.listener != recall.listener && flow.is_alive(now, key.protocol));
+        let taken = tables.return_flow(&reply).is_some_and(|flow| {
+            flow.listener != recall.listener && flow.is_alive(now, key.protocol)
+        });
         if !taken {
             let flow = ReturnFlow { last_seen: now, listener: recall.listener, target: index };
             tables.remember_return(&reply, &flow);

@@ -26,7 +26,9 @@ use crate::cli::AgentOptions;
 use crate::config::{Config, Forwarding};
 use crate::dataplane::Dataplane;
 use crate::health::{Checker, HealthEvent};
-use crate::netlink::{AddressManager, IpFamily, Netlink, NetworkEvent, VlanOffload, missing_forwarding};
+use crate::netlink::{
+    AddressManager, IpFamily, Netlink, NetworkEvent, VlanOffload, missing_forwarding,
+};
 use crate::reconcile::{self, Desired};
 use crate::state::{About, State};
 
@@ -205,7 +207,9 @@ impl Agent {
             Ok(Some(config)) => config,
             Ok(None) => return,
             Err(error) => {
-                error!("the configuration is not taken over, the running one stays in force:\n{error:#}");
+                error!(
+                    "the configuration is not taken over, the running one stays in force:\n{error:#}"
+                );
                 self.reload_error = Some(format!("{error:#}"));
                 return;
             }
@@ -228,7 +232,8 @@ impl Agent {
     async fn manage_addresses(&mut self) {
         let manages = self.state.config().agent.manage_addresses;
         let wanted = if manages { self.state.addresses() } else { BTreeSet::new() };
-        let attached: Vec<u32> = self.dataplane.attachments().iter().map(|nic| nic.ifindex).collect();
+        let attached: Vec<u32> =
+            self.dataplane.attachments().iter().map(|nic| nic.ifindex).collect();
         let problems = match self.addresses.reconcile(&wanted, &attached).await {
             Ok(errors) => errors.iter().map(ToString::to_string).collect(),
             Err(error) => vec![format!("the machine's addresses cannot be managed: {error}")],

@@ -59,7 +59,11 @@ impl Source {
     ///
     /// # Errors
     /// Everything that is wrong with it, and an empty file where load balancers run.
-    pub fn read_again(&mut self, is_asked: bool, running: &Config) -> anyhow::Result<Option<Config>> {
+    pub fn read_again(
+        &mut self,
+        is_asked: bool,
+        running: &Config,
+    ) -> anyhow::Result<Option<Config>> {
         let text = std::fs::read_to_string(&self.path).ok();
         if text == self.text && !is_asked {
             return Ok(None);
@@ -270,7 +274,8 @@ mod tests {
         let path = directory.path().join("lb.toml");
         std::fs::write(&path, "").unwrap();
         let (mut source, running) = Source::open(Some(path.clone())).unwrap();
-        std::fs::write(&path, "[agent]\nmaglev_table_size = 251\nmanage_addresses = false\n").unwrap();
+        std::fs::write(&path, "[agent]\nmaglev_table_size = 251\nmanage_addresses = false\n")
+            .unwrap();
         let config = source.read_again(false, &running).unwrap().unwrap();
         assert_eq!(config.agent.maglev_table_size, running.agent.maglev_table_size);
         assert!(!config.agent.manage_addresses);

@@ -48,7 +48,8 @@ impl Agent {
             log: tracing::enabled!(target: "lb_ebpf", Level::DEBUG),
         })?;
         kernel_log::follow_messages(&mut dataplane)?;
-        let vlan_offload = attach(&mut dataplane, &nics, &options.xdp_mode.unwrap_or(config.agent.xdp_mode))?;
+        let vlan_offload =
+            attach(&mut dataplane, &nics, &options.xdp_mode.unwrap_or(config.agent.xdp_mode))?;
 
         let (network_events, mut network) = mpsc::channel(WAITING);
         let netlink = Netlink::start(network_events.clone()).context("observe the network")?;

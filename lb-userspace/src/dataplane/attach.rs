@@ -45,8 +45,12 @@ pub fn attach(program: &mut Xdp, nic: &Interface, mode: XdpMode) -> anyhow::Resu
         );
     }
     let (link, is_native) = match mode {
-        XdpMode::Native => (link(program, nic, AyaMode::Driver).map_err(|e| explain(e, name))?, true),
-        XdpMode::Generic => (link(program, nic, AyaMode::Skb).map_err(|e| explain(e, name))?, false),
+        XdpMode::Native => {
+            (link(program, nic, AyaMode::Driver).map_err(|e| explain(e, name))?, true)
+        }
+        XdpMode::Generic => {
+            (link(program, nic, AyaMode::Skb).map_err(|e| explain(e, name))?, false)
+        }
         XdpMode::Auto => match link(program, nic, AyaMode::Driver) {
             Ok(link) => (link, true),
             Err(error) if is_unsupported(&error) => {
@@ -70,14 +74,18 @@ fn link_generic(program: &mut Xdp, nic: &Interface) -> anyhow::Result<FdLink> {
 fn link(program: &mut Xdp, nic: &Interface, mode: AyaMode) -> Result<FdLink, ProgramError> {
     let id = program.attach_to_if_index(nic.index, mode)?;
     // Only kernels before 5.9 attach without a link that ends with its owner.
-    program.take_link(id)?.try_into().map_err(|_| {
-        ProgramError::IOError(std::io::Error::from(std::io::ErrorKind::Unsupported))
-    })
+    program
+        .take_link(id)?
+        .try_into()
+        .map_err(|_| ProgramError::IOError(std::io::Error::from(std::io::ErrorKind::Unsupported)))
 }
 
 /// Whether the driver cannot run XDP as the NIC is now; the reasons differ by driver.
 fn is_unsupported(error: &ProgramError) -> bool {
-    matches!(errno(error), Some(Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ERANGE | Errno::EMSGSIZE))
+    matches!(
+        errno(error),
+        Some(Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ERANGE | Errno::EMSGSIZE)
+    )
 }
 
 fn errno(error: &ProgramError) -> Option<Errno> {
@@ -132,7 +140,9 @@ pub fn check_privileges() -> anyhow::Result<()> {
         .unwrap_or(0);
     let (net_admin, bpf) = (1 << 12, 1 << 39);
     if effective & net_admin == 0 || effective & bpf == 0 {
-        bail!("loading and attaching XDP programs needs root (or CAP_NET_ADMIN and CAP_BPF): run with sudo");
+        bail!(
+            "loading and attaching XDP programs needs root (or CAP_NET_ADMIN and CAP_BPF): run with sudo"
+        );
     }
     Ok(())
 }

@@ -32,7 +32,8 @@ impl<T: Pod> MappedArray<T> {
     /// # Errors
     /// What mmap says; the map must have been made mappable.
     pub fn new(fd: impl AsFd, length: u32) -> anyhow::Result<Self> {
-        let bytes = NonZeroUsize::new(Self::STRIDE * 8 * length as usize).context("an empty map")?;
+        let bytes =
+            NonZeroUsize::new(Self::STRIDE * 8 * length as usize).context("an empty map")?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice, unmapped in `drop`.
         let words = unsafe { mmap(None, bytes, protection, MapFlags::MAP_SHARED, fd, 0) }

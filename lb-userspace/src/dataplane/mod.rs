@@ -223,7 +223,8 @@ impl Dataplane {
                 let [high, low, key, value]: [u64; 4] = bytemuck::cast(*endpoint);
                 // The third word makes the endpoint visible: port, protocol, kind. Where another
                 // one stood, it goes first; the second lookup word (ring, class) is one store.
-                let flags = Endpoint { kind: endpoint.kind & Endpoint::OVERFLOW, ..Endpoint::default() };
+                let flags =
+                    Endpoint { kind: endpoint.kind & Endpoint::OVERFLOW, ..Endpoint::default() };
                 let [_, _, hidden, _]: [u64; 4] = bytemuck::cast(flags);
                 let stays = place[0].load(Ordering::Relaxed) == high
                     && place[1].load(Ordering::Relaxed) == low;
@@ -235,7 +236,9 @@ impl Dataplane {
                 place[3].store(value, Ordering::SeqCst);
                 place[2].store(key, Ordering::SeqCst);
             }
-            Write::Overflow(endpoint) => self.overflow.insert(Raw(endpoint.key()), Raw(*endpoint), 0)?,
+            Write::Overflow(endpoint) => {
+                self.overflow.insert(Raw(endpoint.key()), Raw(*endpoint), 0)?
+            }
             Write::RemoveOverflow(key) => removed(self.overflow.remove(&Raw(*key)))?,
         }
         Ok(())
@@ -256,7 +259,8 @@ impl Dataplane {
     }
 
     fn zero(&mut self, index: u32, counter: Counter) -> anyhow::Result<()> {
-        let zeroes = vec![Raw(Traffic::default()); aya::util::nr_cpus().map_err(|(_, error)| error)?];
+        let zeroes =
+            vec![Raw(Traffic::default()); aya::util::nr_cpus().map_err(|(_, error)| error)?];
         let values = PerCpuValues::try_from(zeroes)?;
         match counter {
             Counter::Listener => self.listener_traffic.set(index, values, 0)?,

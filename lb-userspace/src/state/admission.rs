@@ -18,7 +18,11 @@ pub enum Service {
 }
 
 /// The sources of one address family that any rule of any group admits; `None`: everybody.
-pub fn admitted(groups: &[&SecurityGroup], service: Service, is_v4: bool) -> Option<BTreeSet<Prefix>> {
+pub fn admitted(
+    groups: &[&SecurityGroup],
+    service: Service,
+    is_v4: bool,
+) -> Option<BTreeSet<Prefix>> {
     let prefixes: BTreeSet<Prefix> = groups
         .iter()
         .flat_map(|group| &group.ingress)

@@ -22,7 +22,7 @@ use lb_common::wire::{Address, Be16};
 
 use crate::config::{self, Config, Forwarding, Protocol, TargetGroup};
 use crate::health::{CheckKey, CheckSpec, Health, HealthEvent, HealthState, Reason};
-use crate::netlink::{NextHop, Network};
+use crate::netlink::{Network, NextHop};
 use crate::reconcile::{Desired, Prefix};
 
 use admission::{Service, admitted};
@@ -168,7 +168,8 @@ impl State {
     /// Targets to be checked: those of groups that a listener uses.
     pub fn checks(&self) -> BTreeMap<CheckKey, CheckSpec> {
         let used = self.used_groups();
-        let groups = self.config.target_groups.iter().filter(|(name, _)| used.contains(name.as_str()));
+        let groups =
+            self.config.target_groups.iter().filter(|(name, _)| used.contains(name.as_str()));
         groups
             .flat_map(|(name, group)| {
                 let spec = |target| CheckSpec::new(&group.health_check, target);
@@ -206,7 +207,11 @@ impl State {
         }
         if !self.used_groups().contains(&*key.target_group) {
             let description = Some("no listener forwards to the target group".into());
-            return Health { state: HealthState::Unused, reason: Some(Reason::NotInUse), description };
+            return Health {
+                state: HealthState::Unused,
+                reason: Some(Reason::NotInUse),
+                description,
+            };
         }
         known.unwrap_or_else(Health::initial)
     }
@@ -240,7 +245,8 @@ impl State {
 
     fn put_interfaces(&self, desired: &mut Desired) {
         for (index, nic) in &self.network.interfaces {
-            let (parent, vlan) = nic.vlan.as_ref().map_or((*index, 0), |vlan| (vlan.parent, vlan.id));
+            let (parent, vlan) =
+                nic.vlan.as_ref().map_or((*index, 0), |vlan| (vlan.parent, vlan.id));
             if self.attached.contains(&parent) {
                 let mtu = u16::try_from(nic.mtu).unwrap_or(u16::MAX);
                 desired.interfaces.insert(*index, tables::Interface { ifindex: parent, vlan, mtu });
@@ -387,19 +393,19 @@ impl State {
         let registered = self.config.target_groups.iter().flat_map(|(name, group)| {
             group.targets.iter().map(move |target| (key_of(name, target), target))
         });
-        registered.chain(self.draining.iter().map(|(key, draining)| (key.clone(), &draining.target)))
+        registered
+            .chain(self.draining.iter().map(|(key, draining)| (key.clone(), &draining.target)))
     }
 
     /// Whether packets of the flows that a target has still go to it: it is in the ring, draining,
     /// of weight 0, or unhealthy while connection termination is off.
     fn serves(&self, key: &TargetKey, target: &config::Target, group: &TargetGroup) -> bool {
-        let ring = RingKey {
-            target_group: key.target_group.clone(),
-            is_v4: target.address.is_ipv4(),
-        };
-        let in_ring = self.targets.get(key).is_some_and(|number| {
-            self.rings.get(&ring).is_some_and(|(_, ring)| ring.has(number))
-        });
+        let ring =
+            RingKey { target_group: key.target_group.clone(), is_v4: target.address.is_ipv4() };
+        let in_ring = self
+            .targets
+            .get(key)
+            .is_some_and(|number| self.rings.get(&ring).is_some_and(|(_, ring)| ring.has(number)));
         let is_unhealthy =
             self.health.get(key).is_some_and(|health| health.state == HealthState::Unhealthy);
         in_ring || !is_unhealthy || !group.unhealthy_connection_termination
@@ -413,8 +419,11 @@ impl State {
             None => return Err("its next hop is not known yet".into()),
         };
         if !self.attached.contains(&hop.ifindex) {
-            let name = self.network.interfaces.get(&hop.ifindex).map_or("?", |nic| nic.name.as_str());
-            return Err(format!("it is behind {name}, which lb is not attached to: add --iface {name}"));
+            let name =
+                self.network.interfaces.get(&hop.ifindex).map_or("?", |nic| nic.name.as_str());
+            return Err(format!(
+                "it is behind {name}, which lb is not attached to: add --iface {name}"
+            ));
         }
         let NextHop { ifindex, vlan, source_mac, destination_mac, mtu } = *hop;
         let macs = Macs { destination: destination_mac, source: source_mac };
@@ -435,7 +444,9 @@ impl State {
         let mut classes = Classes { old: std::mem::take(&mut self.classes), new: Vec::new() };
         let ways_back = self.ways_back();
         for (key, listener, balancer) in listener_keys(&self.config) {
-            let Some(group) = self.config.target_groups.get(&listener.target_group) else { continue };
+            let Some(group) = self.config.target_groups.get(&listener.target_group) else {
+                continue;
+            };
             let Some(number) = self.listeners.get(&key) else { continue };
             let address = Address::from(key.address);
             let protocol = protocol_number(key.protocol);
@@ -453,11 +464,10 @@ impl State {
             let service = Service::Port(key.protocol, key.port);
             let admission = self.admissions.get(&(balancer.clone(), service, is_v4));
             let class = classes.number(admission, &mut self.next_class);
-            let is_shared = ways_back.values().any(|ways| {
-                ways.len() > 1 && ways.iter().any(|(listener, _)| *listener == number)
-            });
-            let tracked =
-                if group.track_every_flow || is_shared { Endpoint::TRACKED } else { 0 };
+            let is_shared = ways_back
+                .values()
+                .any(|ways| ways.len() > 1 && ways.iter().any(|(listener, _)| *listener == number));
+            let tracked = if group.track_every_flow || is_shared { Endpoint::TRACKED } else { 0 };
             let endpoint = Endpoint {
                 address,
                 port: Be16::new(key.port),
@@ -469,7 +479,8 @@ impl State {
             };
             desired.endpoints.insert(endpoint.key(), endpoint);
 
-            if let Some(admission) = self.admissions.get(&(balancer.clone(), Service::Echo, is_v4)) {
+            if let Some(admission) = self.admissions.get(&(balancer.clone(), Service::Echo, is_v4))
+            {
                 let protocol = if is_v4 { flow::ICMP } else { flow::ICMPV6 };
                 let class = classes.number(Some(admission), &mut self.next_class);
                 let guard = Endpoint {
@@ -498,7 +509,8 @@ impl State {
                 continue;
             }
             let draining = self.draining.iter().filter(|(key, _)| *key.target_group == **name);
-            let targets = group.targets.iter().chain(draining.map(|(_, draining)| &draining.target));
+            let targets =
+                group.targets.iter().chain(draining.map(|(_, draining)| &draining.target));
             for target in targets.filter(|t| t.address.is_ipv4() == key.address.is_ipv4()) {
                 let Some(target_number) = self.targets.get(&key_of(name, target)) else { continue };
                 let protocol = protocol_number(key.protocol);
@@ -573,11 +585,7 @@ struct Classes {
 }
 
 impl Classes {
-    fn number(
-        &mut self,
-        admission: Option<&Option<Arc<BTreeSet<Prefix>>>>,
-        next: &mut u32,
-    ) -> u32 {
+    fn number(&mut self, admission: Option<&Option<Arc<BTreeSet<Prefix>>>>, next: &mut u32) -> u32 {
         let Some(Some(prefixes)) = admission else { return OPEN };
         let is_same = |(_, known): &&(u32, Arc<BTreeSet<Prefix>>)| {
             Arc::ptr_eq(known, prefixes) || known == prefixes
@@ -637,3 +645,6 @@ fn protocol_number(protocol: Protocol) -> u8 {
         Protocol::Udp => flow::UDP,
     }
 }
+
+#[cfg(test)]
+mod tests;

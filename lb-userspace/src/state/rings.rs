@@ -52,13 +52,14 @@ impl Ring {
         }
         let targets = maglev::ring(&candidates, self.slots.len() as u32);
         let now = now.duration_since(self.epoch);
-        let changed = self.slots.iter().zip(&targets).zip(&mut self.since).map(|((slot, next), since)| {
-            let (slot, starts) = turn(*slot, *next);
-            if starts {
-                *since = now;
-            }
-            slot
-        });
+        let changed =
+            self.slots.iter().zip(&targets).zip(&mut self.since).map(|((slot, next), since)| {
+                let (slot, starts) = turn(*slot, *next);
+                if starts {
+                    *since = now;
+                }
+                slot
+            });
         self.slots = changed.collect();
         self.candidates = candidates;
     }

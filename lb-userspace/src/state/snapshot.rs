@@ -55,7 +55,8 @@ impl State {
             .map(|(name, balancer)| self.load_balancer(name, balancer, counters))
             .collect::<anyhow::Result<_>>()?;
         let drops = counters.drops()?;
-        let drops = drops.into_iter().map(|(reason, count)| (reason.name().into(), count)).collect();
+        let drops =
+            drops.into_iter().map(|(reason, count)| (reason.name().into(), count)).collect();
         Ok(Snapshot {
             status: Status { agent, interfaces, load_balancers, drops, warnings },
             target_groups: self.config.target_groups.keys().cloned().collect(),

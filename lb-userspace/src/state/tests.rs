@@ -1,0 +1,278 @@
+use std::time::Duration;
+
+use lb_common::tables::Slot;
+
+use super::*;
+use crate::config::parse;
+use crate::netlink::{Interface, LinkLayer};
+
+const CONFIG: &str = r#"
+[target_group.web]
+port = 8080
+targets = ["10.0.2.11", "10.0.2.12", { address = "10.0.2.13", weight = 0 }]
+[target_group.api]
+port = 9090
+targets = ["10.0.2.11", "10.0.2.12"]
+[target_group.spare]
+targets = ["10.0.2.19"]
+
+[security_group.web]
+ingress = [
+  { protocol = "tcp", ports = "80", sources = ["10.0.0.0/8"] },
+  { protocol = "icmp", sources = ["0.0.0.0/0"] },
+]
+
+[load_balancer.web]
+addresses = ["10.0.1.100"]
+security_groups = ["web"]
+listener = [
+  { protocol = "tcp", port = 80, target_group = "web" },
+  { protocol = "tcp", port = 90, target_group = "api" },
+]
+"#;
+
+struct World {
+    state: State,
+    now: Instant,
+}
+
+impl World {
+    fn new(config: &str) -> Self {
+        let mut world = Self { state: State::new(251), now: Instant::now() };
+        let nic = Interface {
+            index: 2,
+            name: "eth0".into(),
+            layer: LinkLayer::Ethernet,
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: 1500,
+            up: true,
+            vlan: None,
+            xdp: None,
+        };
+        let hop = |ifindex| NextHop {
+            ifindex,
+            vlan: None,
+            source_mac: nic.mac,
+            destination_mac: [2, 0, 0, 0, 0, 2],
+            mtu: 1500,
+        };
+        let next_hops = (11..20).map(|n| (IpAddr::from([10, 0, 2, n]), Ok(hop(2)))).collect();
+        let network = Network { interfaces: [(2, nic)].into(), next_hops, ..Network::default() };
+        world.state.set_network(Arc::new(network));
+        world.state.set_attached([2].into());
+        world.configure(config);
+        world
+    }
+
+    fn configure(&mut self, config: &str) {
+        let config = parse("lb.toml", config).map(|parsed| parsed.config).expect("a right file");
+        self.state.set_config(config, self.now);
+    }
+
+    fn check(&mut self, group: &str, last: u8, state: HealthState) {
+        let port = if group == "api" { 9090 } else { 8080 };
+        let key = CheckKey { target_group: group.into(), address: [10, 0, 2, last].into(), port };
+        let health = Health { state, reason: None, description: None };
+        self.state.set_health(HealthEvent { key, health });
+    }
+
+    fn check_all(&mut self, state: HealthState) {
+        for last in [11, 12, 13] {
+            self.check("web", last, state);
+            self.check("api", last, state);
+        }
+    }
+
+    fn desired(&mut self) -> Desired {
+        self.state.desired(self.now)
+    }
+
+    /// Targets' last octets by the slots of a listener's ring.
+    fn shares(&self, desired: &Desired, port: u16) -> BTreeMap<u8, usize> {
+        let mut shares = BTreeMap::new();
+        for slot in desired.rings[&listener(desired, port).expect("a listener").index].iter() {
+            let octets = desired.targets[&slot.current].address.octets();
+            *shares.entry(octets[15]).or_default() += 1;
+        }
+        shares
+    }
+}
+
+fn listener(desired: &Desired, port: u16) -> Option<Endpoint> {
+    let address = IpAddr::from([10, 0, 1, 100]).into();
+    desired.endpoints.get(&EndpointKey::new(address, Be16::new(port), flow::TCP)).copied()
+}
+
+fn target(desired: &Desired, last: u8, port: u16) -> Option<Target> {
+    let address = Address::from(IpAddr::from([10, 0, 2, last]));
+    let is_it = |target: &&Target| target.address == address && target.port.get() == port;
+    desired.targets.values().find(is_it).copied()
+}
+
+#[test]
+fn a_listener_waits_for_the_first_checks_of_its_own_targets_only() {
+    let mut world = World::new(CONFIG);
+    assert_eq!(listener(&world.desired(), 80), None);
+    world.check("web", 11, HealthState::Healthy);
+    world.check("web", 12, HealthState::Healthy);
+    assert_eq!(listener(&world.desired(), 80), None);
+    world.check("web", 13, HealthState::Initial);
+    let desired = world.desired();
+    assert!(listener(&desired, 80).is_some());
+    assert_eq!(listener(&desired, 90), None);
+    assert!(!world.state.is_ready());
+    world.check_all(HealthState::Healthy);
+    assert!(world.state.is_ready());
+}
+
+#[test]
+fn healthy_targets_of_a_weight_take_new_flows_and_all_do_when_none_is_healthy() {
+    let mut world = World::new(CONFIG);
+    world.check_all(HealthState::Healthy);
+    let desired = world.desired();
+    assert_eq!(world.shares(&desired, 80).keys().collect::<Vec<_>>(), [&11, &12]);
+    assert!(target(&desired, 13, 8080).expect("weight 0").serves());
+
+    world.check("web", 11, HealthState::Unhealthy);
+    let desired = world.desired();
+    assert_eq!(world.shares(&desired, 80), [(12, 251)].into());
+    assert!(!target(&desired, 11, 8080).expect("unhealthy").serves());
+    assert!(target(&desired, 11, 9090).expect("of the other group").serves());
+
+    world.check("web", 12, HealthState::Unhealthy);
+    world.check("web", 13, HealthState::Unhealthy);
+    let desired = world.desired();
+    assert_eq!(world.shares(&desired, 80).keys().collect::<Vec<_>>(), [&11, &12]);
+    assert!(target(&desired, 11, 8080).expect("fails open").serves());
+}
+
+#[test]
+fn termination_switched_off_leaves_an_unhealthy_target_its_flows() {
+    let config =
+        CONFIG.replacen("port = 8080", "port = 8080\nunhealthy_connection_termination = false", 1);
+    let mut world = World::new(&config);
+    world.check_all(HealthState::Healthy);
+    world.check("web", 11, HealthState::Unhealthy);
+    let desired = world.desired();
+    assert_eq!(world.shares(&desired, 80), [(12, 251)].into());
+    assert!(target(&desired, 11, 8080).expect("unhealthy").serves());
+}
+
+#[test]
+fn a_ring_that_is_shown_is_never_written_over() {
+    let mut world = World::new(CONFIG);
+    world.check_all(HealthState::Healthy);
+    let before = world.desired();
+    for group in ["web", "api"] {
+        world.check(group, 11, HealthState::Unhealthy);
+    }
+    let after = world.desired();
+    let shown: BTreeSet<u32> = [80, 90].map(|port| listener(&before, port).unwrap().index).into();
+    let next: BTreeSet<u32> = [80, 90].map(|port| listener(&after, port).unwrap().index).into();
+    assert_eq!(shown.len() + next.len(), 4);
+    assert!(shown.is_disjoint(&next), "{shown:?} {next:?}");
+}
+
+#[test]
+fn a_changed_slot_learns_with_its_previous_target() {
+    let mut world = World::new(CONFIG);
+    world.check_all(HealthState::Healthy);
+    let before = world.desired();
+    world.check("web", 11, HealthState::Unhealthy);
+    let after = world.desired();
+    let old = &before.rings[&listener(&before, 80).unwrap().index];
+    let new = &after.rings[&listener(&after, 80).unwrap().index];
+    for (old, new) in old.iter().zip(new.iter()) {
+        let kept = old.current == new.current;
+        let learning = Slot::new(new.current, old.current, lb_common::tables::SlotState::Learning);
+        assert_eq!(*new, if kept { *old } else { learning });
+    }
+}
+
+#[test]
+fn a_removed_target_drains_for_its_delay() {
+    let mut world = World::new(CONFIG);
+    world.check_all(HealthState::Healthy);
+    world.desired();
+    let fewer = CONFIG.replacen("\"10.0.2.11\", ", "", 1);
+    world.configure(&fewer);
+    let desired = world.desired();
+    assert_eq!(world.shares(&desired, 80), [(12, 251)].into());
+    assert!(target(&desired, 11, 8080).expect("draining").serves());
+    let key = CheckKey { target_group: "web".into(), address: [10, 0, 2, 11].into(), port: 8080 };
+    assert_eq!(world.state.health_of(&key).state, HealthState::Draining);
+    assert!(!world.state.checks().contains_key(&key));
+
+    world.now += Duration::from_secs(300);
+    assert!(world.state.tick(world.now));
+    assert_eq!(target(&world.desired(), 11, 8080), None);
+}
+
+#[test]
+fn a_target_of_two_listeners_has_its_flows_tracked() {
+    let config = CONFIG
+        .replace("addresses = [\"10.0.1.100\"]", "addresses = [\"10.0.1.100\", \"10.0.1.101\"]");
+    let mut world = World::new(CONFIG);
+    world.check_all(HealthState::Healthy);
+    let alone = world.desired();
+    let way = EndpointKey::new(IpAddr::from([10, 0, 2, 11]).into(), Be16::new(8080), flow::TCP);
+    let owner = listener(&alone, 80).unwrap();
+    assert_eq!(owner.kind, Endpoint::LISTENER);
+    assert_eq!(alone.endpoints[&way].kind, Endpoint::TARGET);
+    assert_eq!(alone.endpoints[&way].listener, owner.listener);
+
+    world.configure(&config);
+    let shared = world.desired();
+    assert_eq!(listener(&shared, 80).unwrap().kind, Endpoint::LISTENER | Endpoint::TRACKED);
+    assert_eq!(shared.endpoints[&way].kind, Endpoint::TARGET | Endpoint::SHARED);
+    assert_eq!(
+        shared.endpoints[&way].listener, owner.listener,
+        "older flows are the first owner's"
+    );
+
+    let mut fresh = World::new(&config);
+    fresh.check_all(HealthState::Healthy);
+    assert_eq!(fresh.desired().endpoints[&way].listener, NO_LISTENER);
+}
+
+#[test]
+fn security_groups_guard_listeners_and_echo() {
+    let mut world = World::new(CONFIG);
+    world.check_all(HealthState::Healthy);
+    let desired = world.desired();
+    let web = listener(&desired, 80).unwrap().class;
+    let api = listener(&desired, 90).unwrap().class;
+    assert_eq!(desired.classes[&web].len(), 1);
+    assert!(desired.classes[&api].is_empty(), "no rule for its port: nobody");
+    let echo = EndpointKey::new(IpAddr::from([10, 0, 1, 100]).into(), Be16::new(0), flow::ICMP);
+    assert_eq!(desired.endpoints[&echo].class, OPEN);
+
+    world.configure(&CONFIG.replace("10.0.0.0/8", "10.0.0.0/9"));
+    let narrowed = world.desired();
+    assert_ne!(
+        listener(&narrowed, 80).unwrap().class,
+        web,
+        "another class, complete before it is shown"
+    );
+    assert_eq!(listener(&narrowed, 90).unwrap().class, api);
+}
+
+#[test]
+fn a_target_behind_another_nic_is_reported_with_the_remedy() {
+    let mut world = World::new(CONFIG);
+    world.state.set_attached([7].into());
+    world.check_all(HealthState::Healthy);
+    let desired = world.desired();
+    assert_eq!(target(&desired, 11, 8080).unwrap().hop.ifindex, 0);
+    let warning =
+        world.state.warnings.iter().find(|w| w.contains("10.0.2.11:8080")).expect("a warning");
+    assert!(warning.ends_with("add --iface eth0"), "{warning}");
+}
+
+#[test]
+fn a_group_without_a_listener_is_unused_and_not_checked() {
+    let world = World::new(CONFIG);
+    let key = CheckKey { target_group: "spare".into(), address: [10, 0, 2, 19].into(), port: 8080 };
+    assert_eq!(world.state.health_of(&key).state, HealthState::Unused);
+    assert!(!world.state.checks().contains_key(&key));
+}
