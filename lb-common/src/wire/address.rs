@@ -61,12 +61,8 @@ impl Address {
     /// Whether this is an IPv4 address.
     #[inline(always)]
     pub const fn is_v4(self) -> bool {
-        let mapped = if cfg!(target_endian = "little") {
-            self.words[1] as u32 as u64 == Self::MAPPED
-        } else {
-            self.words[1] & !0xffff_ffff == Self::MAPPED
-        };
-        self.words[0] == 0 && mapped
+        let [_, _, mapped, _] = self.quarters();
+        self.words[0] == 0 && mapped == u32::from_ne_bytes([0, 0, 0xff, 0xff])
     }
 
     /// The 16 bytes.

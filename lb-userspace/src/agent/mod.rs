@@ -52,9 +52,9 @@ pub fn run(options: AgentOptions) -> anyhow::Result<()> {
         .context("start the runtime")?;
     runtime.block_on(async {
         let (mut agent, mut events) = Agent::start(options).await?;
-        let outcome = agent.follow(&mut events).await;
+        agent.follow(&mut events).await;
         agent.end().await;
-        outcome
+        Ok(())
     })
 }
 
@@ -100,7 +100,7 @@ struct Events {
 
 impl Agent {
     /// Carries events through, one after the other, until a signal ends it.
-    async fn follow(&mut self, events: &mut Events) -> anyhow::Result<()> {
+    async fn follow(&mut self, events: &mut Events) {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
         loop {
@@ -123,8 +123,8 @@ impl Agent {
                 () = events.file.changed() => self.reload(false).await,
                 _ = events.hangup.recv() => self.reload(true).await,
                 _ = tick.tick() => self.on_tick().await,
-                _ = events.terminate.recv() => return Ok(info!("ending on SIGTERM")),
-                _ = events.interrupt.recv() => return Ok(info!("ending on SIGINT")),
+                _ = events.terminate.recv() => break info!("ending on SIGTERM"),
+                _ = events.interrupt.recv() => break info!("ending on SIGINT"),
             }
         }
     }

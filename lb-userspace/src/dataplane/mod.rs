@@ -237,7 +237,7 @@ impl Dataplane {
                 place[2].store(key, Ordering::SeqCst);
             }
             Write::Overflow(endpoint) => {
-                self.overflow.insert(Raw(endpoint.key()), Raw(*endpoint), 0)?
+                self.overflow.insert(Raw(endpoint.key()), Raw(*endpoint), 0)?;
             }
             Write::RemoveOverflow(key) => removed(self.overflow.remove(&Raw(*key)))?,
         }

@@ -1,10 +1,11 @@
 use std::time::Duration;
 
-use lb_common::tables::Slot;
+use lb_common::tables::{NO_LISTENER, Slot, SlotState, Target};
+use lb_common::wire::{Address, Be16};
 
 use super::*;
 use crate::config::parse;
-use crate::netlink::{Interface, LinkLayer};
+use crate::netlink::{Interface, LinkLayer, NextHop};
 
 const CONFIG: &str = r#"
 [target_group.web]
@@ -184,7 +185,7 @@ fn a_changed_slot_learns_with_its_previous_target() {
     let new = &after.rings[&listener(&after, 80).unwrap().index];
     for (old, new) in old.iter().zip(new.iter()) {
         let kept = old.current == new.current;
-        let learning = Slot::new(new.current, old.current, lb_common::tables::SlotState::Learning);
+        let learning = Slot::new(new.current, old.current, SlotState::Learning);
         assert_eq!(*new, if kept { *old } else { learning });
     }
 }
