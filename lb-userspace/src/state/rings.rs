@@ -40,11 +40,6 @@ impl Ring {
         &self.slots
     }
 
-    /// Whether a target is named by any slot's present or past.
-    pub fn names(&self, target: u32) -> bool {
-        self.slots.iter().any(|slot| slot.current == target || slot.previous() == target)
-    }
-
     /// Gives the slots to other candidates. Slots that keep their target are not touched.
     pub fn change(&mut self, candidates: Vec<Candidate>, now: Instant) {
         if candidates == self.candidates {
