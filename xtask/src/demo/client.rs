@@ -64,6 +64,15 @@ pub struct Request {
     pub failure: Option<anyhow::Error>,
 }
 
+/// Why requests failed, and how often each.
+pub fn failures(requests: &[Request]) -> BTreeMap<String, usize> {
+    let mut reasons = BTreeMap::new();
+    for failure in requests.iter().filter_map(|request| request.failure.as_ref()) {
+        *reasons.entry(format!("{failure:#}")).or_default() += 1;
+    }
+    reasons
+}
+
 /// Sends a steady stream of requests from the client, each on a new connection, while `work` runs.
 pub fn stream<T>(
     network: &Network,

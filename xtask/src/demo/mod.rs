@@ -213,8 +213,8 @@ fn target_killed(demo: &mut Demo) -> Result<()> {
     let ((killed, marked), requests) =
         client::stream(network, &format!("{}:80", ADDRESSES[0]), || {
             pause(Duration::from_secs(1))?;
-            servers[1].take().context("the target is already dead")?.kill()?;
             let killed = Instant::now();
+            servers[1].take().context("the target is already dead")?.kill()?;
             balancer.wait_for_state(&victim.ipv4(), "unhealthy")?;
             let marked = Instant::now();
             pause(Duration::from_secs(2))?;
@@ -232,6 +232,9 @@ fn target_killed(demo: &mut Demo) -> Result<()> {
     quote(&format!("{total:>6} requests before, {before} failed"));
     quote(&format!("{unmarked:>6} requests until it was marked unhealthy, {between} failed"));
     quote(&format!("{after:>6} requests after that, {failures} failed"));
+    for (reason, times) in client::failures(&requests) {
+        quote(&format!("failure: {reason}  × {times}"));
+    }
     ensure!(before == 0, "{before} requests failed while all targets were alive");
     ensure!(failures == 0, "{failures} requests failed after {} was unhealthy", victim.name);
     ensure!(after > 0, "no request was sent after {} was unhealthy", victim.name);
