@@ -91,6 +91,8 @@ fn unit_tests() -> Result<Outcome> {
 
 /// The tests that load programs into the kernel and make namespaces.
 fn root_tests() -> Result<Outcome> {
+    // The tests run the agent as a program, which cargo does not build for them.
+    run_command(&mut cargo(["build", "--package", "lb-userspace", "--package", "lb-tests"]))?;
     let mut test = cargo(["test", "--package", "lb-tests", "--"]);
     test.args(["--test-threads", NAMESPACE_TEST_THREADS]);
     if !is_root() {

@@ -11,6 +11,7 @@ mod setup;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -54,7 +55,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = process::catch_interrupts().and_then(|()| match cli.task {
         Task::Setup => setup::run(),
-        Task::Build => setup::run().and_then(|()| agent::build()).map(|_| ()),
+        Task::Build => build(),
         Task::Demo { agent } => demo::run(agent),
         Task::Test => checks::run(),
         Task::Bench { args } => setup::run().and_then(|()| bench::run_bench(&args)),
@@ -72,4 +73,11 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn build() -> Result<()> {
+    setup::run()?;
+    let binary = agent::build(agent::Profile::Release)?;
+    println!("build: it is {}", binary.display());
+    Ok(())
 }

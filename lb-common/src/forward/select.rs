@@ -105,15 +105,14 @@ fn remember<T: Tables>(
     recall: &Recall,
 ) -> Result<Selected, DropReason> {
     let now = tables.now();
-    // A SYN on a connection that is closing opens a new one (RFC 9293 section 3.6.1).
-    let known = tables.flow(key).filter(|flow| {
-        flow.is_alive(now, key.protocol) && !(transport.is_syn() && flow.closing != 0)
-    });
-    if let Some(flow) = known {
-        if let Some(target) = serving(tables, flow.target) {
+    if let Some(flow) = tables.flow(key).filter(|flow| flow.is_alive(now, key.protocol)) {
+        // A SYN on a connection that is closing opens a new one (RFC 9293 section 3.6.1).
+        let is_reopened = transport.is_syn() && flow.closing != 0;
+        if !is_reopened && let Some(target) = serving(tables, flow.target) {
             refresh(tables, key, transport, recall, &flow, target, now);
             return Ok(Selected { index: flow.target, is_new: 0 });
         }
+        // A pinned slot does not remember the new connection: its next packet must not find this.
         tables.forget(key);
         if key.protocol == TCP && !transport.is_syn() {
             return Err(DropReason::TargetDown);
@@ -231,5 +230,99 @@ fn reply_key(key: &FlowKey, target: &Target) -> FlowKey {
         destination_port: key.source_port,
         protocol: key.protocol,
         zero: [0; 3],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::vec;
+    use std::vec::Vec;
+
+    use etherparse::PacketBuilder;
+
+    use crate::flow::{Flow, SECOND};
+    use crate::forward::forward;
+    use crate::model::{Bytes, Model};
+    use crate::tables::{Listener, NextHop};
+    use crate::verdict::Verdict;
+    use crate::wire::{Address, Be16};
+
+    use super::*;
+
+    const CLIENT: [u8; 4] = [10, 0, 1, 10];
+    const VIP: [u8; 4] = [10, 0, 1, 100];
+    const NIC: u32 = 3;
+
+    fn address(octets: [u8; 4]) -> Address {
+        core::net::IpAddr::from(octets).into()
+    }
+
+    /// Two targets, 10.0.2.1 and 10.0.2.2, behind a ring of one slot.
+    fn balancer(slot: Slot) -> Model {
+        let mut model = Model::new(1, 1);
+        model.now.set(1000 * SECOND);
+        let listener = Listener {
+            address: address(VIP),
+            port: Be16::new(80),
+            protocol: TCP,
+            ..Listener::default()
+        };
+        model.listeners.insert(0, listener);
+        model.endpoints.insert(Endpoint {
+            address: listener.address,
+            port: listener.port,
+            protocol: TCP,
+            kind: Endpoint::LISTENER,
+            ..Endpoint::default()
+        });
+        for n in [1, 2] {
+            let target = Target {
+                address: address([10, 0, 2, n]),
+                port: Be16::new(8080),
+                mode: Target::NAT,
+                flags: Target::SERVES,
+                hop: NextHop { ifindex: NIC, mtu: 1500, ..NextHop::default() },
+                ..Target::default()
+            };
+            model.targets.insert(n.into(), target);
+        }
+        model.rings.insert(0, vec![slot]);
+        model
+    }
+
+    /// Last byte of the address of the target that a packet with these flags goes to.
+    fn target_of(model: &Model, flags: u8) -> u8 {
+        let mut builder = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2])
+            .ipv4(CLIENT, VIP, 64)
+            .tcp(40000, 80, 1, 1024);
+        if flags & Tcp::SYN != 0 {
+            builder = builder.syn();
+        }
+        if flags & Tcp::ACK != 0 {
+            builder = builder.ack(1);
+        }
+        let mut bytes = Vec::new();
+        builder.write(&mut bytes, &[]).unwrap();
+        let mut frame = Bytes { bytes, ingress: NIC };
+        assert_eq!(forward(&mut frame, model), Verdict::Transmit);
+        frame.bytes[14 + 19]
+    }
+
+    #[test]
+    fn a_port_used_again_in_a_pinned_slot_stays_with_its_new_target() {
+        let model = balancer(Slot::new(2, 2, SlotState::Pinned));
+        let key = FlowKey {
+            source: address(CLIENT),
+            destination: address(VIP),
+            source_port: Be16::new(40000),
+            destination_port: Be16::new(80),
+            protocol: TCP,
+            zero: [0; 3],
+        };
+        let closing = Flow { last_seen: 999 * SECOND, target: 1, closing: 1 };
+        model.remember(&key, &closing);
+        assert_eq!(target_of(&model, Tcp::ACK), 1, "the last packets of the old connection");
+        assert_eq!(target_of(&model, Tcp::SYN), 2);
+        assert_eq!(target_of(&model, Tcp::ACK), 2);
     }
 }

@@ -13,11 +13,12 @@ use anyhow::{Context as _, Result, anyhow};
 use super::namespace::{CLIENT, Network, TARGETS};
 use crate::process::capture;
 
-/// What curl got, one response a line, from `count` requests with a connection each.
+/// What curl got, one response a line, from `count` requests with a connection each; an error if
+/// one of them fails.
 pub fn curl(network: &Network, url: &str, count: usize) -> Result<String> {
     let url = format!("{url}?[1-{count}]");
     let mut curl = network.tool(CLIENT.name, "curl");
-    curl.args(["--silent", "--show-error", "--fail", "--max-time", "5"]);
+    curl.args(["--silent", "--show-error", "--fail", "--fail-early", "--max-time", "5"]);
     curl.args(["--header", "Connection: close", &url]);
     capture(&mut curl)
 }
@@ -61,6 +62,15 @@ pub struct Request {
     pub end: Instant,
     /// Why it was not answered by a target.
     pub failure: Option<anyhow::Error>,
+}
+
+/// Why requests failed, and how often each.
+pub fn failures(requests: &[Request]) -> BTreeMap<String, usize> {
+    let mut reasons = BTreeMap::new();
+    for failure in requests.iter().filter_map(|request| request.failure.as_ref()) {
+        *reasons.entry(format!("{failure:#}")).or_default() += 1;
+    }
+    reasons
 }
 
 /// Sends a steady stream of requests from the client, each on a new connection, while `work` runs.

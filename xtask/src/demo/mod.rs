@@ -18,7 +18,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use self::balancer::{ADDRESSES, Balancer};
 use self::client::Request;
-use self::namespace::{BALANCER, CLIENT, FORBIDDEN, Network, TARGETS};
+use self::namespace::{BALANCER, CLIENT, FORBIDDEN, Network, PICTURE, TARGETS};
 use self::report::{heading, quote, shown, transcript};
 use self::server::Server;
 use crate::process::{as_root, capture, interrupted, is_root, pause, run as run_command};
@@ -36,7 +36,7 @@ pub fn run(binary: Option<PathBuf>) -> Result<()> {
         Some(binary) => fs::canonicalize(&binary).with_context(|| binary.display().to_string())?,
         None => {
             setup::run()?;
-            agent::build()?
+            agent::build(agent::Profile::Dev)?
         }
     };
     if !is_root() {
@@ -81,7 +81,10 @@ fn show(binary: &Path) -> Result<()> {
         return demo.take_down();
     }
     if !interrupted() {
-        println!("\nThe agent's log:");
+        println!("\nWhat the agent says now, and its log:");
+        if let Err(error) = transcript(demo.balancer.command(&["status"])) {
+            quote(&format!("{error:#}"));
+        }
         quote(&demo.balancer.log());
     }
     shown
@@ -91,10 +94,7 @@ impl Demo {
     fn start(binary: &Path, folder: Folder) -> Result<Self> {
         heading("Two clients, a balancer and three targets in network namespaces");
         let network = Network::new().context("make the namespaces")?;
-        let hosts = [&CLIENT, &FORBIDDEN].into_iter().chain(&TARGETS);
-        for host in hosts {
-            quote(&format!("{:<10} {:<10} {}", host.name, host.ipv4(), host.ipv6()));
-        }
+        quote(PICTURE);
         let start = |host| Server::start(&network, host, &folder.path).map(Some);
         let servers = TARGETS.iter().map(start).collect::<Result<_>>()?;
         shown("nginx answers on each target");
@@ -213,8 +213,8 @@ fn target_killed(demo: &mut Demo) -> Result<()> {
     let ((killed, marked), requests) =
         client::stream(network, &format!("{}:80", ADDRESSES[0]), || {
             pause(Duration::from_secs(1))?;
-            servers[1].take().context("the target is already dead")?.kill()?;
             let killed = Instant::now();
+            servers[1].take().context("the target is already dead")?.kill()?;
             balancer.wait_for_state(&victim.ipv4(), "unhealthy")?;
             let marked = Instant::now();
             pause(Duration::from_secs(2))?;
@@ -232,9 +232,13 @@ fn target_killed(demo: &mut Demo) -> Result<()> {
     quote(&format!("{total:>6} requests before, {before} failed"));
     quote(&format!("{unmarked:>6} requests until it was marked unhealthy, {between} failed"));
     quote(&format!("{after:>6} requests after that, {failures} failed"));
+    for (reason, times) in client::failures(&requests) {
+        quote(&format!("failure: {reason}  × {times}"));
+    }
     ensure!(before == 0, "{before} requests failed while all targets were alive");
     ensure!(failures == 0, "{failures} requests failed after {} was unhealthy", victim.name);
     ensure!(after > 0, "no request was sent after {} was unhealthy", victim.name);
+    transcript(balancer.command(&["targets"]))?;
     shown(&format!(
         "{} was unhealthy {time:.1} s after its death; no request failed since",
         victim.name
@@ -269,7 +273,11 @@ fn rate(demo: &mut Demo) -> Result<()> {
     let (rate, failed) = client::wrk(&demo.network, &url(ADDRESSES[0]), 3)?;
     ensure!(rate > 0.0, "wrk got no answer");
     ensure!(failed == 0, "{failed} requests of wrk failed");
-    shown(&format!("{rate:.0} requests a second over 32 connections, none failed"));
+    let cpus = std::thread::available_parallelism()?;
+    shown(&format!(
+        "{rate:.0} requests a second over 32 connections, none failed; the client, the balancer \
+         and the targets share this machine's {cpus} CPUs"
+    ));
     Ok(())
 }
 

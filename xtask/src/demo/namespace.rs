@@ -1,11 +1,6 @@
 //! Network namespaces and the network between them.
 //!
-//! ```text
-//!   client     10.0.1.10 ─┐                                           ┌─ 10.0.2.11  target-1
-//!                         ├─ clients ─ eth0  balancer  eth1 ─ targets ─┼─ 10.0.2.12  target-2
-//!   forbidden  10.0.1.66 ─┘                                           └─ 10.0.2.13  target-3
-//! ```
-//! The two bridges stand for the switches of two segments, and have a namespace of their own.
+//! Two bridges stand for the switches of two segments, and have a namespace of their own.
 
 use std::fs::{self, File};
 use std::io;
@@ -18,6 +13,13 @@ use nix::sched::{CloneFlags, setns};
 
 use super::pass::Pass;
 use crate::process::{capture, command, find};
+
+/// What is built.
+pub const PICTURE: &str = "\
+client     10.0.1.10 ─┐                                            ┌─ 10.0.2.11  target-1
+                      ├─ clients ─ eth0  balancer  eth1 ─ targets ─┼─ 10.0.2.12  target-2
+forbidden  10.0.1.66 ─┘                                            └─ 10.0.2.13  target-3
+IPv6 alike: 2001:db8:1::10 and so on. Each name is a network namespace, each line a veth pair.";
 
 /// A host of the demo.
 pub struct Host {
@@ -231,4 +233,17 @@ impl Drop for Network {
 
 fn enter(namespace: &Path) -> io::Result<()> {
     Ok(setns(File::open(namespace)?, CloneFlags::CLONE_NEWNET)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_picture_shows_every_host() {
+        for host in [&CLIENT, &FORBIDDEN].into_iter().chain(&TARGETS) {
+            assert!(PICTURE.contains(host.name), "{}", host.name);
+            assert!(PICTURE.contains(&host.ipv4()), "{}", host.ipv4());
+        }
+    }
 }
