@@ -32,8 +32,8 @@ pub fn binary() -> Result<PathBuf> {
     Ok(binary)
 }
 
-/// The directory of an agent: its configuration file, its socket and its state. It outlives an
-/// agent that was killed, for the next one to recover from.
+/// The directory of an agent: its configuration file and its socket. It outlives an agent that was
+/// killed, for the next one to recover from.
 #[derive(Debug)]
 pub struct Home(TempDir);
 
@@ -57,11 +57,6 @@ impl Home {
     /// The API socket.
     pub fn socket(&self) -> PathBuf {
         self.0.path().join("lb.sock")
-    }
-
-    /// Where the agent notes what it added to the machine.
-    pub fn state(&self) -> PathBuf {
-        self.0.path().join("state")
     }
 }
 
@@ -101,7 +96,6 @@ impl Agent {
             .arg(home.socket())
             .args(interfaces.iter().flat_map(|interface| ["--iface", interface]))
             .args(arguments)
-            .env("LB_STATE_DIR", home.state())
             .env("RUST_LOG", "info,lb_userspace=debug,lb_ebpf=debug");
         let mut agent = Self { process: Process::spawn(&mut command)?, home };
         agent.wait_for(is_ready, "ready").context("start the agent")?;
