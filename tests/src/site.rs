@@ -94,7 +94,8 @@ impl fmt::Display for Config {
         self.write_group(f, "web", "tcp", WEB)?;
         writeln!(f, "{}", self.health_check)?;
         writeln!(f, "[load_balancer.site]\naddresses = [{}]\n{}", self.listener, self.balancer)?;
-        for (protocol, port, group) in [("tcp", WEB, "web"), ("tcp", ECHO, "tcp"), ("udp", ECHO, "udp")]
+        for (protocol, port, group) in
+            [("tcp", WEB, "web"), ("tcp", ECHO, "tcp"), ("udp", ECHO, "udp")]
         {
             writeln!(f, "[[load_balancer.site.listener]]")?;
             writeln!(f, "protocol = \"{protocol}\"\nport = {port}\ntarget_group = \"{group}\"")?;
