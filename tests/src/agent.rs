@@ -1,6 +1,6 @@
 //! A running `lb-userspace`.
 
-use std::{env, fs, path::PathBuf, process::Command, time::Duration};
+use std::{env, fs, path::PathBuf, process::Command, sync::Arc, thread, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
@@ -32,10 +32,10 @@ pub fn binary() -> Result<PathBuf> {
     Ok(binary)
 }
 
-/// The directory of an agent: its configuration file, its socket and its state. It outlives an
-/// agent that was killed, for the next one to recover from.
-#[derive(Debug)]
-pub struct Home(TempDir);
+/// The directory of an agent: its configuration file and its socket. It outlives an agent that was
+/// killed, for the next one to recover from.
+#[derive(Clone, Debug)]
+pub struct Home(Arc<TempDir>);
 
 impl Home {
     /// A new directory with that configuration.
@@ -44,7 +44,7 @@ impl Home {
     ///
     /// If it cannot be written.
     pub fn new(config: &str) -> Result<Self> {
-        let home = Self(TempDir::new()?);
+        let home = Self(Arc::new(TempDir::new()?));
         fs::write(home.config(), config)?;
         Ok(home)
     }
@@ -57,11 +57,6 @@ impl Home {
     /// The API socket.
     pub fn socket(&self) -> PathBuf {
         self.0.path().join("lb.sock")
-    }
-
-    /// Where the agent notes what it added to the machine.
-    pub fn state(&self) -> PathBuf {
-        self.0.path().join("state")
     }
 }
 
@@ -101,7 +96,6 @@ impl Agent {
             .arg(home.socket())
             .args(interfaces.iter().flat_map(|interface| ["--iface", interface]))
             .args(arguments)
-            .env("LB_STATE_DIR", home.state())
             .env("RUST_LOG", "info,lb_userspace=debug,lb_ebpf=debug");
         let mut agent = Self { process: Process::spawn(&mut command)?, home };
         agent.wait_for(is_ready, "ready").context("start the agent")?;
@@ -222,7 +216,7 @@ impl Agent {
     pub fn kill(mut self) -> Result<Home> {
         self.signal(Signal::SIGKILL)?;
         self.process.wait(PATIENCE)?;
-        Ok(self.home)
+        Ok(self.home.clone())
     }
 
     fn json(&self, command: &str) -> Result<Value> {
@@ -230,6 +224,16 @@ impl Agent {
         let errors = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "{command}: {}: {errors}", output.status);
         serde_json::from_slice(&output.stdout).with_context(|| format!("JSON of {command}"))
+    }
+}
+
+/// What a failed test needs to be understood.
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let drops = self.status().map(|status| status["drops"].clone());
+            eprintln!("== drops: {drops:?}\n== the agent's log:\n{}", self.log());
+        }
     }
 }
 

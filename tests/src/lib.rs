@@ -1,7 +1,7 @@
 //! The harness of lb's system tests and benchmarks.
 //!
 //! Layer 3 of the tests is a network of namespaces ([`topology`], built from [`netns`]) in which
-//! real [`servers`] and [`clients`] talk through a running [`agent`]. Everything is torn down when
+//! real [`servers`] and [`clients`] talk through a running [`agent`]; [`site`] is all of it. Everything is torn down when
 //! its value is dropped, on panic too. [`packets`] builds frames byte by byte, [`programs`] holds
 //! the helper programs in the kernel and runs packets through the one under test.
 //!
@@ -14,6 +14,7 @@ pub mod netns;
 pub mod packets;
 pub mod programs;
 pub mod servers;
+pub mod site;
 pub mod topology;
 
 use std::{
