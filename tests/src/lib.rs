@@ -13,6 +13,8 @@ pub mod frames;
 pub mod netns;
 pub mod packets;
 pub mod programs;
+pub mod progrun;
+pub mod scene;
 pub mod servers;
 pub mod site;
 pub mod topology;

@@ -217,7 +217,10 @@ impl Ip for V6 {
     #[inline(always)]
     fn parse<F: Frame>(frame: &F, l3: usize) -> Option<Parsed<Ipv6>> {
         let header: Ipv6 = frame.read(l3)?;
-        if header.version() != 6 {
+        let (source, destination) = Self::addresses(&header);
+        // IPv4 addresses in an IPv6 header are not for the wire (RFC 4942 section 2.2): here they
+        // would be admitted by the rules of the other family, or find its listeners.
+        if header.version() != 6 || source.is_v4() || destination.is_v4() {
             return None;
         }
         let l4 = (l3 + Ipv6::LENGTH) as u16;

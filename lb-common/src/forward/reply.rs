@@ -40,11 +40,12 @@ pub fn handle<I: Ip, F: Frame, T: Tables>(
     let Some(hop) = tables.route(ingress, listening.address, packet.destination) else {
         return Err(DropReason::NextHopUnresolved.into());
     };
-    if transport.is_malformed(frame, packet) {
-        return Err(DropReason::Malformed.into());
-    }
+    // Before lengths are looked at: the UDP header of a first fragment has the whole's.
     if packet.is_fragment() {
         return Err(DropReason::Fragmented.into());
+    }
+    if transport.is_malformed(frame, packet) {
+        return Err(DropReason::Malformed.into());
     }
     if packet.length > hop.mtu as usize {
         return Err(DropReason::TooBig.into());

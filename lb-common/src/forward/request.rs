@@ -18,12 +18,13 @@ pub fn handle<I: Ip, F: Frame, T: Tables>(
     transport: &Transport,
     listener: &Found,
 ) -> Outcome {
-    if transport.is_malformed(frame, packet) {
-        return Err(DropReason::Malformed.into());
-    }
     admit(tables, packet, listener)?;
+    // Before lengths are looked at: the UDP header of a first fragment has the whole's.
     if packet.is_fragment() {
         return Err(DropReason::Fragmented.into());
+    }
+    if transport.is_malformed(frame, packet) {
+        return Err(DropReason::Malformed.into());
     }
     if listener.index == NO_RING {
         return Err(Stop::Answer(DropReason::NoTarget));

@@ -1,0 +1,345 @@
+//! Balancers put together by hand for program runs, and one with everything in it.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use lb_common::{
+    flow::{HashKeys, ICMP, ICMPV6, TCP, UDP},
+    tables::{
+        Endpoint, EndpointKey, Interface, Listener, NO_LISTENER, NO_RING, NextHop, OPEN, Slot,
+        Target,
+    },
+    wire::{Address, Be16, eth::Macs},
+};
+use lb_userspace::{
+    dataplane::LoadOptions,
+    reconcile::{Desired, Prefix},
+};
+
+use crate::progrun::device_mac;
+
+/// What the program is loaded with: small rings, the same hash on every run.
+pub const OPTIONS: LoadOptions =
+    LoadOptions { hash_seed: 0x5eed, ring_size: 61, flow_table_size: 1 << 16, log: false };
+
+/// A balancer to be, in readable steps.
+#[derive(Clone, Debug, Default)]
+pub struct Scene {
+    /// What the tables are to hold.
+    pub desired: Desired,
+}
+
+/// The way to a target.
+#[derive(Clone, Copy, Debug)]
+pub struct Way {
+    /// The NIC; 0: not resolved.
+    pub device: u32,
+    /// VLAN id, 0 for none.
+    pub vlan: u16,
+    /// Largest IP packet, bytes.
+    pub mtu: u16,
+}
+
+impl Way {
+    /// Over a device, untagged, 1500 bytes.
+    pub fn by(device: u32) -> Self {
+        Self { device, vlan: 0, mtu: 1500 }
+    }
+}
+
+/// The MAC address behind which a target is.
+pub fn target_mac(target: u32) -> [u8; 6] {
+    let [_, _, high, low] = target.to_be_bytes();
+    [2, 0, 0, 1, high, low]
+}
+
+impl Scene {
+    /// NICs 10 and 11 are attached, 12 stands for VLAN 100 of 10, 13 is not attached.
+    pub fn new() -> Self {
+        let mut scene = Self::default();
+        let interface = |ifindex, vlan| Interface { ifindex, vlan, mtu: 1500 };
+        let interfaces = [(10, interface(10, 0)), (11, interface(11, 0)), (12, interface(10, 100))];
+        scene.desired.interfaces = interfaces.into();
+        scene.desired.devices = [10, 11].into();
+        for local in ["10.0.10.2", "10.0.11.2", "fd00:10::2", "fd00:11::2"] {
+            scene.address(local, Endpoint::LOCAL);
+        }
+        scene
+    }
+
+    /// An address of the machine, of one of the kinds of [`Endpoint`].
+    pub fn address(&mut self, address: &str, kind: u8) {
+        let address = ip(address).into();
+        self.endpoint(Endpoint { address, kind, ..Endpoint::default() });
+    }
+
+    /// A target that takes traffic; returns its number.
+    pub fn target(&mut self, number: u32, mode: u8, at: &str, way: Way) -> u32 {
+        let at: SocketAddr = at.parse().expect("an address and a port");
+        let macs = Macs { destination: target_mac(number), source: device_mac(way.device) };
+        let target = Target {
+            address: at.ip().into(),
+            port: Be16::new(at.port()),
+            mode,
+            flags: Target::SERVES,
+            hop: NextHop { ifindex: way.device, macs, vlan: way.vlan, mtu: way.mtu },
+            ..Target::default()
+        };
+        self.desired.targets.insert(number, target);
+        number
+    }
+
+    /// A target stops serving.
+    pub fn fail(&mut self, number: u32) {
+        self.desired.targets.get_mut(&number).expect("a target").flags = 0;
+    }
+
+    /// A listener whose ring has these slots in turn, and the way back from their targets that are
+    /// translated.
+    pub fn listener(&mut self, number: u32, protocol: u8, at: &str, slots: &[Slot]) {
+        self.listener_of(number, protocol, at, slots, OPEN, 0);
+    }
+
+    /// A listener of an admission class, with flags of [`Endpoint`].
+    pub fn listener_of(
+        &mut self,
+        number: u32,
+        protocol: u8,
+        at: &str,
+        slots: &[Slot],
+        class: u32,
+        flags: u8,
+    ) {
+        let at: SocketAddr = at.parse().expect("an address and a port");
+        let (address, port) = (Address::from(at.ip()), Be16::new(at.port()));
+        let ring = if slots.is_empty() { NO_RING } else { number };
+        let listener = Listener { address, port, protocol, ..Listener::default() };
+        self.desired.listeners.insert(number, listener);
+        self.endpoint(Endpoint {
+            address,
+            port,
+            protocol,
+            kind: Endpoint::LISTENER | flags,
+            listener: number,
+            index: ring,
+            class,
+        });
+        if slots.is_empty() {
+            return;
+        }
+        let size = OPTIONS.ring_size as usize;
+        let slots: Arc<[Slot]> = slots.iter().copied().cycle().take(size).collect();
+        let targets: BTreeSet<u32> =
+            slots.iter().flat_map(|slot| [slot.current, slot.previous()]).collect();
+        self.desired.rings.insert(ring, slots);
+        for number_of_target in targets.into_iter().filter(|target| *target != 0) {
+            self.way_back(number_of_target, protocol, number, 0);
+        }
+    }
+
+    /// The way back from a target that is translated, unless it is there.
+    fn way_back(&mut self, target: u32, protocol: u8, listener: u32, flags: u8) {
+        let Target { address, port, mode, .. } = self.desired.targets[&target];
+        let key = EndpointKey::new(address, port, protocol);
+        if mode == Target::NAT && !self.desired.endpoints.contains_key(&key) {
+            self.endpoint(Endpoint {
+                address,
+                port,
+                protocol,
+                kind: Endpoint::TARGET | flags,
+                listener,
+                index: target,
+                class: 0,
+            });
+        }
+    }
+
+    /// Marks a target as one that several listeners share.
+    pub fn share(&mut self, target: u32, protocol: u8, first: u32) {
+        let Target { address, port, .. } = self.desired.targets[&target];
+        self.desired.endpoints.remove(&EndpointKey::new(address, port, protocol));
+        self.way_back(target, protocol, first, Endpoint::SHARED);
+    }
+
+    /// Echo requests to an address need the class.
+    pub fn guard(&mut self, address: &str, class: u32) {
+        let address = ip(address);
+        let protocol = if address.is_ipv4() { ICMP } else { ICMPV6 };
+        let kind = Endpoint::GUARD;
+        self.endpoint(Endpoint {
+            address: address.into(),
+            protocol,
+            kind,
+            class,
+            ..Endpoint::default()
+        });
+    }
+
+    /// Prefixes of an admission class; lengths as they are written for the family.
+    pub fn class(&mut self, number: u32, prefixes: &[(&str, u8)]) {
+        let prefixes = prefixes.iter().map(|(address, bits)| {
+            let address = ip(address);
+            let mapped = if address.is_ipv4() { 96 } else { 0 };
+            Prefix { address: address.into(), bits: bits + mapped }
+        });
+        self.desired.classes.insert(number, Arc::new(prefixes.collect()));
+    }
+
+    fn endpoint(&mut self, endpoint: Endpoint) {
+        self.desired.endpoints.insert(endpoint.key(), endpoint);
+    }
+
+    /// Listeners, by protocol and address.
+    pub fn listeners(&self) -> Vec<(u8, SocketAddr)> {
+        self.of_kind(Endpoint::LISTENER)
+    }
+
+    /// Targets whose replies are translated, by protocol and address.
+    pub fn ways_back(&self) -> Vec<(u8, SocketAddr)> {
+        self.of_kind(Endpoint::TARGET)
+    }
+
+    fn of_kind(&self, kind: u8) -> Vec<(u8, SocketAddr)> {
+        let wanted = self.desired.endpoints.values().filter(|endpoint| endpoint.kind() == kind);
+        wanted
+            .map(|endpoint| {
+                (endpoint.protocol, (IpAddr::from(endpoint.address), endpoint.port.get()).into())
+            })
+            .collect()
+    }
+}
+
+fn ip(address: &str) -> IpAddr {
+    address.parse().expect("an address")
+}
+
+/// The class that admits 192.0.10.0/24, 192.0.11.7 and 2001:db8:10::/64.
+pub const CLASS: u32 = 7;
+
+/// Both protocols that are balanced.
+pub const PROTOCOLS: [u8; 2] = [TCP, UDP];
+
+/// The balancer's addresses in [`Scene::everything`].
+pub const VIPS: [&str; 2] = ["10.0.10.100", "fd00:10::100"];
+
+impl Scene {
+    /// Every kind of listener and target that there is. A listener's target has its number.
+    pub fn everything() -> Self {
+        let mut scene = Self::new();
+        for vip in VIPS {
+            scene.address(vip, Endpoint::OWNED);
+            scene.guard(vip, CLASS);
+        }
+        scene.class(CLASS, &[("192.0.10.0", 24), ("192.0.11.7", 32), ("2001:db8:10::", 64)]);
+        scene.settled_listeners();
+        scene.listeners_without_a_way();
+        scene.unsettled_listeners();
+        scene.tracked_listeners();
+        scene.overflowing_listeners();
+        scene
+    }
+
+    fn settled_listeners(&mut self) {
+        let by11 = Way::by(11);
+        let nat = |s: &mut Self, n, protocol, at, target, way| {
+            s.target(n, Target::NAT, target, way);
+            s.listener(n, protocol, at, &[Slot::settled(n)]);
+        };
+        nat(self, 1, TCP, "10.0.10.100:80", "10.0.11.21:8080", by11);
+        nat(self, 2, UDP, "10.0.10.100:53", "10.0.11.22:5353", by11);
+        nat(self, 3, TCP, "[fd00:10::100]:80", "[fd00:11::23]:8080", by11);
+        nat(self, 4, UDP, "[fd00:10::100]:53", "[fd00:11::24]:5353", by11);
+        for (n, at, target) in
+            [(5, "10.0.10.100:81", "10.0.11.25:81"), (6, "[fd00:10::100]:81", "[fd00:11::26]:81")]
+        {
+            self.target(n, Target::DSR_L2, target, by11);
+            self.listener(n, TCP, at, &[Slot::settled(n)]);
+        }
+        nat(self, 7, TCP, "10.0.10.100:82", "10.0.10.27:8080", Way::by(10));
+        nat(self, 8, TCP, "10.0.10.100:83", "10.0.11.28:8080", Way { vlan: 200, ..by11 });
+        for (n, at, target) in [
+            (9, "10.0.10.100:84", "10.0.11.29:8080"),
+            (19, "[fd00:10::100]:84", "[fd00:11::39]:8080"),
+        ] {
+            self.target(n, Target::NAT, target, by11);
+            self.listener_of(n, TCP, at, &[Slot::settled(n)], CLASS, 0);
+        }
+    }
+
+    fn listeners_without_a_way(&mut self) {
+        for (n, vip) in [(10, VIPS[0]), (12, "[fd00:10::100]")] {
+            self.listener(n, TCP, &format!("{vip}:85"), &[]);
+            self.listener(n + 1, UDP, &format!("{vip}:85"), &[]);
+        }
+        for (n, protocol, at, target, way) in [
+            (14, TCP, "10.0.10.100:86", "10.0.11.34:8080", Way::by(0)),
+            (15, TCP, "10.0.10.100:87", "10.0.11.35:8080", Way { mtu: 1000, ..Way::by(11) }),
+            (16, TCP, "10.0.10.100:88", "10.0.11.36:8080", Way::by(11)),
+            (17, UDP, "[fd00:10::100]:88", "[fd00:11::37]:8080", Way::by(11)),
+            (18, TCP, "10.0.10.100:89", "10.0.13.38:8080", Way::by(13)),
+        ] {
+            self.target(n, Target::NAT, target, way);
+            self.listener(n, protocol, at, &[Slot::settled(n)]);
+        }
+        self.fail(16);
+        self.fail(17);
+    }
+
+    fn unsettled_listeners(&mut self) {
+        use lb_common::tables::SlotState::{Learning, LearningTcp, Pinned};
+        for (n, protocol, at, state) in [
+            (20, TCP, "10.0.10.100:90", Learning),
+            (22, UDP, "10.0.10.100:90", Learning),
+            (24, UDP, "10.0.10.100:91", LearningTcp),
+            (26, TCP, "10.0.10.100:91", LearningTcp),
+            (28, TCP, "10.0.10.100:92", Pinned),
+            (32, UDP, "10.0.10.100:92", Pinned),
+        ] {
+            for target in [n, n + 1] {
+                let at = format!("10.0.11.{}:8080", 40 + target);
+                self.target(target, Target::NAT, &at, Way::by(11));
+            }
+            self.listener(n, protocol, at, &[Slot::new(n, n + 1, state)]);
+        }
+    }
+
+    /// Listeners 30, 31 and 33 share targets 40 and 41; 34 and 35 track theirs alone.
+    fn tracked_listeners(&mut self) {
+        for n in 40..44 {
+            self.target(n, Target::NAT, &format!("10.0.11.{}:8080", 100 + n), Way::by(11));
+        }
+        self.target(44, Target::NAT, "[fd00:11::44]:8080", Way::by(11));
+        let slots =
+            |targets: &[u32]| targets.iter().copied().map(Slot::settled).collect::<Vec<_>>();
+        for (n, protocol, at, targets) in [
+            (30, TCP, "10.0.10.100:93", slots(&[40])),
+            (31, TCP, "10.0.10.100:94", slots(&[40, 41])),
+            (33, TCP, "10.0.10.100:95", slots(&[40])),
+            (34, UDP, "10.0.10.100:93", slots(&[42])),
+            (35, TCP, "[fd00:10::100]:93", slots(&[44])),
+        ] {
+            self.listener_of(n, protocol, at, &targets, OPEN, Endpoint::TRACKED);
+        }
+        self.share(40, TCP, 30);
+        self.share(41, TCP, NO_LISTENER);
+    }
+
+    /// Listeners 50 to 53, more than fit into the one bucket that they belong in.
+    fn overflowing_listeners(&mut self) {
+        let keys = HashKeys::from_seed(OPTIONS.hash_seed);
+        let bucket =
+            |port| EndpointKey::new(ip(VIPS[0]).into(), Be16::new(port), TCP).bucket(&keys);
+        let taken = |scene: &Self, bucket| {
+            scene.desired.endpoints.keys().any(|key| key.bucket(&keys) == bucket)
+        };
+        let first = (10_000..).find(|port| !taken(self, bucket(*port))).expect("a free bucket");
+        let ports = (first..=u16::MAX).filter(|port| bucket(*port) == bucket(first));
+        for (n, port) in (50..).zip(ports.take(4)) {
+            self.target(n, Target::NAT, &format!("10.0.11.{}:8080", 150 + n), Way::by(11));
+            self.listener(n, TCP, &format!("{}:{port}", VIPS[0]), &[Slot::settled(n)]);
+        }
+    }
+}

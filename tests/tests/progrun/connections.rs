@@ -1,0 +1,334 @@
+//! What is remembered of connections, and what it decides.
+
+use std::time::Duration;
+
+use lb_common::{
+    flow::{FlowKey, TCP, UDP},
+    verdict::DropReason::{PortAllocationError, TargetDown},
+    wire::Be16,
+};
+use lb_tests::packets::Packet;
+
+use super::*;
+
+fn key(protocol: u8, source: &str, destination: &str) -> FlowKey {
+    let (source, destination) = (at(source), at(destination));
+    FlowKey {
+        source: source.ip().into(),
+        destination: destination.ip().into(),
+        source_port: Be16::new(source.port()),
+        destination_port: Be16::new(destination.port()),
+        protocol,
+        zero: [0; 3],
+    }
+}
+
+fn client(port: u16) -> String {
+    format!("192.0.10.7:{port}")
+}
+
+/// From the client's port to the unsettled listener, on to a target of 10.0.11.40 + number.
+fn on_to(what: &'static str, request: &Packet, listener: u32, target: u32) -> Step {
+    let to = format!("10.0.11.{}:8080", 40 + target);
+    let output = translated(request, target, &to);
+    let is_udp = matches!(request.transport, Transport::Udp);
+    let step = Step::to(what, request, &output, (listener, target));
+    // Of UDP, what is not known is new.
+    if is_udp { step.with_is_new(true) } else { step }
+}
+
+fn seconds(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+/// After a change, a connection that begins goes to the new target, one that is older to the old.
+#[test]
+fn a_learning_slot_tells_old_connections_from_new_ones() {
+    let vip = "10.0.10.100:90";
+    let amid = |port| segment(&client(port), vip);
+    let datagram = |port| datagram(&client(port), vip);
+    run(
+        &Scene::everything(),
+        &[
+            on_to("a SYN: new", &syn(&client(1), vip), 20, 20),
+            on_to("what follows it", &amid(1), 20, 20),
+            on_to("amid a connection: old", &amid(2), 20, 21),
+            on_to("what follows that", &amid(2), 20, 21),
+            on_to("a SYN-ACK is no beginning", &flagged(&client(3), vip, "SA"), 20, 21),
+            on_to("a lone FIN: old", &flagged(&client(4), vip, "FA"), 20, 21),
+            on_to("a SYN on a connection that is closing: new", &syn(&client(4), vip), 20, 20),
+            on_to("a SYN on a connection that lives", &syn(&client(2), vip), 20, 21)
+                .with_is_new(false),
+            on_to("UDP: old, for all we know", &datagram(5), 22, 23),
+            on_to("and then known", &datagram(5), 22, 23).with_is_new(false),
+        ],
+    );
+}
+
+#[test]
+fn later_only_tcp_is_old() {
+    let vip = "10.0.10.100:91";
+    run(
+        &Scene::everything(),
+        &[
+            on_to("UDP: new", &datagram(&client(1), vip), 24, 24),
+            on_to("TCP: old", &segment(&client(1), vip), 26, 27),
+            on_to("TCP that begins: new", &syn(&client(2), vip), 26, 26),
+        ],
+    );
+}
+
+#[test]
+fn a_pinned_slot_knows_its_exceptions() {
+    let vip = "10.0.10.100:92";
+    in_world(&Scene::everything(), |world| {
+        check(world, &on_to("unknown: current", &segment(&client(1), vip), 28, 28));
+        assert!(world.model.flows.borrow().is_empty(), "and not remembered");
+        world.remember(key(TCP, &client(2), vip), 29, 0, seconds(5)).unwrap();
+        check(world, &on_to("known", &segment(&client(2), vip), 28, 29));
+        world.remember(key(UDP, &client(2), vip), 33, 0, seconds(5)).unwrap();
+        check(world, &on_to("known UDP", &datagram(&client(2), vip), 32, 33).with_is_new(false));
+        check(world, &on_to("unknown UDP", &datagram(&client(3), vip), 32, 32));
+    });
+}
+
+#[test]
+fn a_silent_flow_is_forgotten() {
+    let vip = "10.0.10.100:92";
+    in_world(&Scene::everything(), |world| {
+        for (what, protocol, closing, ago, target) in [
+            ("TCP within its timeout", TCP, 0, 349, 1),
+            ("TCP beyond it", TCP, 0, 351, 0),
+            ("UDP within its timeout", UDP, 0, 119, 1),
+            ("UDP beyond it", UDP, 0, 121, 0),
+            ("TCP that closed", TCP, 1, 9, 1),
+            ("TCP that closed a while ago", TCP, 1, 11, 0),
+        ] {
+            world
+                .remember(
+                    key(protocol, &client(1), vip),
+                    if protocol == TCP { 29 } else { 33 },
+                    closing,
+                    seconds(ago),
+                )
+                .unwrap();
+            let step = if protocol == TCP {
+                on_to(what, &segment(&client(1), vip), 28, 28 + target)
+            } else {
+                on_to(what, &datagram(&client(1), vip), 32, 32 + target).with_is_new(target == 0)
+            };
+            check(world, &step);
+            world.forget_all().unwrap();
+        }
+    });
+}
+
+#[test]
+fn the_flow_of_a_target_that_no_longer_serves() {
+    let vip = "10.0.10.100:92";
+    let mut scene = Scene::everything();
+    scene.fail(29);
+    scene.fail(33);
+    in_world(&scene, |world| {
+        let amid = segment(&client(1), vip);
+        world.remember(key(TCP, &client(1), vip), 29, 0, seconds(1)).unwrap();
+        check(world, &Step::answer("TCP is reset", amid.build(), reset(&amid).build(), TargetDown));
+        assert!(world.model.flows.borrow().is_empty(), "and forgotten");
+        check(world, &on_to("so what follows is new to us", &amid, 28, 28));
+        world.remember(key(TCP, &client(2), vip), 29, 0, seconds(1)).unwrap();
+        check(world, &on_to("a SYN has nothing to lose", &syn(&client(2), vip), 28, 28));
+        world.remember(key(UDP, &client(1), vip), 33, 0, seconds(1)).unwrap();
+        check(world, &on_to("UDP goes to another", &datagram(&client(1), vip), 32, 32));
+    });
+}
+
+/// Of a learning slot, too.
+#[test]
+fn a_previous_target_that_no_longer_serves() {
+    let vip = "10.0.10.100:90";
+    let mut scene = Scene::everything();
+    scene.fail(21);
+    scene.fail(23);
+    let amid = segment(&client(1), vip);
+    run(
+        &scene,
+        &[
+            Step::answer("TCP is reset", amid.build(), reset(&amid).build(), TargetDown),
+            on_to("UDP goes to the current one", &datagram(&client(1), vip), 22, 22),
+        ],
+    );
+}
+
+fn tracked(what: &'static str, request: &Packet, listener: u32, target: u32) -> Step {
+    let to = format!("10.0.11.{}:8080", 100 + target);
+    Step::to(what, request, &translated(request, target, &to), (listener, target))
+}
+
+/// Two listeners, one target, the same client address and port: one 4-tuple at the target.
+#[test]
+fn the_same_client_by_two_listeners() {
+    let reply = |from: &str| segment(from, &client(1));
+    let [of30, of31] = ["10.0.10.100:93", "10.0.10.100:94"];
+    let third = syn(&client(1), "10.0.10.100:95");
+    run(
+        &Scene::everything(),
+        &[
+            tracked("the first takes the target", &syn(&client(1), of30), 30, 40),
+            Step::back(
+                "its replies are the first's",
+                &reply("10.0.11.140:8080"),
+                &restored(&reply("10.0.11.140:8080"), of30, 10),
+                (30, 40),
+            ),
+            tracked("the second takes the next one", &syn(&client(1), of31), 31, 41),
+            Step::back(
+                "whose replies are the second's",
+                &reply("10.0.11.141:8080"),
+                &restored(&reply("10.0.11.141:8080"), of31, 10),
+                (31, 41),
+            ),
+            Step::answer(
+                "the third has none",
+                third.build(),
+                reset(&third).build(),
+                PortAllocationError,
+            ),
+            tracked("the first goes on", &segment(&client(1), of30), 30, 40),
+            tracked("the second goes on", &segment(&client(1), of31), 31, 41),
+            tracked(
+                "from another port there is no conflict",
+                &syn(&client(2), "10.0.10.100:95"),
+                33,
+                40,
+            ),
+        ],
+    );
+}
+
+#[test]
+fn a_shared_targets_replies_go_back_as_the_flow_came() {
+    let reply = |to: &str| segment("10.0.11.140:8080", to);
+    let by33 = restored(&reply(&client(9)), "10.0.10.100:95", 10);
+    let unknown = restored(&reply(&client(10)), "10.0.10.100:93", 10);
+    run(
+        &Scene::everything(),
+        &[
+            tracked("by the third listener", &syn(&client(9), "10.0.10.100:95"), 33, 40),
+            Step::back("and back by it", &reply(&client(9)), &by33, (33, 40)),
+            Step::back(
+                "unknown: of the only listener before",
+                &reply(&client(10)),
+                &unknown,
+                (30, 40),
+            ),
+            Step::pass(
+                "unknown, and there was none before",
+                segment("10.0.11.141:8080", &client(10)).build(),
+            )
+            .ingress(11),
+        ],
+    );
+}
+
+#[test]
+fn always_tracked_both_ways() {
+    in_world(&Scene::everything(), |world| {
+        let vip = "[fd00:10::100]:93";
+        let six = "[2001:db8:10::7]:4000";
+        let request = syn(six, vip);
+        let output = translated(&request, 44, "[fd00:11::44]:8080");
+        check(world, &Step::to("TCP over IPv6", &request, &output, (35, 44)));
+        let udp = datagram(&client(1), "10.0.10.100:93");
+        check(world, &tracked("UDP is new once", &udp, 34, 42).with_is_new(true));
+        check(world, &tracked("then known", &udp, 34, 42));
+        assert_eq!(world.model.flows.borrow().len(), 2);
+        assert_eq!(world.model.return_flows.borrow().len(), 2);
+        // Seen a while ago: both entries are refreshed.
+        world.remember(key(UDP, &client(1), "10.0.10.100:93"), 42, 0, seconds(30)).unwrap();
+        world.model.return_flows.borrow_mut().clear();
+        world.forget_all().unwrap();
+        world.remember(key(UDP, &client(1), "10.0.10.100:93"), 42, 0, seconds(30)).unwrap();
+        check(world, &tracked("a lost way back is restored", &udp, 34, 42));
+        assert_eq!(world.model.return_flows.borrow().len(), 1);
+    });
+}
+
+/// A way back that another listener's flow left long ago is free.
+#[test]
+fn an_old_claim_is_no_claim() {
+    in_world(&Scene::everything(), |world| {
+        let back = key(TCP, "10.0.11.140:8080", &client(1));
+        world.remember_return(back, 30, 40, seconds(351)).unwrap();
+        check(world, &tracked("too old", &syn(&client(1), "10.0.10.100:95"), 33, 40));
+        world.forget_all().unwrap();
+        world.remember_return(back, 30, 40, seconds(340)).unwrap();
+        let request = syn(&client(1), "10.0.10.100:95");
+        let answer = reset(&request).build();
+        check(world, &Step::answer("alive", request.build(), answer, PortAllocationError));
+    });
+}
+
+/// Trap: a client that talks to a target's own address through us must get that address back.
+#[test]
+fn a_client_that_talks_to_the_target_itself() {
+    let vip = "10.0.10.100:80";
+    let target = "10.0.11.21:8080";
+    let direct = segment(&client(1), target);
+    let reply = |port| segment(target, &client(port));
+    let listener = segment(&client(1), vip);
+    run(
+        &Scene::everything(),
+        &[
+            Step::back(
+                "before, replies are the listener's",
+                &reply(1),
+                &restored(&reply(1), vip, 10),
+                (1, 1),
+            ),
+            Step::pass("to the target itself", direct.build()),
+            Step::pass("and back untouched", reply(1).build()).ingress(11),
+            Step::back(
+                "another port is the listener's",
+                &reply(2),
+                &restored(&reply(2), vip, 10),
+                (1, 1),
+            ),
+            Step::to(
+                "the same client comes by the listener",
+                &listener,
+                &translated(&listener, 1, target),
+                (1, 1),
+            ),
+            Step::back(
+                "then replies are the listener's again",
+                &reply(1),
+                &restored(&reply(1), vip, 10),
+                (1, 1),
+            ),
+        ],
+    );
+}
+
+#[test]
+fn a_client_that_talks_to_the_target_itself_over_ipv6_and_udp() {
+    let (client6, target6) = ("[2001:db8:10::7]:4000", "[fd00:11::23]:8080");
+    let reply6 = segment(target6, client6);
+    let reply = datagram("10.0.11.22:5353", &client(1));
+    let request = datagram(&client(1), "10.0.10.100:53");
+    run(
+        &Scene::everything(),
+        &[
+            Step::pass("over IPv6", segment(client6, target6).build()),
+            Step::pass("and back", reply6.build()).ingress(11),
+            Step::pass("UDP", datagram(&client(1), "10.0.11.22:5353").build()),
+            Step::pass("and back", reply.build()).ingress(11),
+            Step::to(
+                "by the listener",
+                &request,
+                &translated(&request, 2, "10.0.11.22:5353"),
+                (2, 2),
+            ),
+            Step::back("and back", &reply, &restored(&reply, "10.0.10.100:53", 10), (2, 2)),
+        ],
+    );
+}
