@@ -17,7 +17,7 @@ use lb_common::tables::{Endpoint, EndpointKey, MAX_LISTENERS, MAX_TARGETS, NO_RI
 
 use crate::config::{self, Config, Protocol};
 use crate::health::{CheckKey, CheckSpec, Health, HealthEvent, HealthState, Reason};
-use crate::netlink::Network;
+use crate::netlink::{Network, Unresolved};
 use crate::reconcile::{Desired, Prefix};
 
 use desired::{Admissions, compile_admissions};
@@ -174,9 +174,16 @@ impl State {
     }
 
     /// Whether every listener has what it needs to forward: its targets' first checks have
-    /// concluded.
+    /// concluded, and the way to the healthy ones is known as far as it will be.
     pub fn is_ready(&self) -> bool {
-        self.checks().keys().all(|key| self.health.contains_key(key))
+        let has_way = |key: &TargetKey| match self.network.next_hops.get(&key.address) {
+            None | Some(Err(Unresolved::NoNeighbour { .. })) => false,
+            Some(_) => true,
+        };
+        self.checks().keys().all(|key| {
+            let health = self.health.get(key);
+            health.is_some_and(|health| health.state != HealthState::Healthy || has_way(key))
+        })
     }
 
     /// Lets time pass: slots age, drained targets go. Whether anything changed.

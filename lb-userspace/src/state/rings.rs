@@ -41,7 +41,7 @@ impl Ring {
     }
 
     /// Whether a target takes new flows.
-    pub fn has(&self, target: u32) -> bool {
+    pub fn has_candidate(&self, target: u32) -> bool {
         self.candidates.iter().any(|candidate| candidate.target == target)
     }
 
