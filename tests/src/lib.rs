@@ -10,6 +10,7 @@
 pub mod agent;
 pub mod clients;
 pub mod frames;
+pub mod generate;
 pub mod netns;
 pub mod packets;
 pub mod programs;
