@@ -22,7 +22,7 @@ use lb_common::wire::{Address, Be16};
 
 use crate::config::{self, Config, Forwarding, Protocol, TargetGroup};
 use crate::health::{CheckKey, CheckSpec, Health, HealthEvent, HealthState, Reason};
-use crate::netlink::{NextHop, Network};
+use crate::netlink::{Network, NextHop, Unresolved};
 use crate::reconcile::{Desired, Prefix};
 
 use admission::{Service, admitted};
@@ -178,9 +178,16 @@ impl State {
     }
 
     /// Whether every listener has what it needs to forward: its targets' first checks have
-    /// concluded.
+    /// concluded, and the way to the healthy ones is known as far as it will be.
     pub fn is_ready(&self) -> bool {
-        self.checks().keys().all(|key| self.health.contains_key(key))
+        let has_way = |key: &TargetKey| match self.network.next_hops.get(&key.address) {
+            None | Some(Err(Unresolved::NoNeighbour { .. })) => false,
+            Some(_) => true,
+        };
+        self.checks().keys().all(|key| {
+            let health = self.health.get(key);
+            health.is_some_and(|health| health.state != HealthState::Healthy || has_way(key))
+        })
     }
 
     /// Lets time pass: slots age, drained targets go. Whether anything changed.
@@ -281,6 +288,10 @@ impl State {
                 is_v4: key.address.is_ipv4(),
             })
             .collect();
+        // A number that this turn sets free may still be what a listener names: until the tables are
+        // as wanted, its slots stay as they are.
+        let mut taken: BTreeSet<u32> = self.rings.values().map(|(number, _)| *number).collect();
+        let mut free_ring = || (0..MAX_RINGS).find(|number| taken.insert(*number));
         self.rings.retain(|key, _| keys.contains(key));
         for key in keys {
             let candidates = self.candidates(&key);
@@ -291,15 +302,13 @@ impl State {
                 ring.change(candidates, now);
                 if !Arc::ptr_eq(&before, ring.slots()) {
                     // A whole new ring beside the old one, shown to each listener in one store.
-                    let taken = *number;
-                    if let Some(free) = self.free_ring() {
-                        self.rings.entry(key).and_modify(|(number, _)| *number = free);
-                    } else {
-                        tracing::debug!(ring = taken, "no spare ring: slots change in place");
+                    match free_ring() {
+                        Some(free) => *number = free,
+                        None => tracing::debug!(number, "no spare ring: slots change in place"),
                     }
                 }
             } else if self.has_concluded(&key)
-                && let Some(number) = self.free_ring()
+                && let Some(number) = free_ring()
             {
                 let ring = Ring::new(candidates, self.ring_size, now);
                 self.rings.insert(key, (number, ring));
@@ -307,12 +316,8 @@ impl State {
         }
     }
 
-    fn free_ring(&self) -> Option<u32> {
-        let taken: BTreeSet<u32> = self.rings.values().map(|(number, _)| *number).collect();
-        (0..MAX_RINGS).find(|number| !taken.contains(number))
-    }
-
-    /// The targets that take new flows: the healthy ones, or all of them if none is healthy.
+    /// The targets that take new flows: the healthy ones, or all of them if none is healthy. A
+    /// newcomer is none before the way to it is known.
     fn candidates(&self, key: &RingKey) -> Vec<Candidate> {
         let Some(group) = self.config.target_groups.get(&*key.target_group) else {
             return Vec::new();
@@ -326,14 +331,18 @@ impl State {
             self.health.get(key).is_some_and(|health| health.state == HealthState::Healthy)
         };
         let fails_open = !registered.clone().any(|target| healthy(&target));
-        registered
-            .filter(|target| fails_open || healthy(target))
-            .filter_map(|(key, target)| {
-                let identity = maglev::identity(target.address.into(), Be16::new(target.port));
-                let weight = target.weight.into();
-                Some(Candidate { target: self.targets.get(&key)?, identity, weight })
-            })
-            .collect()
+        let (mut candidates, mut newcomers) = (Vec::new(), Vec::new());
+        let ring = self.rings.get(key).map(|(_, ring)| ring);
+        for (key, target) in registered.filter(|target| fails_open || healthy(target)) {
+            let Some(number) = self.targets.get(&key) else { continue };
+            let identity = maglev::identity(target.address.into(), Be16::new(target.port));
+            let candidate = Candidate { target: number, identity, weight: target.weight.into() };
+            let is_known = ring.is_some_and(|ring| ring.has_candidate(number));
+            let can_be_reached = is_known || self.hop(target.address).is_ok();
+            if can_be_reached { &mut candidates } else { &mut newcomers }.push(candidate);
+        }
+        // Nothing else is there: their packets are what has the way looked for.
+        if candidates.is_empty() { newcomers } else { candidates }
     }
 
     /// Whether the first check of all of the ring's targets has concluded.

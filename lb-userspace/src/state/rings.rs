@@ -40,9 +40,9 @@ impl Ring {
         &self.slots
     }
 
-    /// Whether a target is named by any slot's present or past.
-    pub fn names(&self, target: u32) -> bool {
-        self.slots.iter().any(|slot| slot.current == target || slot.previous() == target)
+    /// Whether a target takes new flows.
+    pub fn has_candidate(&self, target: u32) -> bool {
+        self.candidates.iter().any(|candidate| candidate.target == target)
     }
 
     /// Gives the slots to other candidates. Slots that keep their target are not touched.
