@@ -12,8 +12,9 @@ use super::ip::Ip;
 use super::parse::{Packet, Place, Transport};
 use super::{Found, Frame, Recall, Selected, Step, Stop};
 
-/// Slots that a new connection tries when its 4-tuple is taken at a target.
-const ATTEMPTS: u32 = 4;
+/// Slots that a new connection tries when its 4-tuple is taken at a target: of two targets, both
+/// are among them but once in 32,768 cases.
+const ATTEMPTS: u32 = 16;
 
 /// Chooses the target of a packet's flow, by the hash alone where its slot is settled.
 ///
