@@ -169,6 +169,15 @@ fn admits(class: u32, high: u64, low: u64) -> bool {
     ADMISSION.get(Key::new(bits, key)).is_some()
 }
 
+/// Changes a counter of this CPU.
+#[inline(always)]
+fn update(counter: Option<*mut Traffic>, change: impl FnOnce(&mut Traffic)) {
+    if let Some(counter) = counter {
+        // SAFETY: this CPU's element; no other program run touches it before this one ends.
+        change(unsafe { &mut *counter });
+    }
+}
+
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 
@@ -323,29 +332,23 @@ impl Tables for Maps<'_> {
 
     #[inline(always)]
     fn count_request(&self, listener: u32, target: u32, bytes: u64, new_flows: u32) {
-        for counter in [LISTENER_TRAFFIC.get_ptr_mut(listener), TARGET_TRAFFIC.get_ptr_mut(target)]
-        {
-            if let Some(counter) = counter {
-                // SAFETY: this CPU's element.
-                let counter = unsafe { &mut *counter };
-                counter.packets += 1;
-                counter.bytes += bytes;
-                counter.new_flows += new_flows as u64;
-            }
-        }
+        let count = |traffic: &mut Traffic| {
+            traffic.packets += 1;
+            traffic.bytes += bytes;
+            traffic.new_flows += new_flows as u64;
+        };
+        update(LISTENER_TRAFFIC.get_ptr_mut(listener), count);
+        update(TARGET_TRAFFIC.get_ptr_mut(target), count);
     }
 
     #[inline(always)]
     fn count_reply(&self, listener: u32, target: u32, bytes: u64) {
-        for counter in [LISTENER_TRAFFIC.get_ptr_mut(listener), TARGET_TRAFFIC.get_ptr_mut(target)]
-        {
-            if let Some(counter) = counter {
-                // SAFETY: this CPU's element.
-                let counter = unsafe { &mut *counter };
-                counter.reply_packets += 1;
-                counter.reply_bytes += bytes;
-            }
-        }
+        let count = |traffic: &mut Traffic| {
+            traffic.reply_packets += 1;
+            traffic.reply_bytes += bytes;
+        };
+        update(LISTENER_TRAFFIC.get_ptr_mut(listener), count);
+        update(TARGET_TRAFFIC.get_ptr_mut(target), count);
     }
 
     #[inline(always)]

@@ -5,11 +5,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 
+use crate::agent::target_dir;
 use crate::process::{cargo, find, interrupted, is_root, run as run_command};
 use crate::{fuzz, setup};
 
-/// Topologies that are up at the same time; more of them only take each other's CPU time.
-const NAMESPACE_TEST_THREADS: &str = "4";
+/// Tests at the same time: more network topologies only take each other's CPU time.
+const TEST_THREADS: &str = "4";
 
 /// How a step ended.
 enum Outcome {
@@ -27,9 +28,9 @@ pub fn run() -> Result<()> {
     let steps: [Step; 6] = [
         ("format", || passed(cargo(["fmt", "--all", "--check"]))),
         ("lints", || passed(cargo(["clippy", "--all-targets", "--", "--deny", "warnings"]))),
+        ("lints of the eBPF crates", ebpf_lints),
         ("dependencies", dependencies),
-        ("unit tests", unit_tests),
-        ("kernel and namespace tests", root_tests),
+        ("tests", tests),
         ("fuzz", || fuzz::run(fuzz::SMOKE_SECONDS).map(|()| Outcome::Passed)),
     ];
     let mut results = Vec::new();
@@ -84,17 +85,23 @@ pub fn deny() -> Result<()> {
     run_command(&mut cargo(["deny", "--workspace", "check"]))
 }
 
-fn unit_tests() -> Result<Outcome> {
-    let packages = ["--package", "lb-common", "--package", "lb-userspace", "--package", "xtask"];
-    passed(cargo(["test"].iter().chain(&packages)))
+/// What aya-build does to build them, but for clippy.
+fn ebpf_lints() -> Result<Outcome> {
+    let mut clippy = cargo(["clippy", "--release", "--target", "bpfel-unknown-none"]);
+    clippy
+        .args(["--package", "lb-ebpf", "--package", "lb-tests-ebpf"])
+        .args(["-Z", "build-std=core", "--", "--deny", "warnings"])
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env("RUSTFLAGS", format!("--cfg=bpf_target_arch=\"{ARCH}\""))
+        .env("CARGO_BUILD_BUILD_DIR", target_dir()?.join("ebpf"));
+    passed(clippy)
 }
 
-/// The tests that load programs into the kernel and make namespaces.
-fn root_tests() -> Result<Outcome> {
-    // The tests run the agent as a program, which cargo does not build for them.
-    run_command(&mut cargo(["build", "--package", "lb-userspace", "--package", "lb-tests"]))?;
-    let mut test = cargo(["test", "--package", "lb-tests", "--"]);
-    test.args(["--test-threads", NAMESPACE_TEST_THREADS]);
+/// All tests, in one run: split by package they would be built with other features, all over again.
+/// Those of lb-tests load programs into the kernel and make namespaces, and run the agent that the
+/// same build makes.
+fn tests() -> Result<Outcome> {
+    let mut test = cargo(["test", "--no-fail-fast", "--", "--test-threads", TEST_THREADS]);
     if !is_root() {
         // Cargo builds as the user, only the tests themselves run as root.
         let arch = ARCH.to_uppercase();
