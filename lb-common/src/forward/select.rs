@@ -207,7 +207,9 @@ fn claim<T: Tables>(
         }
         let reply = reply_key(key, target);
         let taken = tables.return_flow(&reply).is_some_and(|flow| {
-            flow.listener != recall.listener && flow.is_alive(now, key.protocol)
+            flow.listener != recall.listener
+                && flow.is_alive(now, key.protocol)
+                && is_in_use(tables, key, &flow, now)
         });
         if !taken {
             let flow = ReturnFlow { last_seen: now, listener: recall.listener, target: index };
@@ -219,6 +221,17 @@ fn claim<T: Tables>(
         index = slot(tables, recall.ring, next)?.current;
     }
     Err(DropReason::PortAllocationError)
+}
+
+/// Whether the connection by which the client's port is known at a target still lives: neither is
+/// it closed, nor is its listener gone.
+#[inline(never)]
+fn is_in_use<T: Tables>(tables: &T, key: &FlowKey, flow: &ReturnFlow, now: u64) -> bool {
+    let Some(listener) = tables.listener(flow.listener) else { return false };
+    let other = FlowKey { destination: listener.address, destination_port: listener.port, ..*key };
+    tables
+        .flow(&other)
+        .is_some_and(|other| other.target == flow.target && other.is_alive(now, key.protocol))
 }
 
 /// The flow as a target's replies show it.
