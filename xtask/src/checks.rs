@@ -73,7 +73,8 @@ fn dependencies() -> Result<Outcome> {
     if find("cargo-deny").is_none() {
         return Ok(Outcome::Skipped("needs `cargo install cargo-deny --locked`"));
     }
-    deny().map(|()| Outcome::Passed)
+    // Advisories come from outside and change without a change here: `cargo xtask deny` asks them.
+    passed(cargo(["deny", "--workspace", "check", "bans", "licenses", "sources"]))
 }
 
 /// Licences, advisories and sources of all dependencies, by deny.toml.
