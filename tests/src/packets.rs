@@ -211,7 +211,7 @@ pub fn endpoints(frame: &[u8]) -> Result<(SocketAddr, SocketAddr)> {
     Ok(((source, from).into(), (destination, to).into()))
 }
 
-/// Checks the IPv4, TCP and UDP checksums of a frame.
+/// Checks the IPv4, TCP, UDP and ICMP checksums of a frame.
 ///
 /// # Errors
 ///
@@ -250,7 +250,16 @@ pub fn verify_checksums(frame: &[u8]) -> Result<()> {
             };
             (udp.checksum(), right)
         }
-        other => anyhow::bail!("no TCP or UDP: {other:?}"),
+        TransportSlice::Icmpv4(icmp) => {
+            (icmp.checksum(), icmp.icmp_type().calc_checksum(icmp.payload()))
+        }
+        TransportSlice::Icmpv6(icmp) => {
+            let NetSlice::Ipv6(ip) = &net else { anyhow::bail!("ICMPv6 over IPv4") };
+            let (source, destination) = (ip.header().source(), ip.header().destination());
+            let kind = icmp.icmp_type();
+            (icmp.checksum(), kind.calc_checksum(source, destination, icmp.payload())?)
+        }
+        other => anyhow::bail!("no checksum known: {other:?}"),
     };
     ensure!(is == right, "transport checksum is {is:#06x} instead of {right:#06x}");
     Ok(())

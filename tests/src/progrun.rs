@@ -115,6 +115,15 @@ impl Network {
         self.namespace.run(f)
     }
 
+    /// Adds to it by commands of `ip`, one a line; a [`World`] knows nothing of that.
+    ///
+    /// # Errors
+    ///
+    /// With what `ip` said.
+    pub fn ip(&self, batch: &str) -> Result<()> {
+        self.namespace.ip(batch)
+    }
+
     /// The device by which packets to `address` leave, if the kernel has a way.
     fn device_to(&self, address: IpAddr) -> Option<u32> {
         self.gateways.iter().find(|gateway| gateway.leads_to(address)).map(|gateway| gateway.device)

@@ -130,10 +130,10 @@ impl Scene {
         if slots.is_empty() {
             return;
         }
-        let size = OPTIONS.ring_size as usize;
-        let slots: Arc<[Slot]> = slots.iter().copied().cycle().take(size).collect();
         let targets: BTreeSet<u32> =
             slots.iter().flat_map(|slot| [slot.current, slot.previous()]).collect();
+        let size = OPTIONS.ring_size as usize;
+        let slots = slots.iter().copied().cycle().take(size).collect();
         self.desired.rings.insert(ring, slots);
         for number_of_target in targets.into_iter().filter(|target| *target != 0) {
             self.way_back(number_of_target, protocol, number, 0);

@@ -58,9 +58,20 @@ fn in_world(scene: &Scene, f: impl FnOnce(&mut World<'_>) + Send) {
     network.run(|| f(&mut World::new(&network, &OPTIONS, scene.desired.clone()).unwrap()));
 }
 
+/// Keeps a step's frame as an input of the fuzzer, in the folder that `LB_CORPUS` names: `ingress` 10
+/// or 11 is the lowest bit of the first byte.
+fn keep(step: &Step) {
+    let Some(folder) = std::env::var_os("LB_CORPUS") else { return };
+    let name: String =
+        step.what.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    let input = [vec![(step.ingress - 10) as u8], step.input.clone()].concat();
+    std::fs::write(std::path::Path::new(&folder).join(name), input).unwrap();
+}
+
 /// Checks everything that a step says.
 fn check(world: &mut World<'_>, step: &Step) {
     let what = step.what;
+    keep(step);
     let before = world.counts().unwrap();
     let outcome = world.run(step.ingress, &step.input).unwrap_or_else(|e| panic!("{what}: {e}"));
     world.check_flows().unwrap_or_else(|error| panic!("{what}: {error}"));

@@ -1,0 +1,39 @@
+//! `cargo xtask bench`: what a packet costs.
+
+mod packet;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Parser;
+
+/// Measurements of lb.
+#[derive(Parser)]
+#[command(name = "cargo xtask bench", version)]
+enum Command {
+    /// The cost of a packet in the XDP program, beside that of programs with nothing to decide
+    Packet(PacketOptions),
+}
+
+/// How to measure packets.
+#[derive(clap::Args)]
+struct PacketOptions {
+    /// Packets of each kind in each round
+    #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u32).range(1000..))]
+    repeats: u32,
+    /// Rounds; each has every kind once, the medians count
+    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// The CPU to measure on
+    #[arg(long, default_value_t = 1)]
+    cpu: usize,
+    /// Where to write the figures
+    #[arg(long, default_value = "target/bench/packet.json")]
+    json: PathBuf,
+}
+
+fn main() -> Result<()> {
+    match Command::parse() {
+        Command::Packet(options) => packet::run(&options),
+    }
+}
