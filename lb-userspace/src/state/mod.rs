@@ -128,7 +128,11 @@ impl State {
 
     /// What a health check found. Events of targets that are gone change nothing.
     pub fn set_health(&mut self, event: HealthEvent) {
-        if self.registered().any(|key| key == event.key) {
+        let group = self.config.target_groups.get(&*event.key.target_group);
+        let is_it = |target: &config::Target| {
+            (target.address, target.port) == (event.key.address, event.key.port)
+        };
+        if group.is_some_and(|group| group.targets.iter().any(is_it)) {
             self.health.insert(event.key, event.health);
         }
     }
@@ -404,10 +408,8 @@ impl State {
             target_group: key.target_group.clone(),
             is_v4: target.address.is_ipv4(),
         };
-        let number = self.targets.get(key);
-        let in_ring = self.rings.get(&ring).is_some_and(|(_, ring)| {
-            ring.slots().iter().any(|slot| Some(slot.current) == number)
-        });
+        let ring = self.rings.get(&ring).map(|(_, ring)| ring);
+        let in_ring = ring.zip(self.targets.get(key)).is_some_and(|(ring, n)| ring.has_candidate(n));
         let is_unhealthy =
             self.health.get(key).is_some_and(|health| health.state == HealthState::Unhealthy);
         in_ring || !is_unhealthy || !group.unhealthy_connection_termination
