@@ -408,8 +408,10 @@ impl State {
             target_group: key.target_group.clone(),
             is_v4: target.address.is_ipv4(),
         };
-        let ring = self.rings.get(&ring).map(|(_, ring)| ring);
-        let in_ring = ring.zip(self.targets.get(key)).is_some_and(|(ring, n)| ring.has_candidate(n));
+        let number = self.targets.get(key);
+        let in_ring = self.rings.get(&ring).is_some_and(|(_, ring)| {
+            ring.slots().iter().any(|slot| Some(slot.current) == number)
+        });
         let is_unhealthy =
             self.health.get(key).is_some_and(|health| health.state == HealthState::Unhealthy);
         in_ring || !is_unhealthy || !group.unhealthy_connection_termination
