@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// How long the agent may take to start or to end.
-const PATIENCE: Duration = Duration::from_secs(15);
+const PATIENCE: Duration = Duration::from_secs(40);
 
 /// The built agent: LB_BIN, or what cargo put beside the running test.
 ///
@@ -111,7 +111,7 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// If it ends before, or the text does not come within 15 s; with the whole log.
+    /// If it ends before, or the text does not come in time; with the whole log.
     pub fn wait_for_log(&mut self, text: &str) -> Result<()> {
         self.wait_for(|log| log.contains(text), text)
     }
@@ -168,7 +168,7 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// If that takes longer than 15 s; with what it reports instead.
+    /// If that takes too long; with what it reports instead.
     pub fn wait_for_target(&self, address: &str, state: &str) -> Result<()> {
         let is = |target: &Value| target["address"] == address && target["state"] == state;
         let reported = || self.targets().ok()?.as_array()?.iter().any(is).then_some(());

@@ -18,7 +18,7 @@ pub const WEB: u16 = 80;
 pub const ECHO: u16 = 7;
 
 /// How long an effect may take that has nothing to wait for but a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(40);
 
 /// A configuration: load balancer `site` with the target groups `web`, `tcp` and `udp`.
 #[derive(Clone, Debug)]
@@ -47,7 +47,8 @@ impl Config {
         Self {
             listener: topology.listener,
             targets: targets.map(|index| (index, 1)).collect(),
-            agent: String::new(),
+            // A million flows, the default, take the kernel a while to make room for.
+            agent: "flow_table_size = 65536\n".into(),
             balancer: String::new(),
             group: match picture {
                 Picture::Dsr => "forwarding = \"dsr_l2\"\n".into(),

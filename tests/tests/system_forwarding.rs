@@ -139,7 +139,7 @@ fn ten_thousand_flows_are_spread_by_weight() {
     const FLOWS: u16 = 10_000;
     let weights = [1, 2, 3, 4];
     let site = Site::start_with(Picture::TwoNics, 4, |config| {
-        config.agent = "hash_seed = \"0x1234567890abcdef\"".into();
+        config.agent += "hash_seed = \"0x1234567890abcdef\"\n";
         config.targets = (0..).zip(weights).collect();
     })
     .unwrap();

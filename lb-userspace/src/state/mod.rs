@@ -123,7 +123,11 @@ impl State {
 
     /// What a health check found. Events of targets that are gone change nothing.
     pub fn set_health(&mut self, event: HealthEvent) {
-        if self.registered().any(|key| key == event.key) {
+        let group = self.config.target_groups.get(&*event.key.target_group);
+        let is_it = |target: &config::Target| {
+            (target.address, target.port) == (event.key.address, event.key.port)
+        };
+        if group.is_some_and(|group| group.targets.iter().any(is_it)) {
             self.health.insert(event.key, event.health);
         }
     }

@@ -20,6 +20,8 @@ const LEARNING_UDP: Duration = Duration::from_nanos(UDP_IDLE);
 #[derive(Debug, Clone)]
 pub struct Ring {
     candidates: Vec<Candidate>,
+    /// Their numbers.
+    members: BTreeSet<u32>,
     slots: Arc<[Slot]>,
     /// When each learning slot began to, as time since `epoch`.
     since: Vec<Duration>,
@@ -32,7 +34,8 @@ impl Ring {
         let slots: Arc<[Slot]> =
             maglev::ring(&candidates, size).into_iter().map(Slot::settled).collect();
         let since = vec![Duration::ZERO; slots.len()];
-        Self { candidates, slots, since, epoch: now }
+        let members = members(&candidates);
+        Self { candidates, members, slots, since, epoch: now }
     }
 
     /// The slots.
@@ -42,7 +45,7 @@ impl Ring {
 
     /// Whether a target takes new flows.
     pub fn has_candidate(&self, target: u32) -> bool {
-        self.candidates.iter().any(|candidate| candidate.target == target)
+        self.members.contains(&target)
     }
 
     /// Gives the slots to other candidates. Slots that keep their target are not touched.
@@ -61,6 +64,7 @@ impl Ring {
                 slot
             });
         self.slots = changed.collect();
+        self.members = members(&candidates);
         self.candidates = candidates;
     }
 
@@ -94,6 +98,10 @@ impl Ring {
         });
         self.slots = slots.collect();
     }
+}
+
+fn members(candidates: &[Candidate]) -> BTreeSet<u32> {
+    candidates.iter().map(|candidate| candidate.target).collect()
 }
 
 /// What a new target makes of a slot, and whether its learning begins.
