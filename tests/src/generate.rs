@@ -38,6 +38,9 @@ const LOCAL: [&str; 4] = ["10.0.10.2", "10.0.11.2", "fd00:10::2", "fd00:11::2"];
 /// Ports of clients: few, so that flows are met again.
 const PORTS: std::ops::Range<u16> = 1000..1006;
 
+/// What the ways of targets carry, bytes; the last is that of every device.
+pub const MTUS: [u16; 5] = [60, 100, 576, 1280, 1500];
+
 /// Makes frames; the same ones for the same seed and scene.
 #[derive(Debug)]
 pub struct Generator {
@@ -81,12 +84,6 @@ impl Generator {
             _ => Packet::udp(source, destination),
         };
         let rng = &mut self.rng;
-        let length = match rng.random_range(0..20) {
-            0 => rng.random_range(900..1600),
-            1..12 => rng.random_range(0..40),
-            _ => 0,
-        };
-        packet.payload = (0..length).map(|_| rng.random()).collect();
         packet.hop_limit = *[64, 64, 64, 64, 64, 64, 64, 255, 2, 1, 0].choose(rng).expect("some");
         packet.checksum = match rng.random_range(0..12) {
             0 => Checksum::Wrong,
@@ -100,8 +97,19 @@ impl Generator {
         if source.is_ipv4() && rng.random_ratio(1, 10) {
             packet.ipv4_options = vec![1; 4 * rng.random_range(1..=10)];
         }
-        let mut frame = packet.build();
         let l3 = 14 + 4 * packet.vlans.len();
+        let length = match self.rng.random_range(0..20) {
+            // As large as some way, a byte less or more.
+            0..2 => {
+                let headers = packet.build().len() - l3;
+                let mtu = MTUS.choose(&mut self.rng).expect("some");
+                (usize::from(*mtu) + self.rng.random_range(0..3) - 1).saturating_sub(headers)
+            }
+            2..12 => self.rng.random_range(0..40),
+            _ => 0,
+        };
+        packet.payload = (0..length).map(|_| self.rng.random()).collect();
+        let mut frame = packet.build();
         if source.is_ipv6() && self.rng.random_ratio(1, 6) {
             self.add_extensions(&mut frame, l3);
         }

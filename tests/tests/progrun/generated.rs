@@ -6,7 +6,7 @@ use lb_common::{
     flow::{FlowKey, TCP},
     tables::{Slot, SlotState, Target},
 };
-use lb_tests::generate::Generator;
+use lb_tests::generate::{Generator, MTUS};
 use rand::{Rng as _, seq::IndexedRandom as _};
 
 use super::*;
@@ -83,7 +83,7 @@ fn change(scene: &mut Scene, generator: &mut Generator) {
             0 => target.flags = 0,
             1 => target.hop.ifindex = *[0, 10, 11, 13].choose(rng).expect("some"),
             2 => target.hop.vlan = rng.random_range(1..4095),
-            3 => target.hop.mtu = rng.random_range(60..1500),
+            3 => target.hop.mtu = *MTUS.choose(rng).expect("some"),
             _ => {
                 target.flags = Target::SERVES;
                 target.hop.ifindex = 11;

@@ -4,6 +4,8 @@
 //! A fixture is a [`Step`]: what it shows, a frame, what becomes of it, what is counted. Steps of a
 //! scenario follow one another, with the flows of the steps before remembered.
 
+#![expect(clippy::unwrap_used, reason = "a test that fails says where")]
+
 mod connections;
 mod generated;
 mod passing;
