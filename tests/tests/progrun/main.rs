@@ -3,7 +3,6 @@
 //!
 //! A fixture is a [`Step`]: what it shows, a frame, what becomes of it, what is counted. Steps of a
 //! scenario follow one another, with the flows of the steps before remembered.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 mod connections;
 mod generated;
