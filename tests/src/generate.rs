@@ -225,11 +225,11 @@ impl Generator {
     fn mutate(&mut self, frame: &mut Vec<u8>) {
         let rng = &mut self.rng;
         // Most of what matters is at the front.
-        let at = rng.random_range(12..frame.len().min(100).max(14));
+        let at = rng.random_range(12..frame.len().clamp(14, 100));
         match rng.random_range(0..10) {
             0 => frame.truncate(rng.random_range(14..=frame.len())),
             1 => frame.truncate(frame.len().saturating_sub(rng.random_range(0..30)).max(14)),
-            2 => frame.extend((0..rng.random_range(1..60)).map(|n| n)),
+            2 => frame.extend(0..rng.random_range(1..60)),
             3 if at < frame.len() => frame[at] ^= 1 << rng.random_range(0..8),
             4 if at < frame.len() => frame[at] = rng.random(),
             5 if at + 1 < frame.len() => {

@@ -1,4 +1,5 @@
 //! The configuration file changes while the agent runs.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::{fs::OpenOptions, io::Write as _};
 

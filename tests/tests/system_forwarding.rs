@@ -1,4 +1,5 @@
 //! Real clients and real servers on both sides of the real agent.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::{collections::HashSet, net::SocketAddr};
 

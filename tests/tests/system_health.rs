@@ -1,4 +1,5 @@
 //! Targets that fall ill, recover, come and go, under load.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::{
     net::{SocketAddr, TcpStream},

@@ -1,4 +1,5 @@
 //! The agent's beginning and end, in order and out of order.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::{fmt::Write as _, fs};
 

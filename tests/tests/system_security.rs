@@ -1,4 +1,5 @@
 //! Security groups: who may come in, and what a change of them does.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::{fmt::Write as _, net::SocketAddr, time::Duration};
 

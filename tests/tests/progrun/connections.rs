@@ -262,6 +262,7 @@ fn an_old_claim_is_no_claim() {
         check(world, &tracked("too old", &syn(&client(1), "10.0.10.100:95"), 33, 40));
         world.forget_all().unwrap();
         world.remember_return(back, 30, 40, seconds(340)).unwrap();
+        world.remember(key(TCP, &client(1), "10.0.10.100:93"), 40, 0, seconds(340)).unwrap();
         let request = syn(&client(1), "10.0.10.100:95");
         let answer = reset(&request).build();
         check(world, &Step::answer("alive", request.build(), answer, PortAllocationError));
