@@ -109,7 +109,10 @@ fn a_target_added_under_load() {
     load.wait_for(20);
 
     site.reload(site.config.with_targets([0, 1, 2])).unwrap();
-    site.wait_for_web(2, "healthy").unwrap();
+    for address in target_host(2).both() {
+        let gets_traffic = || site.target("web", address).unwrap()["packets"].as_u64() > Some(0);
+        wait_until("the new target's share", PATIENCE, gets_traffic).unwrap();
+    }
     load.wait_for(60);
     echo_all(&connections, "a target more");
     let requests = load.stop();
