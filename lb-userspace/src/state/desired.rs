@@ -108,7 +108,7 @@ impl State {
                         None => tracing::debug!(number, "no spare ring: slots change in place"),
                     }
                 }
-            } else if self.has_concluded(&key)
+            } else if self.is_ring_settled(&key)
                 && let Some(number) = free_ring()
             {
                 let ring = Ring::new(candidates, self.ring_size, now);
@@ -117,8 +117,8 @@ impl State {
         }
     }
 
-    /// The targets that take new flows: the healthy ones, or all of them if none is healthy. A
-    /// newcomer is none before the way to it is known.
+    /// The targets that take new flows: the healthy ones, or all of them if none is healthy. Who
+    /// comes to a ring that is there already waits until the way to it is known.
     fn candidates(&self, key: &RingKey) -> Vec<Candidate> {
         let Some(group) = self.config.target_groups.get(&*key.target_group) else {
             return Vec::new();
@@ -138,7 +138,7 @@ impl State {
             let Some(number) = self.targets.get(&key) else { continue };
             let identity = maglev::identity(target.address.into(), Be16::new(target.port));
             let candidate = Candidate { target: number, identity, weight: target.weight.into() };
-            let is_known = ring.is_some_and(|ring| ring.has_candidate(number));
+            let is_known = ring.is_none_or(|ring| ring.has_candidate(number));
             let can_be_reached = is_known || self.hop(target.address).is_ok();
             if can_be_reached { &mut candidates } else { &mut newcomers }.push(candidate);
         }
@@ -146,12 +146,13 @@ impl State {
         if candidates.is_empty() { newcomers } else { candidates }
     }
 
-    /// Whether the first check of all of the ring's targets has concluded.
-    fn has_concluded(&self, key: &RingKey) -> bool {
+    /// Whether all is known that a first ring needs: whoever joined it later would get no datagram
+    /// of an unknown flow for two minutes.
+    fn is_ring_settled(&self, key: &RingKey) -> bool {
         let group = self.config.target_groups.get(&*key.target_group);
         group.is_none_or(|group| {
             let mut family = group.targets.iter().filter(|t| t.address.is_ipv4() == key.is_v4);
-            family.all(|target| self.health.contains_key(&key_of(&key.target_group, target)))
+            family.all(|target| self.is_settled(&key_of(&key.target_group, target)))
         })
     }
 

@@ -180,14 +180,18 @@ impl State {
     /// Whether every listener has what it needs to forward: its targets' first checks have
     /// concluded, and the way to the healthy ones is known as far as it will be.
     pub fn is_ready(&self) -> bool {
-        let has_way = |key: &TargetKey| match self.network.next_hops.get(&key.address) {
+        self.checks().keys().all(|key| self.is_settled(key))
+    }
+
+    /// Whether all is known of a target that its group's first ring needs. Who is healthy has been
+    /// reached, so the way to it is about to be known.
+    fn is_settled(&self, key: &TargetKey) -> bool {
+        let has_way = match self.network.next_hops.get(&key.address) {
             None | Some(Err(Unresolved::NoNeighbour { .. })) => false,
             Some(_) => true,
         };
-        self.checks().keys().all(|key| {
-            let health = self.health.get(key);
-            health.is_some_and(|health| health.state != HealthState::Healthy || has_way(key))
-        })
+        let health = self.health.get(key);
+        health.is_some_and(|health| health.state != HealthState::Healthy || has_way)
     }
 
     /// Lets time pass: slots age, drained targets go. Whether anything changed.

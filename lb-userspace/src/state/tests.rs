@@ -277,3 +277,25 @@ fn a_group_without_a_listener_is_unused_and_not_checked() {
     assert_eq!(world.state.health_of(&key).state, HealthState::Unused);
     assert!(!world.state.checks().contains_key(&key));
 }
+
+#[test]
+fn a_first_ring_waits_for_the_way_to_healthy_targets() {
+    let mut world = World::new(CONFIG);
+    let known = Arc::clone(world.state.network());
+    let mut unknown = Network::clone(&known);
+    unknown.next_hops.remove(&IpAddr::from([10, 0, 2, 12]));
+    world.state.set_network(Arc::new(unknown.clone()));
+    world.check_all(HealthState::Healthy);
+    assert_eq!(listener(&world.desired(), 80), None);
+    assert!(!world.state.is_ready());
+
+    world.state.set_network(known);
+    let desired = world.desired();
+    assert_eq!(world.shares(&desired, 80).keys().collect::<Vec<_>>(), [&11, &12]);
+    assert!(world.state.is_ready());
+
+    // A neighbour that falls silent keeps its slots until its checks say more.
+    world.state.set_network(Arc::new(unknown));
+    let desired = world.desired();
+    assert_eq!(world.shares(&desired, 80).keys().collect::<Vec<_>>(), [&11, &12]);
+}
