@@ -83,7 +83,8 @@ impl Config {
         }
         // A second is long for a machine that is busy with other tests.
         writeln!(f, "]\n[target_group.{name}.health_check]\ninterval = \"1s\"\ntimeout = \"1s\"")?;
-        writeln!(f, "healthy_threshold = 2")
+        let check = if name == "web" { &self.health_check } else { "protocol = \"tcp\"\n" };
+        writeln!(f, "healthy_threshold = 2\n{check}")
     }
 }
 
@@ -93,7 +94,6 @@ impl fmt::Display for Config {
         self.write_group(f, "tcp", "tcp", ECHO)?;
         self.write_group(f, "udp", "udp", ECHO)?;
         self.write_group(f, "web", "tcp", WEB)?;
-        writeln!(f, "{}", self.health_check)?;
         writeln!(f, "[load_balancer.site]\naddresses = [{}]\n{}", self.listener, self.balancer)?;
         for (protocol, port, group) in
             [("tcp", WEB, "web"), ("tcp", ECHO, "tcp"), ("udp", ECHO, "udp")]

@@ -92,11 +92,8 @@ fn a_target_killed_under_load() {
     let requests = load.stop();
     let late: Vec<_> = requests.into_iter().filter(|r| r.begun > unhealthy).collect();
     assert_eq!(failures(&late), [""; 0], "none fails once it is marked unhealthy");
-    let between = answers_of(&late, "target1").filter(|r| r.begun < healthy).count();
     let back = answers_of(&late, "target1").filter(|r| r.begun > healthy).count();
     assert!(back > 5, "{back} requests after its return");
-    // The first of them may be from the moment between the kernel's knowing and ours.
-    assert!(between <= 60, "{between} requests while it was away");
 }
 
 #[test]
@@ -109,7 +106,10 @@ fn a_target_added_under_load() {
     load.wait_for(20);
 
     site.reload(site.config.with_targets([0, 1, 2])).unwrap();
-    site.wait_for_web(2, "healthy").unwrap();
+    for address in target_host(2).both() {
+        let gets_traffic = || site.target("web", address).unwrap()["packets"].as_u64() > Some(0);
+        wait_until("the new target's share", PATIENCE, gets_traffic).unwrap();
+    }
     load.wait_for(60);
     echo_all(&connections, "a target more");
     let requests = load.stop();
