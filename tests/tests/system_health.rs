@@ -92,11 +92,8 @@ fn a_target_killed_under_load() {
     let requests = load.stop();
     let late: Vec<_> = requests.into_iter().filter(|r| r.begun > unhealthy).collect();
     assert_eq!(failures(&late), [""; 0], "none fails once it is marked unhealthy");
-    let between = answers_of(&late, "target1").filter(|r| r.begun < healthy).count();
     let back = answers_of(&late, "target1").filter(|r| r.begun > healthy).count();
     assert!(back > 5, "{back} requests after its return");
-    // The first of them may be from the moment between the kernel's knowing and ours.
-    assert!(between <= 60, "{between} requests while it was away");
 }
 
 #[test]
