@@ -152,11 +152,7 @@ impl Follower {
                     let wanted = self.wanted.borrow_and_update().clone();
                     self.picture.want(wanted);
                 }
-                Some(destination) = self.requests.recv() => {
-                    if self.limiter.admit(destination, Instant::now()) {
-                        self.picture.resolve_now(destination).await;
-                    }
-                }
+                Some(destination) = self.requests.recv() => self.resolve_now(destination).await,
                 _ = tick.tick() => self.picture.probe().await,
                 () = self.events.closed() => return,
             }
@@ -166,9 +162,23 @@ impl Follower {
     /// Lets the rest of a flock arrive; longer when reading takes long.
     async fn gather(&mut self) {
         let pause = self.picture.last_read_took * READING_SHARE;
-        sleep(pause.clamp(COALESCE, LONGEST_PAUSE)).await;
+        let pause = sleep(pause.clamp(COALESCE, LONGEST_PAUSE));
+        tokio::pin!(pause);
+        loop {
+            tokio::select! {
+                () = &mut pause => break,
+                // Packets are being dropped for want of it.
+                Some(destination) = self.requests.recv() => self.resolve_now(destination).await,
+            }
+        }
         while let Ok((message, _)) = self.notifications.try_recv() {
             self.picture.note(&message.payload);
+        }
+    }
+
+    async fn resolve_now(&mut self, destination: IpAddr) {
+        if self.limiter.admit(destination, Instant::now()) {
+            self.picture.resolve_now(destination).await;
         }
     }
 
