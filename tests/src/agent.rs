@@ -60,7 +60,7 @@ impl Home {
     }
 }
 
-/// A running agent; killed on drop.
+/// A running agent; ended on drop.
 #[derive(Debug)]
 pub struct Agent {
     process: Process,
@@ -227,12 +227,17 @@ impl Agent {
     }
 }
 
-/// What a failed test needs to be understood.
+/// Says what a failed test needs to be understood, and lets the agent clean up after itself.
 impl Drop for Agent {
     fn drop(&mut self) {
         if thread::panicking() {
             let drops = self.status().map(|status| status["drops"].clone());
             eprintln!("== drops: {drops:?}\n== the agent's log:\n{}", self.log());
+        }
+        if self.process.is_running().unwrap_or(false) {
+            // If it does not end, the process is killed next.
+            let _ = self.process.signal(Signal::SIGTERM);
+            let _ = self.process.wait(Duration::from_secs(5));
         }
     }
 }
