@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use aya::{
     Ebpf,
     maps::{Array, ProgramArray},
-    programs::{ProgramFd, TestRun as _, TestRunOptions, Xdp, XdpMode},
+    programs::{ProgramError, ProgramFd, TestRun as _, TestRunOptions, Xdp, XdpMode},
 };
 use nix::{
     sched::{CpuSet, sched_setaffinity},
@@ -181,17 +181,23 @@ impl Wrapper {
     ///
     /// If nothing was chosen with [`Wrapper::make`], or the kernel refuses.
     pub fn run(&mut self, repeat: u32) -> Result<Run> {
-        let mut frame = vec![0; self.frame.len() + 256];
-        let options = TestRunOptions {
-            data_in: Some(&self.frame),
-            data_out: Some(&mut frame),
-            repeat,
-            ..Default::default()
-        };
         let wrapper = xdp(&mut self.ebpf, "wrapper")?;
-        let start = cpu_time()?;
-        let result = wrapper.test_run(options)?;
-        let elapsed = cpu_time()? - start;
+        let (result, elapsed, mut frame) = loop {
+            let mut frame = vec![0; self.frame.len() + 256];
+            let options = TestRunOptions {
+                data_in: Some(&self.frame),
+                data_out: Some(&mut frame),
+                repeat,
+                ..Default::default()
+            };
+            let start = cpu_time()?;
+            match wrapper.test_run(options) {
+                // A long run on a busy machine can be cut short; half a run is no measurement.
+                Err(ProgramError::SyscallError(error))
+                    if error.io_error.kind() == std::io::ErrorKind::Interrupted => {}
+                result => break (result?, cpu_time()? - start, frame),
+            }
+        };
         frame.truncate(usize::try_from(result.data_size_out)?);
         let nanoseconds = elapsed.as_secs_f64() * 1e9 / f64::from(repeat);
         Ok(Run { verdict: result.return_value, nanoseconds, frame })
