@@ -2,7 +2,7 @@
 
 use std::{
     convert::Infallible,
-    net::SocketAddr,
+    net::{Shutdown, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
@@ -19,6 +19,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::TokioIo;
+use socket2::SockRef;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream, UdpSocket},
@@ -204,6 +205,9 @@ async fn accept<F: Future<Output = ()> + Send + 'static>(
             _ = stopped.changed() => break,
         }
     }
+    // Closing would not do: a command that another thread starts holds a copy of the descriptor
+    // between its fork and its exec, and the port would stay open for as long.
+    let _ = SockRef::from(listener).shutdown(Shutdown::Both);
     while connections.join_next().await.is_some() {}
 }
 

@@ -7,6 +7,8 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::Path,
     process::Command,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    thread,
     time::Duration,
 };
 
@@ -47,7 +49,7 @@ fn a_namespace_goes_with_all_that_is_in_it() {
 
 #[test]
 fn a_panic_tears_down_too() {
-    let name = std::thread::spawn(|| {
+    let name = thread::spawn(|| {
         let namespace = Namespace::new("panic").unwrap();
         std::panic::panic_any(namespace.name().to_owned());
     });
@@ -145,6 +147,29 @@ fn reply_hop_limit(topology: &Topology) -> u8 {
     frame[14 + 8]
 }
 
+/// A child has copies of the parent's descriptors until its exec.
+#[test]
+fn commands_that_start_meanwhile_keep_no_dropped_server_open() {
+    let namespace = Namespace::new("server").unwrap();
+    let address = SocketAddr::from(([127, 0, 0, 1], 7));
+    let closes_at_once = || {
+        let started = Server::tcp_echo(&namespace, address).map(drop);
+        started.is_ok() && namespace.run(|| clients::connect(None, address)).is_err()
+    };
+    let end = AtomicBool::new(false);
+    let closed = thread::scope(|scope| {
+        scope.spawn(|| {
+            while !end.load(Relaxed) {
+                assert!(namespace.command("true").status().unwrap().success());
+            }
+        });
+        let closed = (0..200).filter(|_| closes_at_once()).count();
+        end.store(true, Relaxed);
+        closed
+    });
+    assert_eq!(closed, 200);
+}
+
 #[test]
 fn a_dropped_server_resets_its_connections_and_can_be_started_again() {
     let namespace = Namespace::new("server").unwrap();
@@ -166,7 +191,7 @@ fn a_dropped_server_resets_its_connections_and_can_be_started_again() {
     let mut stream = namespace.run(|| clients::connect(None, web.address())).unwrap();
     // Accepted before the request is complete.
     std::io::Write::write_all(&mut stream, b"GET / HTTP/1.1\r\n").unwrap();
-    std::thread::sleep(Duration::from_millis(50));
+    thread::sleep(Duration::from_millis(50));
     drop(web);
     let error = stream.read(&mut [0]).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
