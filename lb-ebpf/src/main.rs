@@ -5,6 +5,7 @@
 
 mod frame;
 mod maps;
+mod runtime;
 
 use aya_ebpf::bindings::xdp_action;
 use aya_ebpf::macros::xdp;
@@ -26,14 +27,3 @@ pub fn lb_balancer(ctx: XdpContext) -> u32 {
         Verdict::Redirect(ifindex) => maps.redirect(ifindex),
     }
 }
-
-/// The pipeline cannot panic; the verifier refuses the loop if it could.
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    loop {}
-}
-
-/// Some helpers are for programs of a licence compatible with the GPL only.
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -5,9 +5,9 @@
 //! certain that the packet is ours.
 
 mod emit;
-mod ip;
-mod parse;
-mod reject;
+pub(crate) mod ip;
+pub(crate) mod parse;
+pub(crate) mod reject;
 mod reply;
 mod request;
 mod select;

@@ -19,7 +19,7 @@ const HOPS: u8 = 64;
 /// that must not be answered (a reset, a header with options where it would have to be quoted)
 /// is dropped for the same reason.
 #[inline(always)]
-pub fn answer<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &Step) -> Verdict {
+pub(super) fn answer<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &Step) -> Verdict {
     let refusal = if step.place.protocol == TCP as u32 {
         reset::<I, F>(frame, &step.place)
     } else {
@@ -185,7 +185,7 @@ fn quote<H: bytemuck::Pod>(sum: Sum, header: &H, udp: &Udp) -> Sum {
 }
 
 /// Ethernet and tags, carried to a new place.
-struct Front {
+pub(crate) struct Front {
     ethernet: Ethernet,
     tags: usize,
     outer: VlanTag,
@@ -197,7 +197,7 @@ impl Front {
     const INNER_AT: usize = Self::OUTER_AT + size_of::<VlanTag>();
 
     #[inline(always)]
-    fn read<F: Frame>(frame: &F, link: &Link) -> Option<Self> {
+    pub(crate) fn read<F: Frame>(frame: &F, link: &Link) -> Option<Self> {
         let (mut outer, mut inner) = (VlanTag::default(), VlanTag::default());
         if link.tags > 0 {
             outer = frame.read(Self::OUTER_AT)?;
@@ -209,7 +209,7 @@ impl Front {
     }
 
     #[inline(always)]
-    fn write<F: Frame>(&self, frame: &mut F) -> Option<()> {
+    pub(crate) fn write<F: Frame>(&self, frame: &mut F) -> Option<()> {
         frame.write(0, self.ethernet)?;
         if self.tags > 0 {
             frame.write(Self::OUTER_AT, self.outer)?;

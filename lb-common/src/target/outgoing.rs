@@ -1,0 +1,127 @@
+//! What the target sends: the flows that it opens are remembered, nothing is changed or held back.
+
+use crate::flow::{FlowKey, REFRESH, TCP, UDP};
+use crate::forward::Frame;
+use crate::forward::ip::{V4, V6};
+use crate::forward::parse::{Link, Packet, Ports};
+use crate::wire::icmp::Icmp;
+use crate::wire::{Address, Be16, EtherType, Tcp};
+
+use super::examine::{answer_to, identifier};
+use super::tables::{OWN_IDLE, OwnFlow, Settings, TargetTables};
+use super::{Version, ether_type};
+
+/// Remembers the flow of an outgoing packet, if the target opens it or has opened it.
+#[inline(always)]
+pub fn record<F: Frame, T: TargetTables>(frame: &F, tables: &T) {
+    if tables.settings().flags & Settings::RECORDS == 0 {
+        return;
+    }
+    let mut sent = Sent::nothing();
+    match ether_type(frame) {
+        Some(EtherType::IPV4) => look_at::<V4, F>(frame, &mut sent),
+        Some(EtherType::IPV6) => look_at::<V6, F>(frame, &mut sent),
+        _ => return,
+    }
+    if sent.kind != Sent::NOTHING {
+        note(tables, &sent);
+    }
+}
+
+/// What a packet says of its flow.
+struct Sent {
+    kind: u32,
+    /// Not 0 if it ends the flow.
+    closing: u32,
+    /// The flow of the answers.
+    answers: FlowKey,
+}
+
+impl Sent {
+    /// Of no flow.
+    const NOTHING: u32 = 0;
+    /// It opens a flow.
+    const OPENS: u32 = 1;
+    /// It opens a flow unless it answers one.
+    const MAY_OPEN: u32 = 2;
+    /// It belongs to a flow that was opened before, by whomever.
+    const CONTINUES: u32 = 3;
+
+    #[inline(always)]
+    fn nothing() -> Self {
+        let zero = core::hint::black_box(0_u64);
+        let nowhere = Address::from_words([zero, zero]);
+        let port = Be16::from_raw(zero as u16);
+        let ports = Ports { source: port, destination: port };
+        Self {
+            kind: zero as u32,
+            closing: zero as u32,
+            answers: answer_to(nowhere, nowhere, ports, zero as u8),
+        }
+    }
+}
+
+#[inline(never)]
+fn look_at<I: Version, F: Frame>(frame: &F, sent: &mut Sent) {
+    let Some(link) = Link::parse(frame) else { return };
+    let Some(packet) = Packet::<I>::parse(frame, &link) else { return };
+    if I::fragment_offset(packet.fragment) != 0 {
+        return;
+    }
+    let mut ports = Ports { source: Be16::from_raw(0), destination: Be16::from_raw(0) };
+    let kind = match (&packet.transport, packet.protocol) {
+        (Some(transport), TCP) => {
+            ports = transport.ports;
+            sent.closing = (transport.flags & (Tcp::FIN | Tcp::RST) != 0) as u32;
+            if transport.is_syn() { Sent::OPENS } else { Sent::CONTINUES }
+        }
+        (Some(transport), _) => {
+            ports = transport.ports;
+            Sent::MAY_OPEN
+        }
+        (None, TCP | UDP) => return,
+        (None, protocol) if protocol == I::ICMP => {
+            let Some(icmp) = frame.read::<Icmp>(packet.l4) else { return };
+            if icmp.kind != I::ECHO_REQUEST {
+                return;
+            }
+            let number = identifier(&icmp);
+            ports = Ports { source: number, destination: number };
+            Sent::OPENS
+        }
+        (None, _) => Sent::MAY_OPEN,
+    };
+    sent.answers = answer_to(packet.source, packet.destination, ports, packet.protocol);
+    sent.kind = kind;
+}
+
+#[inline(never)]
+fn note<T: TargetTables>(tables: &T, sent: &Sent) {
+    let now = tables.now();
+    let known = tables.own_flow(&sent.answers);
+    let known = known.filter(|flow| flow.is_alive(now, sent.answers.protocol));
+    if let Some(mut flow) = known
+        && sent.kind != Sent::OPENS
+    {
+        if sent.closing > flow.closing || now.wrapping_sub(flow.last_seen) > REFRESH {
+            flow.last_seen = now;
+            flow.closing |= sent.closing;
+            tables.remember_own(&sent.answers, &flow);
+        }
+        return;
+    }
+    let opens = match sent.kind {
+        Sent::OPENS => true,
+        Sent::MAY_OPEN => !answers_a_request(tables, sent, now),
+        _ => false,
+    };
+    if opens {
+        tables.remember_own(&sent.answers, &OwnFlow::new(now));
+    }
+}
+
+#[inline(always)]
+fn answers_a_request<T: TargetTables>(tables: &T, sent: &Sent, now: u64) -> bool {
+    let request = tables.admitted(&sent.answers);
+    request.is_some_and(|last| now.wrapping_sub(last) < OWN_IDLE)
+}
