@@ -108,7 +108,6 @@ fn keys_of_features_to_come_are_accepted_at_their_default() {
         port = 80
         algorithm = "maglev"
         snat_ports = '10000-59999'
-        gue_port = 6080
         [load_balancer.web]
         type = "network"
         addresses = ["192.0.2.1"]

@@ -180,7 +180,7 @@ impl State {
                 port: Be16::new(target.port),
                 mode: match group.forwarding {
                     Forwarding::Nat => Target::NAT,
-                    Forwarding::DsrL2 => Target::DSR_L2,
+                    Forwarding::DsrL2 | Forwarding::DsrIpip | Forwarding::DsrGue => Target::DSR_L2,
                 },
                 flags: if self.serves(&key, target, group) { Target::SERVES } else { 0 },
                 hop,
