@@ -18,6 +18,7 @@ pub mod progrun;
 pub mod scene;
 pub mod servers;
 pub mod site;
+pub mod target_world;
 pub mod topology;
 
 use std::{

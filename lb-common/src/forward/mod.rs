@@ -101,6 +101,14 @@ fn forward_ip<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verd
             tables.count_drop(step.argument);
             Verdict::Drop
         }
+        Step::DIRECT => {
+            reply::to_target::<I, F, T>(frame, tables, &mut step);
+            if step.action == Step::DROP {
+                tables.count_drop(step.argument);
+                return Verdict::Drop;
+            }
+            Verdict::Pass
+        }
         _ => Verdict::Pass,
     }
 }
@@ -150,6 +158,7 @@ impl Step {
     const ANSWER: u32 = 5;
     const RECALL: u32 = 6;
     const DELIVER: u32 = 7;
+    const DIRECT: u32 = 9;
 
     /// Nothing is known yet. The zero is hidden from the compiler: it would make one call of all
     /// the stores, to a function that clears 48 bytes one by one.
@@ -211,9 +220,12 @@ fn to_listener<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: 
                 Endpoint::LISTENER => {
                     request::handle(frame, tables, &link, &packet, transport, &endpoint)
                 }
-                Endpoint::TARGET => {
-                    reply::note_direct::<I, F, T>(frame, tables, &packet.place(), endpoint.index);
-                    Ok(Verdict::Pass)
+                Endpoint::TARGET | Endpoint::GUARD => {
+                    step.place = packet.place();
+                    step.selected.index = endpoint.index;
+                    step.recall.listener = endpoint.class;
+                    step.action = Step::DIRECT;
+                    return;
                 }
                 _ => return,
             }

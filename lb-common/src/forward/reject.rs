@@ -19,7 +19,11 @@ const HOPS: u8 = 64;
 /// that must not be answered (a reset, a header with options where it would have to be quoted)
 /// is dropped for the same reason.
 #[inline(always)]
-pub(super) fn answer<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &Step) -> Verdict {
+pub(super) fn answer<I: Answer, F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    step: &Step,
+) -> Verdict {
     let refusal = if step.place.protocol == TCP as u32 {
         reset::<I, F>(frame, &step.place)
     } else {

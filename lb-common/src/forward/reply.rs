@@ -1,12 +1,12 @@
 //! A packet from a target, and a client that talks to a target's own address.
 
 use crate::flow::{FlowKey, REFRESH};
-use crate::tables::{Endpoint, NO_LISTENER, Tables};
+use crate::tables::{Endpoint, NO_LISTENER, OPEN, Tables};
 use crate::verdict::{DropReason, Verdict};
 
 use super::ip::{End, Ip};
 use super::parse::{Link, Packet, Place, Transport};
-use super::{Found, Frame, Outcome, emit};
+use super::{Found, Frame, Outcome, Step, emit};
 
 /// Gives a reply the listener's address back and sends it to the client.
 ///
@@ -97,10 +97,16 @@ fn is_direct<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, place: &Place) -
 }
 
 /// A client talks to a target's own address through us: note it, or the replies would be given
-/// the listener's address.
+/// the listener's address. The target lets in whatever comes from us if we are among the members of
+/// a group that it lets in, so its security group is asked here.
 #[inline(never)]
-pub fn note_direct<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, place: &Place, target: u32) {
-    if let Some((key, _)) = place.flow::<I, F>(frame) {
+pub fn to_target<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step) {
+    let (class, target) = (step.recall.listener, step.selected.index);
+    let Some((key, _)) = step.place.flow::<I, F>(frame) else { return };
+    if class != OPEN && !tables.admits(class, key.source) {
+        step.argument = DropReason::SecurityGroupDenied as u32;
+        step.action = Step::DROP;
+    } else if target != 0 {
         let reply = FlowKey {
             source: key.destination,
             destination: key.source,

@@ -30,9 +30,7 @@ pub fn find<I: Version, F: Frame, T: TargetTables>(frame: &F, tables: &T, step: 
     let flags = tables.settings().flags;
     let port = match (packet.protocol, &packet.transport) {
         (IPV4 | IPV6, _) if flags & Settings::UNWRAPS_IPIP != 0 => Be16::new(0),
-        (UDP, Some(transport)) if flags & Settings::UNWRAPS_GUE != 0 => {
-            transport.ports.destination
-        }
+        (UDP, Some(transport)) if flags & Settings::UNWRAPS_GUE != 0 => transport.ports.destination,
         _ => return,
     };
     if !tables.is_tunnel_end(&EndpointKey::new(packet.destination, port, packet.protocol)) {

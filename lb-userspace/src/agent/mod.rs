@@ -3,7 +3,7 @@
 
 mod flows;
 mod kernel_log;
-mod reload;
+pub(crate) mod reload;
 mod start;
 
 use std::collections::BTreeSet;
@@ -23,7 +23,7 @@ use tracing::{debug, error, info, warn};
 use crate::api::server::ApiRequest;
 use crate::api::snapshot::{self, AttachMode, Snapshot};
 use crate::cli::AgentOptions;
-use crate::config::{Config, Forwarding};
+use crate::config::{Config, Forwarding, Role};
 use crate::dataplane::Dataplane;
 use crate::health::{Checker, HealthEvent};
 use crate::netlink::{
@@ -31,8 +31,11 @@ use crate::netlink::{
 };
 use crate::reconcile::{self, Desired};
 use crate::state::{About, State};
+use crate::target;
 
 use reload::{Source, Watch};
+
+pub(crate) use start::find;
 
 /// How often time passes for the state: slots age, draining ends.
 const TICK: Duration = Duration::from_secs(1);
@@ -51,7 +54,12 @@ pub fn run(options: AgentOptions) -> anyhow::Result<()> {
         .build()
         .context("start the runtime")?;
     runtime.block_on(async {
-        let (mut agent, mut events) = Agent::start(options).await?;
+        let (source, mut config) = Source::open(options.config.clone())?;
+        config.agent.role = options.role.unwrap_or(config.agent.role);
+        if config.agent.role == Role::Target {
+            return target::run(options, source, config).await;
+        }
+        let (mut agent, mut events) = Agent::start(options, source, config).await?;
         agent.follow(&mut events).await;
         agent.end().await;
         Ok(())
@@ -296,9 +304,7 @@ impl Agent {
         if !self.is_ready && self.state.is_ready() {
             self.is_ready = true;
             info!("ready");
-            if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
-                debug!("the service manager was not told: {error}");
-            }
+            tell_service_manager(sd_notify::NotifyState::Ready);
         }
     }
 
@@ -312,6 +318,7 @@ impl Agent {
         let about = About {
             agent: snapshot::Agent {
                 version: env!("CARGO_PKG_VERSION").into(),
+                role: Role::Balancer.to_string(),
                 pid: std::process::id(),
                 started: self.started,
                 configuration: self.configuration(),
@@ -330,9 +337,7 @@ impl Agent {
 
     /// Takes everything down: program and maps go with the data plane.
     async fn end(mut self) {
-        if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Stopping]) {
-            debug!("the service manager was not told: {error}");
-        }
+        tell_service_manager(sd_notify::NotifyState::Stopping);
         self.api.abort();
         drop(self.checker);
         match self.addresses.release().await {
@@ -345,6 +350,13 @@ impl Agent {
     }
 }
 
-fn on(kind: SignalKind) -> anyhow::Result<Signal> {
+/// Tells systemd, if it is what started the agent.
+pub(crate) fn tell_service_manager(state: sd_notify::NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        debug!("the service manager was not told: {error}");
+    }
+}
+
+pub(crate) fn on(kind: SignalKind) -> anyhow::Result<Signal> {
     signal(kind).context("listen for signals")
 }

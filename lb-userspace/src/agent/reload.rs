@@ -90,6 +90,7 @@ impl Source {
 fn keep_what_is_fixed(new: &mut Agent, running: &Agent) {
     let Agent {
         interfaces,
+        role,
         xdp_mode,
         availability_zone: _,
         manage_addresses: _,
@@ -100,6 +101,7 @@ fn keep_what_is_fixed(new: &mut Agent, running: &Agent) {
         tunnel_sources: _,
     } = new;
     keep("interfaces", interfaces, &running.interfaces);
+    keep("role", role, &running.role);
     keep("xdp_mode", xdp_mode, &running.xdp_mode);
     keep("hash_seed", hash_seed, &running.hash_seed);
     keep("maglev_table_size", maglev_table_size, &running.maglev_table_size);

@@ -15,6 +15,8 @@ pub mod model;
 mod reader;
 mod references;
 mod security_group;
+mod security_group_member;
+mod security_group_uses;
 mod target_group;
 #[cfg(test)]
 mod tests;
@@ -74,13 +76,12 @@ pub fn parse(file_name: &str, text: &str) -> Result<Parsed, ConfigErrors> {
 fn read<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
     let mut root = Table::root(report, root);
     let agent = root.subtable("agent", "[agent]".to_owned()).map(agent::read).unwrap_or_default();
-    let security_groups: BTreeMap<&str, SecurityGroup> = root
-        .sections("security_group")
-        .into_iter()
-        .map(|section| (section.name, security_group::read(section.table)))
-        .collect();
     let sections = Sections {
-        security_groups: security_groups.keys().copied().collect(),
+        security_groups: root
+            .sections("security_group")
+            .into_iter()
+            .map(|section| (section.name, security_group::read(section.table)))
+            .collect(),
         target_groups: root
             .sections("target_group")
             .into_iter()
@@ -97,7 +98,9 @@ fn read<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
     references::check(report, &sections);
     Config {
         agent,
-        security_groups: owned(security_groups),
+        security_groups: owned(
+            sections.security_groups.into_iter().map(|(name, draft)| (name, draft.group)),
+        ),
         target_groups: owned(
             sections.target_groups.into_iter().map(|(name, draft)| (name, draft.group)),
         ),

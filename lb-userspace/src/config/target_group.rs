@@ -18,6 +18,8 @@ pub(super) struct Draft<'a> {
     pub(super) group: TargetGroup,
     pub(super) protocol: Option<Protocol>,
     pub(super) forwarding: Option<Forwarding>,
+    /// The security group's name, and where the file has it.
+    pub(super) security_group: Option<(Value<'a>, &'a str)>,
     /// Where the file has each of `group.targets`.
     pub(super) target_values: Vec<Value<'a>>,
 }
@@ -75,6 +77,9 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
         .optional("flow_tracking")
         .and_then(|tracking| tracking.choice(&[("auto", false), ("always", true)], &[]))
         .unwrap_or(false);
+    let security_group = table.optional("security_group").and_then(|value| {
+        Some((value, value.string("write the name of a security group in quotes")?))
+    });
     let (target_values, targets) = targets(table.optional("targets"), port).into_iter().unzip();
     let name = table.name().trim_end_matches(']').to_owned();
     let health_check =
@@ -82,7 +87,6 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
     table.only_default("snat_ports", "10000-59999");
     table.not_supported_yet(&[
         "stickiness",
-        "security_group",
         "snat_addresses",
         "slow_start",
         "protocol_version",
@@ -97,10 +101,11 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
         deregistration_delay,
         unhealthy_connection_termination,
         track_every_flow,
+        security_group: security_group.map(|(_, name)| name.to_owned()),
         targets,
         health_check,
     };
-    Draft { group, protocol, forwarding, target_values }
+    Draft { group, protocol, forwarding, security_group, target_values }
 }
 
 fn gue_port(value: Option<Value<'_>>, forwarding: Option<Forwarding>) -> u16 {

@@ -26,7 +26,7 @@ use crate::config::XdpMode;
 use crate::reconcile::{Plan, Prefix, Step};
 use crate::state::Counters;
 
-pub use attach::{Attachment, check_privileges};
+pub use attach::{Attachment, attach as attach_xdp, check_privileges};
 pub use mapped::MappedArray;
 pub use pod::Raw;
 
@@ -173,9 +173,9 @@ impl Dataplane {
             Step::SetInterface(index, interface) => {
                 self.interfaces.insert(index, Raw(*interface), 0)?;
             }
-            Step::RemoveInterface(index) => removed(self.interfaces.remove(index))?,
+            Step::RemoveInterface(index) => map_removed(self.interfaces.remove(index))?,
             Step::AddDevice(index) => self.devices.insert(*index, *index, None, 0)?,
-            Step::RemoveDevice(index) => removed(self.devices.remove(*index))?,
+            Step::RemoveDevice(index) => map_removed(self.devices.remove(*index))?,
             Step::SetTarget(index, target) => {
                 self.targets.store(*index, target);
             }
@@ -199,7 +199,7 @@ impl Dataplane {
                 self.admission.insert(&trie_key(*class, prefix), 1, 0)?;
             }
             Step::RemovePrefix(class, prefix) => {
-                removed(self.admission.remove(&trie_key(*class, prefix)))?;
+                map_removed(self.admission.remove(&trie_key(*class, prefix)))?;
             }
             Step::SetEndpoint(endpoint) => {
                 for write in self.table.insert(*endpoint) {
@@ -239,7 +239,7 @@ impl Dataplane {
             Write::Overflow(endpoint) => {
                 self.overflow.insert(Raw(endpoint.key()), Raw(*endpoint), 0)?;
             }
-            Write::RemoveOverflow(key) => removed(self.overflow.remove(&Raw(*key)))?,
+            Write::RemoveOverflow(key) => map_removed(self.overflow.remove(&Raw(*key)))?,
         }
         Ok(())
     }
@@ -320,7 +320,7 @@ fn sum(values: &PerCpuValues<Raw<Traffic>>) -> Traffic {
 }
 
 /// A plan that is carried out again after an error finds some of its removals done.
-fn removed(result: Result<(), MapError>) -> Result<(), MapError> {
+pub(crate) fn map_removed(result: Result<(), MapError>) -> Result<(), MapError> {
     match result {
         Err(MapError::KeyNotFound | MapError::ElementNotFound) => Ok(()),
         Err(MapError::SyscallError(error))
@@ -342,11 +342,11 @@ fn program(ebpf: &mut Ebpf) -> anyhow::Result<&mut Xdp> {
     Ok(program.try_into()?)
 }
 
-fn take(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<Map> {
+pub(crate) fn take(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<Map> {
     ebpf.take_map(name).ok_or_else(|| anyhow!("the object lacks the map {name}"))
 }
 
-fn mapped<T: bytemuck::Pod>(
+pub(crate) fn mapped<T: bytemuck::Pod>(
     ebpf: &mut Ebpf,
     name: &str,
     length: u32,

@@ -6,6 +6,7 @@ mod desired;
 mod registry;
 mod rings;
 mod snapshot;
+mod target_admissions;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -23,6 +24,7 @@ use crate::reconcile::{Desired, Prefix};
 use desired::{Admissions, compile_admissions};
 use registry::Registry;
 use rings::Ring;
+use target_admissions::TargetAdmissions;
 
 pub use snapshot::{About, Counters};
 
@@ -65,6 +67,8 @@ pub struct State {
     rings: BTreeMap<RingKey, (u32, Ring)>,
     /// Admitted sources by load balancer, service and family, computed once a configuration.
     admissions: Admissions,
+    /// Whom targets let in that carry a security group.
+    target_admissions: TargetAdmissions,
     classes: Vec<(u32, Arc<BTreeSet<Prefix>>)>,
     next_class: u32,
     /// The one listener that a target was of before others came to share it.
@@ -87,6 +91,7 @@ impl State {
             listeners: Registry::new(MAX_LISTENERS),
             rings: BTreeMap::new(),
             admissions: BTreeMap::new(),
+            target_admissions: BTreeMap::new(),
             classes: Vec::new(),
             next_class: OPEN + 1,
             first_owners: BTreeMap::new(),
@@ -118,6 +123,9 @@ impl State {
         self.draining.retain(|key, _| {
             !registered.contains(key) && self.config.target_groups.contains_key(&*key.target_group)
         });
+        let draining: Vec<IpAddr> = self.draining.keys().map(|key| key.address).collect();
+        self.target_admissions =
+            target_admissions::compile(&self.config, &self.target_admissions, &draining);
         self.health.retain(|key, _| registered.contains(key) || self.draining.contains_key(key));
     }
 

@@ -58,7 +58,7 @@ impl State {
         let drops =
             drops.into_iter().map(|(reason, count)| (reason.name().into(), count)).collect();
         Ok(Snapshot {
-            status: Status { agent, interfaces, load_balancers, drops, warnings },
+            status: Status { agent, interfaces, load_balancers, own_target: None, drops, warnings },
             target_groups: self.config.target_groups.keys().cloned().collect(),
             targets: self
                 .all_targets()
