@@ -56,16 +56,13 @@ fn rule<'a>(value: Value<'a>, references: &mut Vec<(Value<'a>, &'a str)>) -> Opt
     let ports = rule_ports(&mut table, protocol);
     let sources = table
         .required("sources", "add sources = [\"0.0.0.0/0\", \"::/0\"] to let everyone in")
-        .and_then(sources);
+        .and_then(|value| sources(value, references));
     table.finish();
     let (mut networks, mut groups) = (Vec::new(), Vec::new());
     for source in sources? {
         match source {
             Source::Network(network) => networks.push(network),
-            Source::Group(value, name) => {
-                references.push((value, name));
-                groups.push(name.to_owned());
-            }
+            Source::Group(name) => groups.push(name.to_owned()),
         }
     }
     Some(IngressRule { protocol: protocol?, ports: ports?, sources: networks, groups })
@@ -74,7 +71,7 @@ fn rule<'a>(value: Value<'a>, references: &mut Vec<(Value<'a>, &'a str)>) -> Opt
 /// One of a rule's sources.
 enum Source<'a> {
     Network(IpNet),
-    Group(Value<'a>, &'a str),
+    Group(&'a str),
 }
 
 /// The ports of a rule: TCP and UDP must say which, the others have none to say.
@@ -115,7 +112,10 @@ fn port_range(value: Value<'_>) -> Option<RangeInclusive<u16>> {
     })
 }
 
-fn sources<'a>(value: Value<'a>) -> Option<Vec<Source<'a>>> {
+fn sources<'a>(
+    value: Value<'a>,
+    references: &mut Vec<(Value<'a>, &'a str)>,
+) -> Option<Vec<Source<'a>>> {
     let help = "write a list of networks, such as [\"10.0.0.0/8\", \"2001:db8::/32\"]";
     let items = value.items(help)?;
     if items.is_empty() {
@@ -123,15 +123,19 @@ fn sources<'a>(value: Value<'a>) -> Option<Vec<Source<'a>>> {
         return None;
     }
     // Every item is looked at before the first bad one makes the list worthless.
-    let sources: Vec<Option<Source<'_>>> = items.into_iter().map(source).collect();
+    let sources: Vec<Option<Source<'_>>> = items.into_iter().map(|item| source(item, references)).collect();
     sources.into_iter().collect()
 }
 
-fn source<'a>(value: Value<'a>) -> Option<Source<'a>> {
+fn source<'a>(
+    value: Value<'a>,
+    references: &mut Vec<(Value<'a>, &'a str)>,
+) -> Option<Source<'a>> {
     let help = "write a network or an address, such as \"10.0.0.0/8\", \"2001:db8::/32\" or \
                 \"192.0.2.7\", or a security group, such as \"sg:web-lb\"";
     if let Some(name) = value.string(help)?.strip_prefix(GROUP_PREFIX) {
-        return Some(Source::Group(value, name));
+        references.push((value, name));
+        return Some(Source::Group(name));
     }
     value.parsed(help, |text| parse_network(value, text, help)).map(Source::Network)
 }

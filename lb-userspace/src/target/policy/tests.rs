@@ -1,6 +1,6 @@
 use super::*;
 use crate::config::parse;
-use crate::target::diff;
+use crate::target::{Step, diff};
 
 const CONFIG: &str = r#"
 [security_group.lb]
@@ -96,7 +96,7 @@ fn tunnels_end_where_the_forwarding_says() {
     };
     let members = ["1 10.0.2.1/32", "1 172.16.0.0/16", "2 100::/64"].map(String::from).to_vec();
     assert_eq!(ends(&["10.0.2.11"]), (vec![(0, 4), (0, 41)], members.clone()));
-    assert_eq!(ends(&["10.0.2.12"]), (vec![(0, 4), (6081, UDP), (0, 41)], members));
+    assert_eq!(ends(&["10.0.2.12"]), (vec![(0, 4), (0, 41), (6081, UDP)], members));
     let open = CONFIG.replace("security_group = \"target\"", "");
     let tables = policy(&open, &["10.0.2.11"], &Tables::default()).tables;
     assert_eq!(tables.settings.flags, Settings::UNWRAPS_IPIP);
@@ -112,10 +112,9 @@ fn a_change_of_one_rule_leaves_other_classes_alone() {
     assert_ne!(before.class(true, TCP, 8080), after.class(true, TCP, 8080));
     // Both families' classes of port 8080: all senders anew, one word each, all senders gone.
     let plan = diff(&before, &after);
-    let count = |wanted: fn(&crate::target::Step) -> bool| {
+    let count = |wanted: fn(&Step) -> bool| {
         plan.steps.iter().filter(|step| wanted(step)).count()
     };
-    use crate::target::Step;
     assert_eq!(count(|step| matches!(step, Step::SetPlaces(..))), 1);
     assert_eq!(count(|step| matches!(step, Step::AddSender(..))), 7);
     assert_eq!(count(|step| matches!(step, Step::RemoveSender(..))), 7);
