@@ -11,6 +11,7 @@ mod reject;
 mod reply;
 mod request;
 mod select;
+mod tunnel;
 
 use bytemuck::Pod;
 
@@ -54,6 +55,10 @@ enum Stop {
     Drop(DropReason),
     /// It is refused so that the client hears of it, and counted.
     Answer(DropReason),
+    /// It is larger than the way to its target carries, bytes; the client hears of it.
+    TooBig(u16),
+    /// It is to go through a tunnel: the listener, and the target.
+    Encapsulate(u32, Selected),
     /// Its target is a matter of what is remembered of its flow.
     Recall(Recall),
 }
@@ -91,6 +96,9 @@ fn forward_ip<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verd
     } else if step.action == Step::UNDECIDED {
         from_elsewhere::<I, F, T>(frame, tables, &mut step);
     }
+    if step.action == Step::ENCAPSULATE {
+        tunnel::encapsulate::<I, F, T>(frame, tables, &mut step);
+    }
     if step.action == Step::ANSWER {
         return reject::answer::<I, F, T>(frame, tables, &step);
     }
@@ -115,6 +123,8 @@ struct Step {
     recall: Recall,
     place: Place,
     selected: Selected,
+    /// [`DropReason::TooBig`]: how large a packet may be, bytes.
+    mtu: u32,
 }
 
 /// What is asked of the flow table.
@@ -130,6 +140,8 @@ struct Recall {
     listener: u32,
     /// Not 0 if the listener tracks every flow.
     is_tracked: u32,
+    /// See [`Selected::hash`].
+    hash: u32,
 }
 
 /// A flow's target.
@@ -139,6 +151,8 @@ struct Selected {
     index: u32,
     /// Not 0 for a flow that is new, as far as can be told.
     is_new: u32,
+    /// Half of the flow's hash, the one that does not choose the slot.
+    hash: u32,
 }
 
 impl Step {
@@ -150,6 +164,7 @@ impl Step {
     const ANSWER: u32 = 5;
     const RECALL: u32 = 6;
     const DELIVER: u32 = 7;
+    const ENCAPSULATE: u32 = 8;
 
     /// Nothing is known yet. The zero is hidden from the compiler: it would make one call of all
     /// the stores, to a function that clears 48 bytes one by one.
@@ -165,9 +180,11 @@ impl Step {
                 ring: zero,
                 listener: zero,
                 is_tracked: zero,
+                hash: zero,
             },
             place: Place { l3: zero as u16, l4: zero as u16, protocol: zero },
-            selected: Selected { index: zero, is_new: zero },
+            selected: Selected { index: zero, is_new: zero, hash: zero },
+            mtu: zero,
         }
     }
 
@@ -182,6 +199,17 @@ impl Step {
             Err(Stop::Answer(reason)) => {
                 self.place = place;
                 (Self::ANSWER, reason as u32)
+            }
+            Err(Stop::TooBig(mtu)) => {
+                self.place = place;
+                self.mtu = mtu as u32;
+                (Self::ANSWER, DropReason::TooBig as u32)
+            }
+            Err(Stop::Encapsulate(listener, selected)) => {
+                self.place = place;
+                self.recall.listener = listener;
+                self.selected = selected;
+                (Self::ENCAPSULATE, 0)
             }
             Err(Stop::Recall(recall)) => {
                 self.place = place;

@@ -44,7 +44,7 @@ pub fn deliver<I: Ip, F: Frame, T: Tables>(
     listener: u32,
     selected: Selected,
 ) -> Outcome {
-    let Selected { index, is_new } = selected;
+    let Selected { index, is_new, .. } = selected;
     let Some(target) = serving(tables, index) else {
         return Err(Stop::Answer(DropReason::TargetDown));
     };
@@ -54,11 +54,13 @@ pub fn deliver<I: Ip, F: Frame, T: Tables>(
         return Err(DropReason::NextHopUnresolved.into());
     }
     if packet.length > target.hop.mtu as usize {
-        return Err(DropReason::TooBig.into());
+        return Err(Stop::TooBig(target.hop.mtu));
     }
     if target.mode == Target::NAT {
         let (address, port) = (target.address, target.port);
         emit::translate(frame, packet, transport, End::Destination, address, port)?;
+    } else if target.is_tunnelled() {
+        return Err(Stop::Encapsulate(listener, selected));
     }
     let verdict = emit::send(frame, link, &target.hop)?;
     tables.count_request(listener, index, packet.length as u64, is_new);
