@@ -97,6 +97,7 @@ fn keep_what_is_fixed(new: &mut Agent, running: &Agent) {
         maglev_table_size,
         flow_table_size,
         api_socket,
+        tunnel_sources: _,
     } = new;
     keep("interfaces", interfaces, &running.interfaces);
     keep("xdp_mode", xdp_mode, &running.xdp_mode);

@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use super::model::{Agent, XdpMode};
+use super::model::{Agent, TunnelSources, XdpMode};
 use super::reader::{Table, Value, Wrong};
+use super::tunnel_sources;
 
 /// Where the API listens unless the file says otherwise.
 pub const DEFAULT_API_SOCKET: &str = "/run/lb/lb.sock";
@@ -19,6 +20,7 @@ impl Default for Agent {
             maglev_table_size: 16381,
             flow_table_size: 1_048_576,
             api_socket: PathBuf::from(DEFAULT_API_SOCKET),
+            tunnel_sources: TunnelSources::default(),
         }
     }
 }
@@ -51,6 +53,10 @@ pub(super) fn read(mut table: Table<'_>) -> Agent {
             .and_then(|value| value.integer(1024..=16_777_216))
             .unwrap_or(default.flow_table_size),
         api_socket: table.optional("api_socket").and_then(api_socket).unwrap_or(default.api_socket),
+        tunnel_sources: table
+            .optional("tunnel_sources")
+            .map(tunnel_sources::read)
+            .unwrap_or_default(),
     };
     table.not_supported_yet(&["metrics_listen"]);
     table.finish();
