@@ -55,10 +55,8 @@ enum Stop {
     Drop(DropReason),
     /// It is refused so that the client hears of it, and counted.
     Answer(DropReason),
-    /// It is larger than the way to its target carries, bytes; the client hears of it.
-    TooBig(u16),
-    /// It is to go through a tunnel: the listener, and the target.
-    Encapsulate(u32, Selected),
+    /// Its target is known, and a later stage does the rest.
+    HandOver(HandOver),
     /// Its target is a matter of what is remembered of its flow.
     Recall(Recall),
 }
@@ -123,8 +121,17 @@ struct Step {
     recall: Recall,
     place: Place,
     selected: Selected,
-    /// [`DropReason::TooBig`]: how large a packet may be, bytes.
-    mtu: u32,
+}
+
+/// What a later stage does with a packet whose target is known.
+struct HandOver {
+    /// [`Step::ENCAPSULATE`] or [`Step::ANSWER`].
+    action: u32,
+    /// See [`Step::argument`].
+    argument: u32,
+    /// Index of the listener.
+    listener: u32,
+    selected: Selected,
 }
 
 /// What is asked of the flow table.
@@ -184,7 +191,6 @@ impl Step {
             },
             place: Place { l3: zero as u16, l4: zero as u16, protocol: zero },
             selected: Selected { index: zero, is_new: zero, hash: zero },
-            mtu: zero,
         }
     }
 
@@ -200,16 +206,11 @@ impl Step {
                 self.place = place;
                 (Self::ANSWER, reason as u32)
             }
-            Err(Stop::TooBig(mtu)) => {
-                self.place = place;
-                self.mtu = mtu as u32;
-                (Self::ANSWER, DropReason::TooBig as u32)
-            }
-            Err(Stop::Encapsulate(listener, selected)) => {
+            Err(Stop::HandOver(HandOver { action, argument, listener, selected })) => {
                 self.place = place;
                 self.recall.listener = listener;
                 self.selected = selected;
-                (Self::ENCAPSULATE, 0)
+                (action, argument)
             }
             Err(Stop::Recall(recall)) => {
                 self.place = place;

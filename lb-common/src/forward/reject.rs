@@ -22,7 +22,7 @@ const HOPS: u8 = 64;
 #[inline(always)]
 pub fn answer<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &Step) -> Verdict {
     let refusal = if step.argument == DropReason::TooBig as u32 {
-        quote_back::<I, F>(frame, &step.place, step.mtu)
+        too_big::<I, F, T>(frame, tables, step)
     } else if step.place.protocol == TCP as u32 {
         reset::<I, F>(frame, &step.place)
     } else {
@@ -62,6 +62,13 @@ fn reset<I: Answer, F: Frame>(frame: &mut F, place: &Place) -> Refusal {
     }
     let written = write_reset(frame, &packet);
     finish(frame, &link, written)
+}
+
+/// Says how large a packet to the target may be.
+#[inline(never)]
+fn too_big<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &Step) -> Refusal {
+    let mtu = tables.target(step.selected.index).map_or(UNREACHABLE, |it| it.hop.mtu as u32);
+    quote_back::<I, F>(frame, &step.place, mtu)
 }
 
 /// Instead of an MTU: the port is unreachable.

@@ -6,7 +6,7 @@ use crate::verdict::DropReason;
 use super::ip::{End, Ip};
 use super::parse::{Link, Packet, Transport};
 use super::select::{forget_direct, select, serving};
-use super::{Found, Frame, Outcome, Selected, Stop, admit, emit};
+use super::{Found, Frame, HandOver, Outcome, Selected, Step, Stop, admit, emit};
 
 /// Admits the packet, chooses its target and sends it there.
 #[inline(always)]
@@ -54,13 +54,15 @@ pub fn deliver<I: Ip, F: Frame, T: Tables>(
         return Err(DropReason::NextHopUnresolved.into());
     }
     if packet.length > target.hop.mtu as usize {
-        return Err(Stop::TooBig(target.hop.mtu));
+        let (action, argument) = (Step::ANSWER, DropReason::TooBig as u32);
+        return Err(Stop::HandOver(HandOver { action, argument, listener, selected }));
     }
     if target.mode == Target::NAT {
         let (address, port) = (target.address, target.port);
         emit::translate(frame, packet, transport, End::Destination, address, port)?;
     } else if target.is_tunnelled() {
-        return Err(Stop::Encapsulate(listener, selected));
+        let (action, argument) = (Step::ENCAPSULATE, 0);
+        return Err(Stop::HandOver(HandOver { action, argument, listener, selected }));
     }
     let verdict = emit::send(frame, link, &target.hop)?;
     tables.count_request(listener, index, packet.length as u64, is_new);
