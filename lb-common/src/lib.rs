@@ -25,5 +25,6 @@ pub mod flow;
 pub mod forward;
 pub mod tables;
 pub mod target;
+pub mod tunnel;
 pub mod verdict;
 pub mod wire;

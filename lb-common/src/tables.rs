@@ -7,6 +7,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use crate::flow::{Flow, FlowKey, Keys, ReturnFlow};
+use crate::tunnel::Tunnel;
 use crate::wire::eth::Macs;
 use crate::wire::{Address, Be16};
 
@@ -171,6 +172,16 @@ pub struct NextHop {
     pub mtu: u16,
 }
 
+impl NextHop {
+    /// Both MAC addresses as they lie in memory. Words, or the compiler would call a function that
+    /// copies them byte by byte.
+    #[inline(always)]
+    pub fn mac_words(&self) -> [u32; 3] {
+        let [_, first, second, third, _]: &[u32; 5] = bytemuck::cast_ref(self);
+        [*first, *second, *third]
+    }
+}
+
 /// A registered target: a cache line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
 #[repr(C)]
@@ -183,10 +194,10 @@ pub struct Target {
     pub mode: u8,
     /// See [`Self::SERVES`].
     pub flags: u8,
-    /// How to get there.
+    /// How to get there. Its MTU is that of packets before encapsulation.
     pub hop: NextHop,
-    /// Zero.
-    pub zero: [u8; 24],
+    /// [`Self::DSR_IPIP`], [`Self::DSR_GUE`]: what the outer header is made of.
+    pub tunnel: Tunnel,
 }
 
 impl Target {
@@ -194,6 +205,10 @@ impl Target {
     pub const NAT: u8 = 1;
     /// Mode: rewrite the MAC addresses only.
     pub const DSR_L2: u8 = 2;
+    /// Mode: put one more IP header in front. This and the modes beyond are tunnels.
+    pub const DSR_IPIP: u8 = 4;
+    /// Mode: put an IP and a UDP header in front.
+    pub const DSR_GUE: u8 = 5;
     /// Flag: it takes packets of the flows it has: it is in the ring, draining, or unhealthy while
     /// connection termination is off.
     pub const SERVES: u8 = 1;

@@ -20,6 +20,7 @@ pub mod servers;
 pub mod site;
 pub mod target_world;
 pub mod topology;
+pub mod tunnels;
 
 use std::{
     thread,

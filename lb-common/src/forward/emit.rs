@@ -50,15 +50,17 @@ pub fn translate<I: Ip, F: Frame>(
 #[inline(always)]
 pub fn send<F: Frame>(frame: &mut F, link: &Link, hop: &NextHop) -> Result<Verdict, DropReason> {
     if link.tags == 0 && hop.vlan == 0 {
-        frame.write(0, hop.macs).ok_or(DropReason::Malformed)?;
+        frame.write(0, hop.mac_words()).ok_or(DropReason::Malformed)?;
     } else {
         retag(frame, link, hop)?;
     }
-    Ok(if hop.ifindex == frame.ingress() {
-        Verdict::Transmit
-    } else {
-        Verdict::Redirect(hop.ifindex)
-    })
+    Ok(leave(frame, hop))
+}
+
+/// Whether the packet goes out by the NIC it came in by, or which other.
+#[inline(always)]
+pub fn leave<F: Frame>(frame: &F, hop: &NextHop) -> Verdict {
+    if hop.ifindex == frame.ingress() { Verdict::Transmit } else { Verdict::Redirect(hop.ifindex) }
 }
 
 /// Replaces whatever tags the frame has by the next hop's: one or none.
@@ -70,11 +72,23 @@ fn retag<F: Frame>(frame: &mut F, link: &Link, hop: &NextHop) -> Result<(), Drop
     if missing != 0 {
         frame.grow_front(missing * TAG).ok_or(DropReason::NoHeadroom)?;
     }
-    frame.write(0, hop.macs).ok_or(DropReason::Malformed)?;
     if wanted == 0 {
+        frame.write(0, hop.mac_words()).ok_or(DropReason::Malformed)?;
         return frame.write(Link::ETHER_TYPE_AT, link.ether_type).ok_or(DropReason::Malformed);
     }
-    let tag = VlanTag { control: Be16::new(link.priority | hop.vlan), ether_type: link.ether_type };
-    frame.write(Link::ETHER_TYPE_AT, EtherType::VLAN).ok_or(DropReason::Malformed)?;
-    frame.write(Link::ETHER_TYPE_AT + size_of::<EtherType>(), tag).ok_or(DropReason::Malformed)
+    write_tagged(frame, hop, link.priority, link.ether_type).ok_or(DropReason::Malformed)
+}
+
+/// Writes Ethernet and the next hop's VLAN tag.
+#[inline(always)]
+pub fn write_tagged<F: Frame>(
+    frame: &mut F,
+    hop: &NextHop,
+    priority: u16,
+    ether_type: EtherType,
+) -> Option<()> {
+    frame.write(0, hop.mac_words())?;
+    frame.write(Link::ETHER_TYPE_AT, EtherType::VLAN)?;
+    let tag = VlanTag { control: Be16::new(priority | hop.vlan), ether_type };
+    frame.write(Link::ETHER_TYPE_AT + size_of::<EtherType>(), tag)
 }

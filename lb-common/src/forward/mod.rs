@@ -11,6 +11,7 @@ pub(crate) mod reject;
 mod reply;
 mod request;
 mod select;
+mod tunnel;
 
 use bytemuck::Pod;
 
@@ -54,6 +55,8 @@ enum Stop {
     Drop(DropReason),
     /// It is refused so that the client hears of it, and counted.
     Answer(DropReason),
+    /// Its target is known, and a later stage does the rest.
+    HandOver(HandOver),
     /// Its target is a matter of what is remembered of its flow.
     Recall(Recall),
 }
@@ -91,6 +94,9 @@ fn forward_ip<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verd
     } else if step.action == Step::UNDECIDED {
         from_elsewhere::<I, F, T>(frame, tables, &mut step);
     }
+    if step.action == Step::ENCAPSULATE {
+        tunnel::encapsulate::<I, F, T>(frame, tables, &mut step);
+    }
     if step.action == Step::ANSWER {
         return reject::answer::<I, F, T>(frame, tables, &step);
     }
@@ -125,6 +131,17 @@ struct Step {
     selected: Selected,
 }
 
+/// What a later stage does with a packet whose target is known.
+struct HandOver {
+    /// [`Step::ENCAPSULATE`] or [`Step::ANSWER`].
+    action: u32,
+    /// See [`Step::argument`].
+    argument: u32,
+    /// Index of the listener.
+    listener: u32,
+    selected: Selected,
+}
+
 /// What is asked of the flow table.
 #[derive(Clone, Copy)]
 struct Recall {
@@ -138,6 +155,8 @@ struct Recall {
     listener: u32,
     /// Not 0 if the listener tracks every flow.
     is_tracked: u32,
+    /// See [`Selected::hash`].
+    hash: u32,
 }
 
 /// A flow's target.
@@ -147,6 +166,8 @@ struct Selected {
     index: u32,
     /// Not 0 for a flow that is new, as far as can be told.
     is_new: u32,
+    /// Half of the flow's hash, the one that does not choose the slot.
+    hash: u32,
 }
 
 impl Step {
@@ -159,6 +180,7 @@ impl Step {
     const RECALL: u32 = 6;
     const DELIVER: u32 = 7;
     const DIRECT: u32 = 9;
+    const ENCAPSULATE: u32 = 8;
 
     /// Nothing is known yet. The zero is hidden from the compiler: it would make one call of all
     /// the stores, to a function that clears 48 bytes one by one.
@@ -174,9 +196,10 @@ impl Step {
                 ring: zero,
                 listener: zero,
                 is_tracked: zero,
+                hash: zero,
             },
             place: Place { l3: zero as u16, l4: zero as u16, protocol: zero },
-            selected: Selected { index: zero, is_new: zero },
+            selected: Selected { index: zero, is_new: zero, hash: zero },
         }
     }
 
@@ -191,6 +214,12 @@ impl Step {
             Err(Stop::Answer(reason)) => {
                 self.place = place;
                 (Self::ANSWER, reason as u32)
+            }
+            Err(Stop::HandOver(HandOver { action, argument, listener, selected })) => {
+                self.place = place;
+                self.recall.listener = listener;
+                self.selected = selected;
+                (action, argument)
             }
             Err(Stop::Recall(recall)) => {
                 self.place = place;

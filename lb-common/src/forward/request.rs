@@ -6,7 +6,7 @@ use crate::verdict::DropReason;
 use super::ip::{End, Ip};
 use super::parse::{Link, Packet, Transport};
 use super::select::{forget_direct, select, serving};
-use super::{Found, Frame, Outcome, Selected, Stop, admit, emit};
+use super::{Found, Frame, HandOver, Outcome, Selected, Step, Stop, admit, emit};
 
 /// Admits the packet, chooses its target and sends it there.
 #[inline(always)]
@@ -44,7 +44,7 @@ pub fn deliver<I: Ip, F: Frame, T: Tables>(
     listener: u32,
     selected: Selected,
 ) -> Outcome {
-    let Selected { index, is_new } = selected;
+    let Selected { index, is_new, .. } = selected;
     let Some(target) = serving(tables, index) else {
         return Err(Stop::Answer(DropReason::TargetDown));
     };
@@ -54,11 +54,15 @@ pub fn deliver<I: Ip, F: Frame, T: Tables>(
         return Err(DropReason::NextHopUnresolved.into());
     }
     if packet.length > target.hop.mtu as usize {
-        return Err(DropReason::TooBig.into());
+        let (action, argument) = (Step::ANSWER, DropReason::TooBig as u32);
+        return Err(Stop::HandOver(HandOver { action, argument, listener, selected }));
     }
     if target.mode == Target::NAT {
         let (address, port) = (target.address, target.port);
         emit::translate(frame, packet, transport, End::Destination, address, port)?;
+    } else if target.is_tunnelled() {
+        let (action, argument) = (Step::ENCAPSULATE, 0);
+        return Err(Stop::HandOver(HandOver { action, argument, listener, selected }));
     }
     let verdict = emit::send(frame, link, &target.hop)?;
     tables.count_request(listener, index, packet.length as u64, is_new);

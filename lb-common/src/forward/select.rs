@@ -32,10 +32,12 @@ pub fn select<I: Ip, T: Tables>(
     let slot = slot(tables, listener.index, chosen)?;
     let is_tracked = listener.has(Endpoint::TRACKED);
     if slot.is_settled() && !is_tracked {
-        return Ok(Selected { index: slot.current, is_new: transport.is_syn() as u32 });
+        let is_new = transport.is_syn() as u32;
+        return Ok(Selected { index: slot.current, is_new, hash: hash as u32 });
     }
     let (ring, listener) = (listener.index, listener.listener);
-    Err(Stop::Recall(Recall { slot, chosen, ring, listener, is_tracked: is_tracked as u32 }))
+    let (is_tracked, hash) = (is_tracked as u32, hash as u32);
+    Err(Stop::Recall(Recall { slot, chosen, ring, listener, is_tracked, hash }))
 }
 
 /// A client that talked to the target's own address talks to the listener now, from the same
@@ -111,7 +113,7 @@ fn remember<T: Tables>(
         let is_reopened = transport.is_syn() && flow.closing != 0;
         if !is_reopened && let Some(target) = serving(tables, flow.target) {
             refresh(tables, key, transport, recall, &flow, target, now);
-            return Ok(Selected { index: flow.target, is_new: 0 });
+            return Ok(Selected { index: flow.target, is_new: 0, hash: recall.hash });
         }
         // A pinned slot does not remember the new connection: its next packet must not find this.
         tables.forget(key);
@@ -136,7 +138,7 @@ fn remember<T: Tables>(
         tables.remember(key, &Flow { last_seen: now, target: index, closing: closing(transport) });
     }
     let is_new = (transport.is_syn() || key.protocol != TCP) as u32;
-    Ok(Selected { index, is_new })
+    Ok(Selected { index, is_new, hash: recall.hash })
 }
 
 /// Whether an unknown flow is taken to be older than the slot's change.

@@ -123,14 +123,12 @@ fn sources<'a>(
         return None;
     }
     // Every item is looked at before the first bad one makes the list worthless.
-    let sources: Vec<Option<Source<'_>>> = items.into_iter().map(|item| source(item, references)).collect();
+    let sources: Vec<Option<Source<'_>>> =
+        items.into_iter().map(|item| source(item, references)).collect();
     sources.into_iter().collect()
 }
 
-fn source<'a>(
-    value: Value<'a>,
-    references: &mut Vec<(Value<'a>, &'a str)>,
-) -> Option<Source<'a>> {
+fn source<'a>(value: Value<'a>, references: &mut Vec<(Value<'a>, &'a str)>) -> Option<Source<'a>> {
     let help = "write a network or an address, such as \"10.0.0.0/8\", \"2001:db8::/32\" or \
                 \"192.0.2.7\", or a security group, such as \"sg:web-lb\"";
     if let Some(name) = value.string(help)?.strip_prefix(GROUP_PREFIX) {

@@ -112,9 +112,7 @@ fn a_change_of_one_rule_leaves_other_classes_alone() {
     assert_ne!(before.class(true, TCP, 8080), after.class(true, TCP, 8080));
     // Both families' classes of port 8080: all senders anew, one word each, all senders gone.
     let plan = diff(&before, &after);
-    let count = |wanted: fn(&Step) -> bool| {
-        plan.steps.iter().filter(|step| wanted(step)).count()
-    };
+    let count = |wanted: fn(&Step) -> bool| plan.steps.iter().filter(|step| wanted(step)).count();
     assert_eq!(count(|step| matches!(step, Step::SetPlaces(..))), 1);
     assert_eq!(count(|step| matches!(step, Step::AddSender(..))), 7);
     assert_eq!(count(|step| matches!(step, Step::RemoveSender(..))), 7);
