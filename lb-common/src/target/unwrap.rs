@@ -1,24 +1,21 @@
 //! Taking the tunnel header off: IP in IP (RFC 2003, RFC 2473) and GUE variant 1
 //! (draft-ietf-intarea-gue section 4), an IP packet directly behind a UDP header.
 
-use network_types::ip::IpProto;
-
 use crate::flow::UDP;
 use crate::forward::Frame;
 use crate::forward::ip::{Ip, MAX_HEADERS, V4, V6};
 use crate::forward::parse::{Link, Packet};
 use crate::forward::reject::Front;
 use crate::tables::EndpointKey;
+use crate::tunnel::Tunnel;
 use crate::verdict::DropReason;
 use crate::wire::{Be16, EtherType, Udp};
 
 use super::tables::{SENDERS, Settings, TargetTables, space};
 use super::{Step, Version};
 
-/// IP protocol number of an IPv4 packet in IP.
-pub(super) const IPV4: u8 = IpProto::Ipv4 as u8;
-/// IP protocol number of an IPv6 packet in IP.
-pub(super) const IPV6: u8 = IpProto::Ipv6 as u8;
+const IPV4: u8 = Tunnel::IPV4;
+const IPV6: u8 = Tunnel::IPV6;
 
 /// Looks for a tunnel header that a load balancer put on the packet.
 ///

@@ -120,18 +120,6 @@ fn gue_port(value: Option<Value<'_>>, forwarding: Option<Forwarding>) -> u16 {
     port
 }
 
-fn gue_port(value: Option<Value<'_>>, forwarding: Option<Forwarding>) -> u16 {
-    let Some(value) = value else { return DEFAULT_GUE_PORT };
-    let port = value.port().unwrap_or(DEFAULT_GUE_PORT);
-    if port != DEFAULT_GUE_PORT && forwarding.is_some_and(|it| it != Forwarding::DsrGue) {
-        value.warning(
-            format!("`gue_port = {port}` has no effect"),
-            "leave `gue_port` out, or use forwarding = \"dsr_gue\"",
-        );
-    }
-    port
-}
-
 fn targets<'a>(value: Option<Value<'a>>, group_port: u16) -> Vec<(Value<'a>, Target)> {
     let help = "write a list of targets, such as [\"10.0.2.11\", \"10.0.2.12:8081\"]";
     let items = value.and_then(|value| value.items(help)).unwrap_or_default();

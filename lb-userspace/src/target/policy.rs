@@ -10,6 +10,7 @@ use lb_common::tables::EndpointKey;
 use lb_common::target::tables::{
     CLASSES, DENIED, FIRST_CLASS, OPEN, SENDERS, Settings, class_index, mac_key, space,
 };
+use lb_common::tunnel::Tunnel;
 use lb_common::wire::{Address, Be16};
 
 use crate::config::{
@@ -18,8 +19,6 @@ use crate::config::{
 
 use super::plan::{Sender, Tables};
 
-/// IP protocol numbers of IPv4 and IPv6 in IP (RFC 2003, RFC 2473).
-const IN_IP: [u8; 2] = [4, 41];
 /// Bits in front of an IPv4 address in its mapped form.
 const MAPPED_BITS: u8 = 96;
 
@@ -100,7 +99,7 @@ fn warn(policy: &mut Policy, open: &[String]) {
 fn tunnel_ends(group: &TargetGroup, address: IpAddr) -> Vec<EndpointKey> {
     let end = |port, protocol| EndpointKey::new(address.into(), Be16::new(port), protocol);
     match group.forwarding {
-        Forwarding::DsrIpip => IN_IP.map(|protocol| end(0, protocol)).to_vec(),
+        Forwarding::DsrIpip => vec![end(0, Tunnel::IPV4), end(0, Tunnel::IPV6)],
         Forwarding::DsrGue => vec![end(group.gue_port, UDP)],
         Forwarding::Nat | Forwarding::DsrL2 => Vec::new(),
     }
