@@ -7,7 +7,7 @@ use crate::verdict::{DropReason, Verdict};
 use crate::wire::checksum::Sum;
 use crate::wire::eth::Macs;
 use crate::wire::icmp::Icmp;
-use crate::wire::{Address, Be16, Be32, Ethernet, Ipv4, Ipv6, Tcp, Udp, VlanTag};
+use crate::wire::{Address, Be16, Be32, EtherType, Ethernet, Ipv4, Ipv6, Tcp, Udp, VlanTag};
 
 use super::ip::{Ip, V4, V6};
 use super::parse::{Link, Packet, Place, whole};
@@ -233,6 +233,17 @@ impl Front {
             inner = frame.read(Self::INNER_AT)?;
         }
         Some(Self { ethernet: frame.read(0)?, tags: link.tags, outer, inner })
+    }
+
+    /// The same in front of another packet.
+    #[inline(always)]
+    pub(crate) fn before(mut self, ether_type: EtherType) -> Self {
+        match self.tags {
+            0 => self.ethernet.ether_type = ether_type,
+            1 => self.outer.ether_type = ether_type,
+            _ => self.inner.ether_type = ether_type,
+        }
+        self
     }
 
     #[inline(always)]

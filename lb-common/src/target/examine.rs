@@ -13,12 +13,12 @@ use super::{Step, Version};
 
 /// Where a packet goes from here: it passes, it dies, or it is judged by its flow.
 #[inline(never)]
-pub fn examine<I: Version, F: Frame>(frame: &F, step: &mut Step) {
+pub fn examine<I: Version, F: Frame>(frame: &F, step: &mut Step) -> u32 {
     match look_at::<I, F>(frame, step) {
-        Ok(action) => step.action = action,
+        Ok(action) => action,
         Err(reason) => {
             step.argument = reason as u32;
-            step.action = Step::DROP;
+            Step::DROP
         }
     }
 }

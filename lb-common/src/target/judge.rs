@@ -8,18 +8,18 @@ use super::tables::{DENIED, OPEN, TargetTables, space};
 
 /// Rules first: most of what reaches a target is what it is there for.
 #[inline(never)]
-pub fn judge<T: TargetTables>(tables: &T, step: &mut Step) {
+pub fn judge<T: TargetTables>(tables: &T, step: &mut Step) -> u32 {
     let now = tables.now();
     if is_allowed(tables, step) {
         if step.flow.protocol != TCP {
             note_admitted(tables, step, now);
         }
-        step.action = Step::PASS;
+        Step::PASS
     } else if is_own(tables, step, now) {
-        step.action = Step::PASS;
+        Step::PASS
     } else {
         step.argument = DropReason::SecurityGroupDenied as u32;
-        step.action = Step::DROP;
+        Step::DROP
     }
 }
 

@@ -38,28 +38,29 @@ pub fn admit_target<F: Frame, T: TargetTables>(frame: &mut F, tables: &T) -> Ver
         return Verdict::Pass;
     }
     let mut step = Step::undecided();
+    let mut action = Step::UNDECIDED;
     if settings.flags & Settings::UNWRAPS != 0 {
-        match ether_type(frame) {
+        action = match ether_type(frame) {
             Some(EtherType::IPV4) => unwrap::find::<V4, F, T>(frame, tables, &mut step),
             Some(EtherType::IPV6) => unwrap::find::<V6, F, T>(frame, tables, &mut step),
-            _ => {}
-        }
-        if step.action == Step::UNWRAP {
-            unwrap::strip(frame, tables, &mut step);
+            _ => Step::UNDECIDED,
+        };
+        if action == Step::UNWRAP {
+            action = unwrap::strip(frame, tables, &mut step);
         }
     }
-    if step.action == Step::UNDECIDED && settings.flags & Settings::ENFORCES != 0 {
-        match ether_type(frame) {
+    if action == Step::UNDECIDED && settings.flags & Settings::ENFORCES != 0 {
+        action = match ether_type(frame) {
             Some(EtherType::IPV4) => examine::examine::<V4, F>(frame, &mut step),
             Some(EtherType::IPV6) => examine::examine::<V6, F>(frame, &mut step),
             // ARP, and what is no IP: rules say nothing about it.
-            _ => {}
-        }
-        if step.action == Step::JUDGE {
-            judge::judge(tables, &mut step);
+            _ => Step::PASS,
+        };
+        if action == Step::JUDGE {
+            action = judge::judge(tables, &mut step);
         }
     }
-    if step.action == Step::DROP {
+    if action == Step::DROP {
         tables.count_drop(step.argument);
         return Verdict::Drop;
     }
@@ -72,10 +73,10 @@ fn ether_type<F: Frame>(frame: &F) -> Option<EtherType> {
 }
 
 /// What one stage leaves to the next, in memory: plain numbers that are always written, see
-/// [`forward`](crate::forward).
+/// [`forward`](crate::forward). What is to be done next is what a stage returns: from a function
+/// that returns nothing the verifier may see a pointer come back, which it refuses.
 #[derive(Clone, Copy)]
 struct Step {
-    action: u32,
     /// [`Self::DROP`]: the number of a [`DropReason`](crate::verdict::DropReason).
     argument: u32,
     /// By what the sender is known beside the packet's source, see [`tables::space`].
@@ -104,7 +105,6 @@ impl Step {
     fn undecided() -> Self {
         let zero = core::hint::black_box(0_u64);
         Self {
-            action: zero as u32,
             argument: zero as u32,
             via: Address::from_words([zero, zero]),
             space: zero as u32,

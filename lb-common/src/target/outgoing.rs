@@ -18,19 +18,18 @@ pub fn record<F: Frame, T: TargetTables>(frame: &F, tables: &T) {
         return;
     }
     let mut sent = Sent::nothing();
-    match ether_type(frame) {
+    let kind = match ether_type(frame) {
         Some(EtherType::IPV4) => look_at::<V4, F>(frame, &mut sent),
         Some(EtherType::IPV6) => look_at::<V6, F>(frame, &mut sent),
-        _ => return,
-    }
-    if sent.kind != Sent::NOTHING {
-        note(tables, &sent);
+        _ => Sent::NOTHING,
+    };
+    if kind != Sent::NOTHING {
+        note(tables, &sent, kind);
     }
 }
 
 /// What a packet says of its flow.
 struct Sent {
-    kind: u32,
     /// Not 0 if it ends the flow.
     closing: u32,
     /// The flow of the answers.
@@ -53,20 +52,16 @@ impl Sent {
         let nowhere = Address::from_words([zero, zero]);
         let port = Be16::from_raw(zero as u16);
         let ports = Ports { source: port, destination: port };
-        Self {
-            kind: zero as u32,
-            closing: zero as u32,
-            answers: answer_to(nowhere, nowhere, ports, zero as u8),
-        }
+        Self { closing: zero as u32, answers: answer_to(nowhere, nowhere, ports, zero as u8) }
     }
 }
 
 #[inline(never)]
-fn look_at<I: Version, F: Frame>(frame: &F, sent: &mut Sent) {
-    let Some(link) = Link::parse(frame) else { return };
-    let Some(packet) = Packet::<I>::parse(frame, &link) else { return };
+fn look_at<I: Version, F: Frame>(frame: &F, sent: &mut Sent) -> u32 {
+    let Some(link) = Link::parse(frame) else { return Sent::NOTHING };
+    let Some(packet) = Packet::<I>::parse(frame, &link) else { return Sent::NOTHING };
     if I::fragment_offset(packet.fragment) != 0 {
-        return;
+        return Sent::NOTHING;
     }
     let mut ports = Ports { source: Be16::from_raw(0), destination: Be16::from_raw(0) };
     let kind = match (&packet.transport, packet.protocol) {
@@ -79,11 +74,11 @@ fn look_at<I: Version, F: Frame>(frame: &F, sent: &mut Sent) {
             ports = transport.ports;
             Sent::MAY_OPEN
         }
-        (None, TCP | UDP) => return,
+        (None, TCP | UDP) => return Sent::NOTHING,
         (None, protocol) if protocol == I::ICMP => {
-            let Some(icmp) = frame.read::<Icmp>(packet.l4) else { return };
+            let Some(icmp) = frame.read::<Icmp>(packet.l4) else { return Sent::NOTHING };
             if icmp.kind != I::ECHO_REQUEST {
-                return;
+                return Sent::NOTHING;
             }
             let number = identifier(&icmp);
             ports = Ports { source: number, destination: number };
@@ -92,25 +87,25 @@ fn look_at<I: Version, F: Frame>(frame: &F, sent: &mut Sent) {
         (None, _) => Sent::MAY_OPEN,
     };
     sent.answers = answer_to(packet.source, packet.destination, ports, packet.protocol);
-    sent.kind = kind;
+    kind
 }
 
 #[inline(never)]
-fn note<T: TargetTables>(tables: &T, sent: &Sent) {
+fn note<T: TargetTables>(tables: &T, sent: &Sent, kind: u32) -> u32 {
     let now = tables.now();
     let known = tables.own_flow(&sent.answers);
     let known = known.filter(|flow| flow.is_alive(now, sent.answers.protocol));
     if let Some(mut flow) = known
-        && sent.kind != Sent::OPENS
+        && kind != Sent::OPENS
     {
         if sent.closing > flow.closing || now.wrapping_sub(flow.last_seen) > REFRESH {
             flow.last_seen = now;
             flow.closing |= sent.closing;
             tables.remember_own(&sent.answers, &flow);
         }
-        return;
+        return kind;
     }
-    let opens = match sent.kind {
+    let opens = match kind {
         Sent::OPENS => true,
         Sent::MAY_OPEN => !answers_a_request(tables, sent, now),
         _ => false,
@@ -118,6 +113,7 @@ fn note<T: TargetTables>(tables: &T, sent: &Sent) {
     if opens {
         tables.remember_own(&sent.answers, &OwnFlow::new(now));
     }
+    kind
 }
 
 #[inline(always)]

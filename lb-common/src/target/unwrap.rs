@@ -21,21 +21,21 @@ const IPV6: u8 = Tunnel::IPV6;
 ///
 /// Other tunnels are packets like any other: nothing is decided here.
 #[inline(never)]
-pub fn find<I: Version, F: Frame, T: TargetTables>(frame: &F, tables: &T, step: &mut Step) {
-    let Some(link) = Link::parse(frame) else { return };
-    let Some(packet) = Packet::<I>::parse(frame, &link) else { return };
+pub fn find<I: Version, F: Frame, T: TargetTables>(frame: &F, tables: &T, step: &mut Step) -> u32 {
+    let Some(link) = Link::parse(frame) else { return Step::UNDECIDED };
+    let Some(packet) = Packet::<I>::parse(frame, &link) else { return Step::UNDECIDED };
     let flags = tables.settings().flags;
     let port = match (packet.protocol, &packet.transport) {
         (IPV4 | IPV6, _) if flags & Settings::UNWRAPS_IPIP != 0 => Be16::new(0),
         (UDP, Some(transport)) if flags & Settings::UNWRAPS_GUE != 0 => transport.ports.destination,
-        _ => return,
+        _ => return Step::UNDECIDED,
     };
     if !tables.is_tunnel_end(&EndpointKey::new(packet.destination, port, packet.protocol)) {
-        return;
+        return Step::UNDECIDED;
     }
     let space = if I::IS_V4 { space::TUNNEL_V4 } else { space::TUNNEL_V6 };
     if !tables.admits(SENDERS as u32 | space, packet.source) {
-        return;
+        return Step::UNDECIDED;
     }
     step.via = packet.source;
     step.space = space;
@@ -43,13 +43,13 @@ pub fn find<I: Version, F: Frame, T: TargetTables>(frame: &F, tables: &T, step: 
         Ok(Some(inner)) => {
             step.stripped = inner.at - link.l3 as u16;
             step.inner = inner.ether_type;
-            step.action = Step::UNWRAP;
+            Step::UNWRAP
         }
         // GUE, but another variant: a control message, or one with a header of its own.
-        Ok(None) => {}
+        Ok(None) => Step::UNDECIDED,
         Err(reason) => {
             step.argument = reason as u32;
-            step.action = Step::DROP;
+            Step::DROP
         }
     }
 }
@@ -81,9 +81,10 @@ fn inside<I: Ip, F: Frame>(frame: &F, outer: &Packet<I>) -> Result<Option<Inner>
     if end > frame.len() || at > MAX_HEADERS as usize {
         return Err(DropReason::Malformed);
     }
-    // IP's version is in the same bits as GUE's variant, of which 1 has the upper two bits 01.
-    let first: u8 = frame.read(at).ok_or(DropReason::Malformed)?;
-    let (length, ether_type) = match (first >> 4, wanted) {
+    // IP's version is in the same bits as GUE's variant, of which 1 has the upper two bits 01. Two
+    // bytes, because the verifier does not follow the compiler's check for one.
+    let first: Be16 = frame.read(at).ok_or(DropReason::Malformed)?;
+    let (length, ether_type) = match ((first.get() >> 12) as u8, wanted) {
         (4, IPV4 | 0) => (length::<V4, F>(frame, at), EtherType::IPV4),
         (6, IPV6 | 0) => (length::<V6, F>(frame, at), EtherType::IPV6),
         (version, 0) if version >> 2 != 1 => return Ok(None),
@@ -103,17 +104,17 @@ fn length<I: Ip, F: Frame>(frame: &F, at: usize) -> Option<usize> {
 
 /// Moves Ethernet header and tags up to the inner packet.
 #[inline(never)]
-pub fn strip<F: Frame, T: TargetTables>(frame: &mut F, tables: &T, step: &mut Step) {
-    let reason = match try_strip(frame, step) {
+pub fn strip<F: Frame, T: TargetTables>(frame: &mut F, tables: &T, step: &mut Step) -> u32 {
+    match try_strip(frame, step) {
         Ok(bytes) => {
             tables.count_unwrapped(bytes as u64);
-            step.action = Step::UNDECIDED;
-            return;
+            Step::UNDECIDED
         }
-        Err(reason) => reason,
-    };
-    step.argument = reason as u32;
-    step.action = Step::DROP;
+        Err(reason) => {
+            step.argument = reason as u32;
+            Step::DROP
+        }
+    }
 }
 
 /// The inner packet's length, bytes, with what follows it in the frame.
@@ -121,10 +122,9 @@ pub fn strip<F: Frame, T: TargetTables>(frame: &mut F, tables: &T, step: &mut St
 fn try_strip<F: Frame>(frame: &mut F, step: &Step) -> Result<usize, DropReason> {
     let link = Link::parse(frame).ok_or(DropReason::Malformed)?;
     let front = Front::read(frame, &link).ok_or(DropReason::Malformed)?;
+    let front = front.before(step.inner);
     let by = (step.stripped & MAX_HEADERS) as i32;
     frame.grow_front(-by).ok_or(DropReason::NoHeadroom)?;
     front.write(frame).ok_or(DropReason::Malformed)?;
-    let ether_type_at = link.l3 - size_of::<EtherType>();
-    frame.write(ether_type_at, step.inner).ok_or(DropReason::Malformed)?;
     Ok(frame.len() - link.l3)
 }
