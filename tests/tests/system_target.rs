@@ -286,7 +286,7 @@ fn tunnels_from_the_load_balancer_are_unwrapped() {
                     &SocketAddr::new(listener, 7).to_string(),
                 )
             };
-            let mut answered = |frame: &[u8]| {
+            let answered = |frame: &[u8]| {
                 wire.send(frame).unwrap();
                 let mut answer = [0; 64];
                 let answer = socket
