@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use aya::programs::{SchedClassifier, TcAttachType};
 use lb_tests::{
     agent::{Agent, Home},
     clients,
@@ -67,14 +68,22 @@ fn denied(agent: &Agent) -> u64 {
     agent.status().unwrap()["drops"][DENIED].as_u64().unwrap_or(0)
 }
 
-/// What `ip ARGUMENTS` and `tc qdisc` say that an agent could have changed.
+/// What `ip` and `tc` say that an agent could have changed, and programs on the way out.
 fn machine(namespace: &Namespace) -> String {
     let said = |program: &str, arguments: &[&str]| {
         let output = namespace.command(program).args(arguments).output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
         text.split(' ').filter(|word| !word.starts_with("xdp/id:")).collect::<Vec<_>>().join(" ")
     };
-    said("ip", &["address"]) + &said("tc", &["qdisc", "show"]) + &said("tc", &["filter", "show"])
+    let attached = namespace
+        .run(|| SchedClassifier::query_tcx("eth0", TcAttachType::Egress).map(|(_, all)| all.len()));
+    [
+        said("ip", &["address"]),
+        said("ip", &["link"]),
+        said("tc", &["qdisc", "show"]),
+        format!("{} programs on the way out", attached.unwrap()),
+    ]
+    .join("\n")
 }
 
 #[test]
@@ -118,6 +127,52 @@ fn nat_clients_come_in_through_the_load_balancer_only() {
     // Through the balancer the same client is still served.
     for web in site.web() {
         site.client(|| clients::http_get(None, web, "/").unwrap());
+    }
+}
+
+#[test]
+fn tunnelled_clients_come_in_through_the_load_balancer_only() {
+    for forwarding in ["dsr_ipip", "dsr_gue"] {
+        let picture = Picture::Dsr;
+        let site = Site::start_with(picture, 2, |config| {
+            config.group = format!("forwarding = \"{forwarding}\"\n");
+            guarded(config, picture);
+            let members = "members = [\"172.16.0.0/16\", \"100::/64\", ";
+            config.tables = config.tables.replacen("members = [", members, 1);
+        })
+        .unwrap();
+        let guards: Vec<Agent> = site
+            .topology
+            .targets
+            .iter()
+            .map(|target| start_target(target, &site.config.to_string()))
+            .collect();
+        site.wait_for_web(0, "healthy").unwrap();
+        site.wait_for_web(1, "healthy").unwrap();
+        for web in site.web() {
+            let get = || site.client(|| clients::http_get(None, web, "/").is_ok());
+            wait_until("an answer through the load balancer", PATIENCE, get).unwrap();
+            for _ in 0..8 {
+                let answer = site.client(|| clients::http_get(None, web, "/client").unwrap());
+                assert!(answer.text().contains(&client_host().like(web.ip()).to_string()));
+            }
+        }
+        assert_eq!(guards.iter().map(denied).sum::<u64>(), 0, "{forwarding}");
+        let unwrapped = |agent: &Agent| {
+            agent.status().unwrap()["own_target"]["unwrapped_packets"].as_u64().unwrap()
+        };
+        assert!(guards.iter().map(unwrapped).sum::<u64>() > 0, "{forwarding}");
+
+        for target in target_host(0).both() {
+            let before = denied(&guards[0]);
+            let web = SocketAddr::new(target, target_port(picture, 80));
+            site.client(|| clients::connect(None, web).unwrap_err());
+            assert!(denied(&guards[0]) > before, "{forwarding}");
+        }
+        for web in site.web() {
+            site.client(|| clients::http_get(None, web, "/").unwrap());
+        }
+        site.wait_for_web(0, "healthy").unwrap();
     }
 }
 
