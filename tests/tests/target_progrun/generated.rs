@@ -123,7 +123,7 @@ fn tunnelled(rng: &mut StdRng, is_v4: bool, inner: &Packet) -> Vec<u8> {
     let destination = if rng.random_bool(0.8) { hosts[0] } else { hosts.choose(rng).unwrap() };
     if rng.random() {
         let mut frame = ipip(source, destination, inner);
-        if is_v4 && rng.random_bool(0.1) && inner.vlans.is_empty() {
+        if is_v4 && rng.random_bool(0.3) && inner.vlans.is_empty() {
             frame[20] = 0x20;
         }
         return frame;
