@@ -18,10 +18,11 @@ use lb_common::{
     tables::{Endpoint, Interface, OPEN, Slot, Target},
 };
 use lb_tests::{
-    packets::{Packet, verify_checksums},
+    packets::Packet,
     programs::{Floor, Varying, Wrapper, pin_to_cpu},
     progrun::Network,
     scene::{Scene, Way},
+    tunnels::verify_checksums,
 };
 use lb_userspace::{
     dataplane::{Dataplane, LoadOptions},
@@ -142,6 +143,10 @@ fn tables() -> Desired {
         (TCP, "10.0.10.100:82", Target::NAT, 1, 0, LOOPBACK),
         (TCP, "10.0.10.100:83", Target::NAT, OPEN, Endpoint::TRACKED, LOOPBACK),
         (TCP, "10.0.10.100:84", Target::NAT, OPEN, 0, 11),
+        (TCP, "10.0.10.100:85", Target::DSR_IPIP, OPEN, 0, LOOPBACK),
+        (TCP, "[fd00:10::100]:85", Target::DSR_IPIP, OPEN, 0, LOOPBACK),
+        (TCP, "10.0.10.100:86", Target::DSR_GUE, OPEN, 0, LOOPBACK),
+        (TCP, "[fd00:10::100]:86", Target::DSR_GUE, OPEN, 0, LOOPBACK),
     ]) {
         let first = listener * TARGETS;
         let slots = add_targets(&mut scene, first, mode, at.starts_with('['), device);
@@ -214,6 +219,18 @@ fn rows() -> Vec<Row> {
     rows.extend(ours("nat, request, TCP, IPv6", &to6("[fd00:10::100]:80"), &[one, some, many]));
     rows.extend(ours("dsr_l2, request, TCP, IPv4", &to("10.0.10.100:81"), &[one, some, many]));
     rows.extend(ours("dsr_l2, request, TCP, IPv6", &to6("[fd00:10::100]:81"), &[one, some, many]));
+    for (name, at) in [
+        ("dsr_ipip, request, TCP, IPv4 in IPv4", "10.0.10.100:85"),
+        ("dsr_gue, request, TCP, IPv4 in IPv4", "10.0.10.100:86"),
+    ] {
+        rows.extend(ours(name, &to(at), &[one, some, many]));
+    }
+    for (name, at) in [
+        ("dsr_ipip, request, TCP, IPv6 in IPv6", "[fd00:10::100]:85"),
+        ("dsr_gue, request, TCP, IPv6 in IPv6", "[fd00:10::100]:86"),
+    ] {
+        rows.extend(ours(name, &to6(at), &[one, some, many]));
+    }
     rows.extend(replies.into_iter().map(|row| Row { varying: Varying::Destination, ..row }));
     rows.extend(redirected.into_iter().map(|row| Row { verdict: XDP_REDIRECT, ..row }));
     let group = to("10.0.10.100:82");
