@@ -19,7 +19,7 @@ use anyhow::{Context as _, Result, ensure};
 use etherparse::{IpNumber, NetSlice, SlicedPacket, TransportSlice};
 use nix::libc;
 
-use crate::{frames::PacketSocket, netns::Namespace, scene::GUE_PORT};
+use crate::{frames::PacketSocket, netns::Namespace, packets, scene::GUE_PORT};
 
 const INTERFACE: &str = "tun0";
 /// How long it takes at most to notice that it is to end.
@@ -139,6 +139,20 @@ fn tunnelled(frame: &[u8]) -> Option<Tunnelled> {
     }
     let is_ip = [IpNumber(4), IpNumber(41)].contains(&payload.ip_number);
     is_ip.then(|| Tunnelled { source, port: None, inner: payload.payload.to_vec(), fault })
+}
+
+/// Checks the checksums of a frame; if it came through a tunnel, those of what is inside, and of the
+/// outer IP header.
+///
+/// # Errors
+///
+/// If one is wrong or missing, or the frame cannot be parsed.
+pub fn verify_checksums(frame: &[u8]) -> Result<()> {
+    let Some(tunnelled) = tunnelled(frame) else { return packets::verify_checksums(frame) };
+    ensure!(tunnelled.fault.is_none(), "{:?}", tunnelled.fault);
+    let is_v6 = tunnelled.inner.first().is_some_and(|byte| byte >> 4 == 6);
+    let ether_type: [u8; 2] = if is_v6 { [0x86, 0xdd] } else { [0x08, 0x00] };
+    packets::verify_checksums(&[&[0; 12][..], &ether_type, &tunnelled.inner].concat())
 }
 
 /// Makes the device, in the namespace of the calling thread.
