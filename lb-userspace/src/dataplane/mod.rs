@@ -81,6 +81,14 @@ impl Dataplane {
     /// # Errors
     /// Missing privileges or memory, a kernel too old, and what the verifier says.
     pub fn load(options: &LoadOptions) -> anyhow::Result<Self> {
+        Self::load_object(OBJECT, options)
+    }
+
+    /// Loads another build of [`OBJECT`], to compare the two. Its maps must be the same.
+    ///
+    /// # Errors
+    /// As [`Self::load`]; or if it is no such object.
+    pub fn load_object(object: &[u8], options: &LoadOptions) -> anyhow::Result<Self> {
         let keys = HashKeys::from_seed(options.hash_seed);
         let log_level: u8 = if options.log { u8::MAX } else { 0 };
         let slots = MAX_RINGS * options.ring_size;
@@ -91,7 +99,7 @@ impl Dataplane {
             .override_global("HASH_KEYS", &keys.words()[..], true)
             .override_global("RING_SIZE", &options.ring_size, true)
             .override_global("AYA_LOG_LEVEL", &log_level, true)
-            .load(OBJECT)
+            .load(object)
             .context("load the maps into the kernel")?;
         program(&mut ebpf)?.load().context("load the XDP program into the kernel")?;
         Ok(Self {
