@@ -172,23 +172,13 @@ pub struct NextHop {
     pub mtu: u16,
 }
 
-impl NextHop {
-    /// Both MAC addresses as they lie in memory. Words, or the compiler would call a function that
-    /// copies them byte by byte.
-    #[inline(always)]
-    pub fn mac_words(&self) -> [u32; 3] {
-        let [_, first, second, third, _]: &[u32; 5] = bytemuck::cast_ref(self);
-        [*first, *second, *third]
-    }
-}
-
 /// A registered target: a cache line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
 #[repr(C)]
 pub struct Target {
     /// Its address.
     pub address: Address,
-    /// Its port.
+    /// Its port; [`Self::DSR_GUE`]: the UDP port that its tunnel ends at.
     pub port: Be16,
     /// How packets reach it: one of the modes.
     pub mode: u8,
@@ -198,6 +188,9 @@ pub struct Target {
     pub hop: NextHop,
     /// [`Self::DSR_IPIP`], [`Self::DSR_GUE`]: what the outer header is made of.
     pub tunnel: Tunnel,
+    /// 1 once some client talked to it directly, through us. The kernel's word, which the agent
+    /// clears with the rest but never overwrites.
+    pub is_direct: u64,
 }
 
 impl Target {
@@ -363,7 +356,7 @@ pub trait Tables {
     fn remember_return(&self, key: &FlowKey, flow: &ReturnFlow);
 
     /// Whether some client talks to this target's own address through us.
-    fn has_direct_flows(&self, target: u32) -> bool;
+    fn has_direct_flows(&self, index: u32, target: &Target) -> bool;
     /// Notes a client that talks to a target's own address through us. The key is the reply's.
     fn note_direct_flow(&self, target: u32, key: &FlowKey);
     /// Whether a reply is of such a client.

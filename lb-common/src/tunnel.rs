@@ -4,10 +4,13 @@
 //! IPv6: RFC 2473). `dsr_gue` puts a UDP header between the two: variant 1 of Generic UDP
 //! Encapsulation (draft-ietf-intarea-gue section 4), which has no header of its own.
 
+#[cfg(any(test, feature = "std"))]
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
 use bytemuck::{Pod, Zeroable};
 
 use crate::tables::Target;
-use crate::wire::{Address, Be16, Ipv4, Ipv6, Udp};
+use crate::wire::{Address, Ipv4, Ipv6, Udp};
 
 /// What an outer header has that is the same for every packet to a target, computed beforehand.
 ///
@@ -16,14 +19,8 @@ use crate::wire::{Address, Be16, Ipv4, Ipv6, Udp};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
 #[repr(C)]
 pub struct Tunnel {
-    /// The source; the bits that vary with the flow are 0. Of the target's address' family.
-    pub source: Address,
-    /// The bits of the source's last four bytes that vary with the flow, as they lie in memory.
-    pub varying: u32,
-    /// Sum of what is constant in an outer IPv4 header, folded: a checksum not yet inverted.
-    pub sum: Be16,
-    /// Destination port of UDP; 0 without UDP.
-    pub port: Be16,
+    /// See [`Self::v4`] and [`Self::v6`]; of the target's address' family.
+    words: [u32; 4],
 }
 
 impl Tunnel {
@@ -43,10 +40,19 @@ impl Tunnel {
         ip + if has_udp { size_of::<Udp>() } else { 0 }
     }
 
-    /// The source's last four bytes for a flow, as they lie in memory.
+    /// Over IPv4: the source without the bits that vary with the flow, those bits, and the sum of
+    /// what is constant in the header; all as they lie in memory.
     #[inline(always)]
-    pub fn flow_bits(&self, hash: u32) -> u32 {
-        hash & self.varying
+    pub fn v4(&self) -> (u32, u32, u32) {
+        let [fixed, varying, sum, _] = self.words;
+        (fixed, varying, sum)
+    }
+
+    /// Over IPv6: the quarters of the source as they lie in memory. If the last one is 0, it varies
+    /// with the flow.
+    #[inline(always)]
+    pub fn v6(&self) -> [u32; 4] {
+        self.words
     }
 }
 
@@ -60,28 +66,38 @@ impl Target {
 
 #[cfg(any(test, feature = "std"))]
 impl Target {
-    /// The same target at the end of a tunnel.
+    /// The same target at the end of a tunnel over IPv4.
     ///
-    /// `source` is a prefix of the target's family, `bits` its length counted in 128 bits (an IPv4
-    /// prefix's is 96 longer). At most the last 32 bits of a source vary. `port` counts with
+    /// `source` is a network's address, `bits` its length, at most 32. `port` counts with
     /// [`Self::DSR_GUE`] only. The way's MTU becomes that of packets before encapsulation.
-    pub fn through_tunnel(mut self, source: Address, bits: u8, port: u16) -> Self {
+    pub fn through_v4(self, source: Ipv4Addr, bits: u8, port: u16) -> Self {
+        use crate::wire::Be16;
         use crate::wire::checksum::Sum;
 
-        let has_udp = self.mode == Self::DSR_GUE;
-        let host_bits = 128_u32.saturating_sub(bits.into()).min(32);
-        let varying = 1_u64.wrapping_shl(host_bits).wrapping_sub(1) as u32;
-        let mut sum = Sum::default()
+        let varying = u32::MAX.checked_shr(bits.into()).unwrap_or(0).to_be();
+        let fixed = source.to_bits().to_be();
+        let sum = Sum::default()
             .add16(Be16::new(0x4500))
             .add16(Be16::new(Ipv4::DONT_FRAGMENT))
-            .add16(Be16::new(u16::from(Tunnel::HOPS) << 8));
-        sum = sum.add32(source.low32().raw()).add32(self.address.low32().raw());
-        self.tunnel = Tunnel {
-            source,
-            varying: varying.to_be(),
-            sum: Be16::from_raw(!sum.checksum().raw()),
-            port: Be16::new(if has_udp { port } else { 0 }),
-        };
+            .add16(Be16::new(u16::from(Tunnel::HOPS) << 8))
+            .add32(fixed)
+            .add32(self.address.low32().raw());
+        let sum = u32::from(!sum.checksum().raw());
+        self.with_tunnel(Tunnel { words: [fixed, varying, sum, 0] }, port)
+    }
+
+    /// The same over IPv6. The last 32 bits of the source vary if they are 0.
+    pub fn through_v6(self, source: Ipv6Addr, port: u16) -> Self {
+        let words = Address::from(IpAddr::from(source)).quarters();
+        self.with_tunnel(Tunnel { words }, port)
+    }
+
+    fn with_tunnel(mut self, tunnel: Tunnel, port: u16) -> Self {
+        let has_udp = self.mode == Self::DSR_GUE;
+        self.tunnel = tunnel;
+        if has_udp {
+            self.port = crate::wire::Be16::new(port);
+        }
         let overhead = Tunnel::overhead(self.address, has_udp) as u16;
         self.hop.mtu = self.hop.mtu.saturating_sub(overhead);
         self

@@ -25,12 +25,9 @@ use crate::progrun::device_mac;
 pub const OPTIONS: LoadOptions =
     LoadOptions { hash_seed: 0x5eed, ring_size: 61, flow_table_size: 1 << 16, log: false };
 
-/// Sources of tunnels by the target's family, and how many of 128 bits do not vary: 172.16.0.0/16
-/// and 100::/64.
-const TUNNEL_SOURCES: [(IpAddr, u8); 2] = [
-    (IpAddr::V4(Ipv4Addr::new(172, 16, 0, 0)), 96 + 16),
-    (IpAddr::V6(Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 0)), 64),
-];
+/// Sources of tunnels: 172.16.0.0/16 and 100::/64.
+const TUNNEL_SOURCES: (Ipv4Addr, Ipv6Addr) =
+    (Ipv4Addr::new(172, 16, 0, 0), Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 0));
 /// UDP port of tunnels.
 pub const GUE_PORT: u16 = 6080;
 
@@ -88,7 +85,7 @@ impl Scene {
     /// A target that takes traffic; returns its number.
     pub fn target(&mut self, number: u32, mode: u8, at: &str, way: Way) -> u32 {
         let at: SocketAddr = at.parse().expect("an address and a port");
-        let macs = Macs { destination: target_mac(number), source: device_mac(way.device) };
+        let macs = Macs::new(target_mac(number), device_mac(way.device));
         let target = Target {
             address: at.ip().into(),
             port: Be16::new(at.port()),
@@ -97,11 +94,10 @@ impl Scene {
             hop: NextHop { ifindex: way.device, macs, vlan: way.vlan, mtu: way.mtu },
             ..Target::default()
         };
-        let (source, bits): (IpAddr, u8) = TUNNEL_SOURCES[usize::from(at.is_ipv6())];
-        let target = if target.is_tunnelled() {
-            target.through_tunnel(source.into(), bits, GUE_PORT)
-        } else {
-            target
+        let target = match at {
+            _ if !target.is_tunnelled() => target,
+            SocketAddr::V4(_) => target.through_v4(TUNNEL_SOURCES.0, 16, GUE_PORT),
+            SocketAddr::V6(_) => target.through_v6(TUNNEL_SOURCES.1, GUE_PORT),
         };
         self.desired.targets.insert(number, target);
         number

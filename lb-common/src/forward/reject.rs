@@ -24,8 +24,9 @@ pub(super) fn answer<I: Answer, F: Frame, T: Tables>(
     frame: &mut F,
     tables: &T,
     step: &Step,
+    reason: u32,
 ) -> Verdict {
-    let refusal = if step.argument == DropReason::TooBig as u32 {
+    let refusal = if reason == DropReason::TooBig as u32 {
         too_big::<I, F, T>(frame, tables, step)
     } else if step.place.protocol == TCP as u32 {
         reset::<I, F>(frame, &step.place)
@@ -34,10 +35,10 @@ pub(super) fn answer<I: Answer, F: Frame, T: Tables>(
     };
     match refusal {
         Refusal::Written => {
-            tables.count_drop(step.argument);
+            tables.count_drop(reason);
             return Verdict::Transmit;
         }
-        Refusal::None => tables.count_drop(step.argument),
+        Refusal::None => tables.count_drop(reason),
         Refusal::NoRoom => tables.count_drop(DropReason::NoHeadroom as u32),
     }
     Verdict::Drop
@@ -59,13 +60,13 @@ enum Refusal {
 /// again: so the hot path need not keep them in memory for it.
 #[inline(never)]
 fn reset<I: Answer, F: Frame>(frame: &mut F, place: &Place) -> Refusal {
-    let Some(link) = Link::parse(whole(frame)) else { return Refusal::None };
+    let Some(ethernet) = whole(frame).read::<Ethernet>(0) else { return Refusal::None };
     let Some(packet) = place.read::<I, F>(frame) else { return Refusal::None };
     if packet.transport.is_none_or(|transport| transport.flags & Tcp::RST != 0) {
         return Refusal::None;
     }
     let written = write_reset(frame, &packet);
-    finish(frame, &link, written)
+    finish(frame, &ethernet, written)
 }
 
 /// Says how large a packet to the target may be.
@@ -94,13 +95,17 @@ fn quote_back<I: Answer, F: Frame>(frame: &mut F, place: &Place, mtu: u32) -> Re
         return Refusal::None;
     }
     let written = write_error(frame, &front, &packet, mtu);
-    finish(frame, &link, written)
+    finish(frame, &front.ethernet, written)
 }
 
 /// Sends it back to where the packet came from.
 #[inline(always)]
-fn finish<F: Frame>(frame: &mut F, link: &Link, written: Result<(), DropReason>) -> Refusal {
-    let back = Macs { destination: link.macs.source, source: link.macs.destination };
+fn finish<F: Frame>(
+    frame: &mut F,
+    ethernet: &Ethernet,
+    written: Result<(), DropReason>,
+) -> Refusal {
+    let back = Macs::new(ethernet.source, ethernet.destination);
     if written.is_ok() && frame.write(0, back).is_some() {
         Refusal::Written
     } else {

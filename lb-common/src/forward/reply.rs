@@ -6,7 +6,7 @@ use crate::verdict::{DropReason, Verdict};
 
 use super::ip::{End, Ip};
 use super::parse::{Link, Packet, Place, Transport};
-use super::{Found, Frame, Outcome, Step, emit};
+use super::{Found, Frame, Next, Outcome, emit};
 
 /// Gives a reply the listener's address back and sends it to the client.
 ///
@@ -24,7 +24,9 @@ pub fn handle<I: Ip, F: Frame, T: Tables>(
     if super::is_local(tables, packet.destination) {
         return Ok(Verdict::Pass);
     }
-    if tables.has_direct_flows(target.index) && is_direct::<I, F, T>(frame, tables, &packet.place())
+    let registered = tables.target(target.index).ok_or(DropReason::TableInconsistent)?;
+    if tables.has_direct_flows(target.index, registered)
+        && is_direct::<I, F, T>(frame, tables, &packet.place())
     {
         return Ok(Verdict::Pass);
     }
@@ -100,13 +102,19 @@ fn is_direct<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, place: &Place) -
 /// the listener's address. The target lets in whatever comes from us if we are among the members of
 /// a group that it lets in, so its security group is asked here.
 #[inline(never)]
-pub fn to_target<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step) {
-    let (class, target) = (step.recall.listener, step.selected.index);
-    let Some((key, _)) = step.place.flow::<I, F>(frame) else { return };
+pub fn to_target<I: Ip, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &T,
+    place: &Place,
+    target: u32,
+    class: u32,
+) -> u64 {
+    let pass = Next::with(Next::PASS, 0);
+    let Some((key, _)) = place.flow::<I, F>(frame) else { return pass };
     if class != OPEN && !tables.admits(class, key.source) {
-        step.argument = DropReason::SecurityGroupDenied as u32;
-        step.action = Step::DROP;
-    } else if target != 0 {
+        return Next::with(Next::DROP, DropReason::SecurityGroupDenied as u32);
+    }
+    if target != 0 {
         let reply = FlowKey {
             source: key.destination,
             destination: key.source,
@@ -116,4 +124,5 @@ pub fn to_target<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut S
         };
         tables.note_direct_flow(target, &reply);
     }
+    pass
 }

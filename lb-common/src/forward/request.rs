@@ -6,7 +6,7 @@ use crate::verdict::DropReason;
 use super::ip::{End, Ip};
 use super::parse::{Link, Packet, Transport};
 use super::select::{forget_direct, select, serving};
-use super::{Found, Frame, HandOver, Outcome, Selected, Step, Stop, admit, emit};
+use super::{Found, Frame, Outcome, Selected, Step, Stop, admit, emit};
 
 /// Admits the packet, chooses its target and sends it there.
 #[inline(always)]
@@ -17,6 +17,7 @@ pub fn handle<I: Ip, F: Frame, T: Tables>(
     packet: &Packet<I>,
     transport: &Transport,
     listener: &Found,
+    step: &mut Step,
 ) -> Outcome {
     admit(tables, packet, listener)?;
     // Before lengths are looked at: the UDP header of a first fragment has the whole's.
@@ -29,8 +30,8 @@ pub fn handle<I: Ip, F: Frame, T: Tables>(
     if listener.index == NO_RING {
         return Err(Stop::Answer(DropReason::NoTarget));
     }
-    let selected = select(tables, packet, transport, listener)?;
-    deliver(frame, tables, link, packet, transport, listener.listener, selected)
+    let selected = select(tables, packet, transport, listener, &mut step.recall)?;
+    deliver(frame, tables, link, packet, transport, (listener.listener, selected), step)
 }
 
 /// Sends the packet to its target.
@@ -41,28 +42,28 @@ pub fn deliver<I: Ip, F: Frame, T: Tables>(
     link: &Link,
     packet: &Packet<I>,
     transport: &Transport,
-    listener: u32,
-    selected: Selected,
+    (listener, selected): (u32, Selected),
+    step: &mut Step,
 ) -> Outcome {
     let Selected { index, is_new, .. } = selected;
     let Some(target) = serving(tables, index) else {
         return Err(Stop::Answer(DropReason::TargetDown));
     };
-    forget_direct(frame, tables, packet, index);
+    forget_direct(frame, tables, packet, index, target);
     if target.hop.ifindex == 0 {
         tables.report_unresolved(target.address);
         return Err(DropReason::NextHopUnresolved.into());
     }
     if packet.length > target.hop.mtu as usize {
-        let (action, argument) = (Step::ANSWER, DropReason::TooBig as u32);
-        return Err(Stop::HandOver(HandOver { action, argument, listener, selected }));
+        step.selected = selected;
+        return Err(Stop::TooBig);
     }
     if target.mode == Target::NAT {
         let (address, port) = (target.address, target.port);
         emit::translate(frame, packet, transport, End::Destination, address, port)?;
     } else if target.is_tunnelled() {
-        let (action, argument) = (Step::ENCAPSULATE, 0);
-        return Err(Stop::HandOver(HandOver { action, argument, listener, selected }));
+        (step.recall.listener, step.selected) = (listener, selected);
+        return Err(Stop::Encapsulate);
     }
     let verdict = emit::send(frame, link, &target.hop)?;
     tables.count_request(listener, index, packet.length as u64, is_new);

@@ -9,7 +9,6 @@ use crate::wire::ipv4::TtlProtocolChecksum;
 use crate::wire::{Be16, Be32, EtherType, Ethernet, Ipv4, Ipv6, Udp, VlanTag};
 
 use super::ip::Ip;
-use super::parse::Link;
 use super::{Frame, Outcome, Selected, Step, emit};
 
 /// Bits of IPv6's flow label (RFC 8200 section 3).
@@ -18,9 +17,9 @@ const FLOW_LABEL: u32 = 0xf_ffff;
 /// Encapsulates the packet and sends it to its target. A function of its own in the kernel too:
 /// who needs no tunnel pays nothing for it.
 #[inline(never)]
-pub fn encapsulate<I: Ip, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) {
+pub fn encapsulate<I: Ip, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) -> u64 {
     let outcome = enter::<I, F, T>(frame, tables, step);
-    step.conclude(outcome, step.place);
+    step.conclude(outcome, step.place)
 }
 
 #[inline(always)]
@@ -58,9 +57,7 @@ fn enter<I: Ip, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &Step) -> 
         emit::write_tagged(frame, &target.hop, priority, ether_type)
             .and_then(|()| write_outer(frame, TAGGED, target, &inner, is_v4, has_udp))
     } else {
-        frame
-            .write(0, target.hop.mac_words())
-            .and_then(|()| frame.write(Link::ETHER_TYPE_AT, ether_type))
+        emit::write_untagged(frame, &target.hop, ether_type)
             .and_then(|()| write_outer(frame, UNTAGGED, target, &inner, is_v4, has_udp))
     };
     written.ok_or(DropReason::Malformed)?;
@@ -118,11 +115,11 @@ fn write_outer<F: Frame>(
 /// it is, as all of the type of service: RFC 6040's normal mode.
 #[inline(always)]
 fn outer_v4(target: &Target, inner: &Inner, protocol: u8, length: u16) -> Ipv4 {
-    let tunnel = &target.tunnel;
-    let flow_bits = tunnel.flow_bits(inner.hash);
+    let (fixed, varying, sum) = target.tunnel.v4();
+    let flow_bits = inner.hash & varying;
     let total_length = Be16::new(length);
     let checksum = Sum::default()
-        .add16(tunnel.sum)
+        .add32(sum)
         .add16(Be16::new(inner.traffic_class as u16))
         .add16(total_length)
         .add16(Be16::new(protocol as u16))
@@ -135,7 +132,7 @@ fn outer_v4(target: &Target, inner: &Inner, protocol: u8, length: u16) -> Ipv4 {
         id: Be16::new(0),
         fragment: Be16::new(Ipv4::DONT_FRAGMENT),
         ttl: TtlProtocolChecksum { ttl: Tunnel::HOPS, protocol, checksum },
-        source: Be32::from_raw(tunnel.source.low32().raw() | flow_bits),
+        source: Be32::from_raw(fixed | flow_bits),
         destination: target.address.low32(),
     }
 }
@@ -143,15 +140,14 @@ fn outer_v4(target: &Target, inner: &Inner, protocol: u8, length: u16) -> Ipv4 {
 /// The flow label is the flow's, as routers and receivers expect of a tunnel (RFC 6438).
 #[inline(always)]
 fn outer_v6(target: &Target, inner: &Inner, protocol: u8, length: u16) -> Ipv6 {
-    let tunnel = &target.tunnel;
-    let [a, b, c, d] = tunnel.source.quarters();
+    let [a, b, c, d] = target.tunnel.v6();
     let class = (inner.traffic_class as u32) << 20;
     Ipv6 {
         version_class_label: Be32::new(6 << 28 | class | (inner.hash & FLOW_LABEL)),
         payload_length: Be16::new(length),
         next_header: protocol,
         hop_limit: Tunnel::HOPS,
-        source: [a, b, c, d | tunnel.flow_bits(inner.hash)],
+        source: [a, b, c, if d == 0 { inner.hash } else { d }],
         destination: target.address.quarters(),
     }
 }
@@ -163,7 +159,7 @@ fn outer_udp(target: &Target, inner: &Inner) -> Udp {
     let source = Tunnel::FIRST_PORT | (inner.hash >> 18) as u16;
     Udp {
         source: Be16::new(source),
-        destination: target.tunnel.port,
+        destination: target.port,
         length: Be16::new((size_of::<Udp>() + inner.length) as u16),
         checksum: Be16::new(0),
     }

@@ -2,11 +2,11 @@
 
 use crate::flow::{FlowKey, TCP, UDP};
 use crate::forward::Frame;
-use crate::forward::ip::{Ip, Parsed};
+use crate::forward::ip::{ANY, Ip, Parsed};
 use crate::forward::parse::{Link, Packet, Ports};
 use crate::verdict::DropReason;
 use crate::wire::icmp::Icmp;
-use crate::wire::{Address, Be16};
+use crate::wire::{Address, Be16, Ethernet};
 
 use super::tables::{class_index, mac_key, space};
 use super::{Step, Version};
@@ -25,11 +25,12 @@ pub fn examine<I: Version, F: Frame>(frame: &F, step: &mut Step) -> u32 {
 
 #[inline(always)]
 fn look_at<I: Version, F: Frame>(frame: &F, step: &mut Step) -> Result<u32, DropReason> {
+    let ethernet: Ethernet = frame.read(0).ok_or(DropReason::Malformed)?;
     let link = Link::parse(frame).ok_or(DropReason::Malformed)?;
-    let packet = Packet::<I>::parse(frame, &link).ok_or(DropReason::Malformed)?;
+    let packet = Packet::<I>::parse::<ANY, F>(frame, &link).ok_or(DropReason::Malformed)?;
     if step.space == space::SOURCE {
         step.space = space::MAC;
-        step.via = mac_key(link.macs.source);
+        step.via = mac_key(ethernet.source);
     }
     match I::fragment_offset(packet.fragment) {
         0 => {}
@@ -102,7 +103,7 @@ fn look_at_quote<I: Version, F: Frame>(
     at: usize,
     step: &mut Step,
 ) -> Result<u32, DropReason> {
-    let quoted: Parsed<I::Header> = I::parse(frame, at).ok_or(DropReason::Malformed)?;
+    let quoted: Parsed<I::Header> = I::parse::<ANY, F>(frame, at).ok_or(DropReason::Malformed)?;
     let (source, destination) = I::addresses(&quoted.header);
     let mut sent = Ports { source: Be16::from_raw(0), destination: Be16::from_raw(0) };
     if I::fragment_offset(quoted.fragment) == 0 {

@@ -2,7 +2,7 @@
 
 use crate::flow::{FlowKey, REFRESH, TCP, UDP};
 use crate::forward::Frame;
-use crate::forward::ip::{V4, V6};
+use crate::forward::ip::{ANY, V4, V6};
 use crate::forward::parse::{Link, Packet, Ports};
 use crate::wire::icmp::Icmp;
 use crate::wire::{Address, Be16, EtherType, Tcp};
@@ -59,7 +59,7 @@ impl Sent {
 #[inline(never)]
 fn look_at<I: Version, F: Frame>(frame: &F, sent: &mut Sent) -> u32 {
     let Some(link) = Link::parse(frame) else { return Sent::NOTHING };
-    let Some(packet) = Packet::<I>::parse(frame, &link) else { return Sent::NOTHING };
+    let Some(packet) = Packet::<I>::parse::<ANY, F>(frame, &link) else { return Sent::NOTHING };
     if I::fragment_offset(packet.fragment) != 0 {
         return Sent::NOTHING;
     }

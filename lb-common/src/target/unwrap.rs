@@ -3,7 +3,7 @@
 
 use crate::flow::UDP;
 use crate::forward::Frame;
-use crate::forward::ip::{Ip, MAX_HEADERS, V4, V6};
+use crate::forward::ip::{ANY, Ip, MAX_HEADERS, V4, V6};
 use crate::forward::parse::{Link, Packet};
 use crate::forward::reject::Front;
 use crate::tables::EndpointKey;
@@ -23,7 +23,7 @@ const IPV6: u8 = Tunnel::IPV6;
 #[inline(never)]
 pub fn find<I: Version, F: Frame, T: TargetTables>(frame: &F, tables: &T, step: &mut Step) -> u32 {
     let Some(link) = Link::parse(frame) else { return Step::UNDECIDED };
-    let Some(packet) = Packet::<I>::parse(frame, &link) else { return Step::UNDECIDED };
+    let Some(packet) = Packet::<I>::parse::<ANY, F>(frame, &link) else { return Step::UNDECIDED };
     let flags = tables.settings().flags;
     let port = match (packet.protocol, &packet.transport) {
         (IPV4 | IPV6, _) if flags & Settings::UNWRAPS_IPIP != 0 => Be16::new(0),

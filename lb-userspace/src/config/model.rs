@@ -55,7 +55,7 @@ pub struct Agent {
 pub struct TunnelSources {
     /// Of tunnels to IPv4 addresses, /8 to /32.
     pub v4: Ipv4Net,
-    /// Of tunnels to IPv6 addresses, /16 to /128.
+    /// Of tunnels to IPv6 addresses, /16 to /96; or an address whose last 32 bits are not all 0.
     pub v6: Ipv6Net,
 }
 

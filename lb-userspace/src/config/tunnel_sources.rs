@@ -14,7 +14,8 @@ const HELP: &str = "write one network or address of each family, such as [\"172.
                     \"100::/64\"]";
 /// Shorter ones would take addresses of everybody.
 const V4_LENGTHS: RangeInclusive<u8> = 8..=32;
-const V6_LENGTHS: RangeInclusive<u8> = 16..=128;
+/// Or one address: then nothing of it varies. In between, too little would.
+const V6_LENGTHS: RangeInclusive<u8> = 16..=96;
 
 impl Default for TunnelSources {
     /// Private (RFC 1918) and discard-only (RFC 6666) addresses: nothing is to be sent to them.
@@ -55,10 +56,21 @@ pub(super) fn read(value: Value<'_>) -> TunnelSources {
 fn network(value: Value<'_>, text: &str) -> Result<IpNet, Wrong> {
     let network = parse_network(value, text, HELP)?;
     refuse_special(network.addr())?;
-    let lengths = if network.addr().is_ipv4() { V4_LENGTHS } else { V6_LENGTHS };
-    if lengths.contains(&network.prefix_len()) {
+    let is_right = match network {
+        IpNet::V4(v4) => V4_LENGTHS.contains(&v4.prefix_len()),
+        IpNet::V6(v6) => V6_LENGTHS.contains(&v6.prefix_len()) || is_one_address(v6),
+    };
+    if is_right {
         return Ok(network);
     }
-    let help = format!("write a network of /{} to /{}", lengths.start(), lengths.end());
+    let help = match network {
+        IpNet::V4(_) => "write a network of /8 to /32",
+        IpNet::V6(_) => "write a network of /16 to /96, or an address that does not end in zeroes",
+    };
     Err(Wrong::new(value.refusal(), help))
+}
+
+/// An address whose last 32 bits are not all 0: those would stand for a network's that vary.
+fn is_one_address(network: Ipv6Net) -> bool {
+    network.prefix_len() == 128 && network.addr().to_bits() as u32 != 0
 }

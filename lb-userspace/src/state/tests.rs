@@ -143,8 +143,17 @@ fn tunnels_lead_to_targets_of_either_family() {
             let target = targets.find(|target| target.address == address).expect("in the ring");
             assert_eq!(target.mode, Target::DSR_GUE);
             assert!(target.serves());
-            assert_eq!(target.tunnel.source, source.parse::<IpAddr>().unwrap().into());
-            assert_eq!(target.tunnel.port.get(), 6666);
+            match source.parse().unwrap() {
+                IpAddr::V4(v4) => {
+                    let (fixed, varying, _) = target.tunnel.v4();
+                    assert_eq!(fixed.to_ne_bytes(), v4.octets());
+                    assert_eq!(varying.to_ne_bytes(), [0, 0, 255, 255]);
+                }
+                IpAddr::V6(v6) => {
+                    assert_eq!(target.tunnel.v6(), Address::from(IpAddr::from(v6)).quarters());
+                }
+            }
+            assert_eq!(target.port.get(), 6666);
             assert_eq!(target.hop.mtu, mtu);
         }
     }

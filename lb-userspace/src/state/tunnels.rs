@@ -11,7 +11,6 @@ use super::{State, TargetKey};
 /// Every IPv6 path carries packets of this size, bytes (RFC 8200 section 5): a sender need not
 /// believe that a packet should be smaller.
 const IPV6_MINIMUM_MTU: u16 = 1280;
-const V4_MAPPED_BITS: u8 = 96;
 
 impl State {
     /// The target's entry with its outer header, if packets of the group go through tunnels.
@@ -25,13 +24,12 @@ impl State {
             return entry;
         }
         let sources = &self.config().agent.tunnel_sources;
-        let (source, bits): (IpAddr, u8) = match address {
+        match address {
             IpAddr::V4(_) => {
-                (sources.v4.network().into(), V4_MAPPED_BITS + sources.v4.prefix_len())
+                entry.through_v4(sources.v4.network(), sources.v4.prefix_len(), group.gue_port)
             }
-            IpAddr::V6(_) => (sources.v6.network().into(), sources.v6.prefix_len()),
-        };
-        entry.through_tunnel(source.into(), bits, group.gue_port)
+            IpAddr::V6(_) => entry.through_v6(sources.v6.network(), group.gue_port),
+        }
     }
 }
 
