@@ -44,6 +44,20 @@ impl Frame for SkbFrame<'_> {
     }
 
     #[inline(always)]
+    fn write_pair<const GAP: usize, A, B>(
+        &mut self,
+        _at: usize,
+        _first: A,
+        _second: B,
+    ) -> Option<()>
+    where
+        A: bytemuck::Pod,
+        B: bytemuck::Pod,
+    {
+        None
+    }
+
+    #[inline(always)]
     fn len(&self) -> usize {
         self.ctx.len() as usize
     }
