@@ -3,11 +3,11 @@
 //! On a settled slot the hash alone decides, and nothing is read or written for the flow. Only a
 //! slot that changed lately remembers flows, and only those that the change could break.
 
-use crate::flow::{self, Flow, FlowKey, Keys, REFRESH, ReturnFlow, TCP};
-use crate::tables::{Endpoint, Slot, SlotState, Tables, Target};
+use crate::flow::{self, Flow, FlowKey, FlowTable, Keys, ReturnFlow, TCP};
+use crate::tables::{Endpoint, Slot, Tables, Target};
 use crate::verdict::DropReason;
-use crate::wire::Tcp;
 
+use super::decide::{self, Fate, Kind, Known};
 use super::ip::Ip;
 use super::parse::{Packet, Place, Transport};
 use super::{Found, Frame, Recall, Selected, Step, Stop};
@@ -96,8 +96,9 @@ pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step
 }
 
 /// # Errors
-/// [`DropReason::TargetDown`] when the flow's target no longer serves,
-/// [`DropReason::PortAllocationError`] when its 4-tuple is taken at every target tried.
+/// [`DropReason::TargetDown`] when the flow's target no longer serves, [`DropReason::NoTarget`]
+/// when there is none for it, [`DropReason::PortAllocationError`] when its 4-tuple is taken at
+/// every target tried.
 #[inline(always)]
 fn remember<T: Tables>(
     tables: &T,
@@ -106,83 +107,99 @@ fn remember<T: Tables>(
     recall: &Recall,
 ) -> Result<Selected, DropReason> {
     let now = tables.now();
-    if let Some(flow) = tables.flow(key).filter(|flow| flow.is_alive(now, key.protocol)) {
-        // A SYN on a connection that is closing opens a new one (RFC 9293 section 3.6.1).
-        let is_reopened = transport.is_syn() && flow.closing != 0;
-        if !is_reopened && let Some(target) = serving(tables, flow.target) {
-            refresh(tables, key, transport, recall, &flow, target, now);
-            return Ok(Selected { index: flow.target, is_new: 0 });
+    let kind = Kind::of(key.protocol, transport.flags);
+    let mut index = decide::choice(recall.slot, kind);
+    if let Some(known) = find(tables, key, now, idle(tables, recall.listener)) {
+        let target = tables.target(known.flow.target);
+        let fate = decide::fate(&known, target.map_or(0, |target| target.flags), kind, now);
+        if matches!(fate, Fate::Kept | Fate::Refreshed | Fate::Promoted) {
+            update(tables, key, recall, &known, fate, kind, now);
+            return Ok(Selected { index: known.flow.target, is_new: 0 });
         }
         // A pinned slot does not remember the new connection: its next packet must not find this.
-        tables.forget(key);
-        if key.protocol == TCP && !transport.is_syn() {
+        tables.forget(known.table, key);
+        if fate == Fate::Refused {
             return Err(DropReason::TargetDown);
         }
+        index = recall.slot.current;
     }
-    let slot = recall.slot;
-    let mut index =
-        if is_previous(&slot, transport, key.protocol) { slot.previous() } else { slot.current };
     if serving(tables, index).is_none() {
         if key.protocol == TCP {
-            return Err(DropReason::TargetDown);
+            return Err(without_target(index));
         }
         // A datagram has nothing to lose by another target.
-        index = slot.current;
+        index = recall.slot.current;
     }
     if recall.is_tracked != 0 {
         index = claim(tables, key, recall, index, now)?;
     }
-    if recall.is_tracked != 0 || slot.state() != SlotState::Pinned {
-        tables.remember(key, &Flow { last_seen: now, target: index, closing: closing(transport) });
+    if let Some(table) = decide::first_table(recall.slot, kind, recall.is_tracked != 0) {
+        let closing = (kind == Kind::Ending) as u32;
+        tables.remember(table, key, &Flow { last_seen: now, target: index, closing });
     }
-    let is_new = (transport.is_syn() || key.protocol != TCP) as u32;
+    let is_new = matches!(kind, Kind::Opening | Kind::Datagram) as u32;
     Ok(Selected { index, is_new })
 }
 
-/// Whether an unknown flow is taken to be older than the slot's change.
+/// Why a packet does not go to a target that does not serve. No target has number 0: it stands in
+/// rings whose targets all only keep the flows they have.
 #[inline(always)]
-fn is_previous(slot: &Slot, transport: &Transport, protocol: u8) -> bool {
-    if slot.previous() == 0 || transport.is_syn() {
-        return false;
-    }
-    match slot.state() {
-        SlotState::Learning => true,
-        SlotState::LearningTcp => protocol == TCP,
-        SlotState::Settled | SlotState::Pinned => false,
-    }
+pub fn without_target(index: u32) -> DropReason {
+    if index == 0 { DropReason::NoTarget } else { DropReason::TargetDown }
 }
 
-/// Notes the time and the end of a known flow. Not for every packet: the entry's cache line would
-/// move from CPU to CPU.
+/// What is remembered of a flow that is alive.
 #[inline(always)]
-fn refresh<T: Tables>(
+fn find<T: Tables>(tables: &T, key: &FlowKey, now: u64, idle: u32) -> Option<Known> {
+    for table in FlowTable::ALL {
+        if table == FlowTable::HalfOpen && key.protocol != TCP {
+            continue;
+        }
+        if let Some(flow) = tables.flow(table, key)
+            && flow.is_alive(now, idle)
+        {
+            return Some(Known { flow, table });
+        }
+    }
+    None
+}
+
+/// The idle timeout of a listener's flows, seconds; 0 if there is no such listener.
+#[inline(always)]
+pub fn idle<T: Tables>(tables: &T, listener: u32) -> u32 {
+    tables.listener(listener).map_or(0, |listener| listener.idle)
+}
+
+/// Notes the time and the end of a known flow.
+#[inline(always)]
+fn update<T: Tables>(
     tables: &T,
     key: &FlowKey,
-    transport: &Transport,
     recall: &Recall,
-    flow: &Flow,
-    target: &Target,
+    known: &Known,
+    fate: Fate,
+    kind: Kind,
     now: u64,
 ) {
-    let is_stale = now.wrapping_sub(flow.last_seen) > REFRESH;
-    // Data a while after a FIN or a reset that the other end did not accept: the flow lives on.
-    let closing = closing(transport) | if is_stale { 0 } else { flow.closing };
-    if closing == flow.closing && !is_stale {
-        return;
+    let target = known.flow.target;
+    let flow = Flow { last_seen: now, target, closing: decide::closing(&known.flow, kind, now) };
+    match fate {
+        Fate::Promoted => {
+            // In one of the tables at any time: the agent's walk goes through them in this order.
+            tables.remember(FlowTable::Flows, key, &flow);
+            tables.forget(known.table, key);
+        }
+        Fate::Refreshed => tables.refresh(known.table, key, &flow),
+        _ => return,
     }
-    tables.remember(key, &Flow { last_seen: now, target: flow.target, closing });
-    if recall.is_tracked != 0 && target.mode == Target::NAT {
+    if recall.is_tracked != 0
+        && let Some(entry) = tables.target(target)
+        && entry.mode == Target::NAT
+    {
         // Evicted on its own, the other direction is restored here.
-        let return_flow =
-            ReturnFlow { last_seen: now, listener: recall.listener, target: flow.target };
-        tables.remember_return(&reply_key(key, target), &return_flow);
+        let return_flow = ReturnFlow { last_seen: now, listener: recall.listener, target };
+        tables.remember_return(&reply_key(key, entry), &return_flow);
     }
-}
-
-/// 1 for a packet that ends a TCP connection.
-#[inline(always)]
-fn closing(transport: &Transport) -> u32 {
-    (transport.flags & (Tcp::FIN | Tcp::RST) != 0) as u32
 }
 
 /// The same client address and port, through two listeners to one target, would be one 4-tuple
@@ -201,15 +218,13 @@ fn claim<T: Tables>(
     let mut next = recall.chosen;
     let mut index = first;
     for _ in 0..ATTEMPTS {
-        let Some(target) = serving(tables, index) else { return Err(DropReason::TargetDown) };
+        let Some(target) = serving(tables, index) else { return Err(without_target(index)) };
         if target.mode != Target::NAT {
             return Ok(index);
         }
         let reply = reply_key(key, target);
         let taken = tables.return_flow(&reply).is_some_and(|flow| {
-            flow.listener != recall.listener
-                && flow.is_alive(now, key.protocol)
-                && is_in_use(tables, key, &flow, now)
+            flow.listener != recall.listener && is_in_use(tables, key, &flow, now)
         });
         if !taken {
             let flow = ReturnFlow { last_seen: now, listener: recall.listener, target: index };
@@ -229,9 +244,9 @@ fn claim<T: Tables>(
 fn is_in_use<T: Tables>(tables: &T, key: &FlowKey, flow: &ReturnFlow, now: u64) -> bool {
     let Some(listener) = tables.listener(flow.listener) else { return false };
     let other = FlowKey { destination: listener.address, destination_port: listener.port, ..*key };
-    tables
-        .flow(&other)
-        .is_some_and(|other| other.target == flow.target && other.is_alive(now, key.protocol))
+    flow.is_alive(now, listener.idle)
+        && find(tables, &other, now, listener.idle)
+            .is_some_and(|other| other.flow.target == flow.target)
 }
 
 /// The flow as a target's replies show it.
@@ -257,9 +272,9 @@ mod tests {
     use crate::flow::{Flow, SECOND};
     use crate::forward::forward;
     use crate::model::{Bytes, Model};
-    use crate::tables::{Listener, NextHop};
+    use crate::tables::{Listener, NextHop, SlotState};
     use crate::verdict::Verdict;
-    use crate::wire::{Address, Be16};
+    use crate::wire::{Address, Be16, Tcp};
 
     use super::*;
 
@@ -279,6 +294,7 @@ mod tests {
             address: address(VIP),
             port: Be16::new(80),
             protocol: TCP,
+            idle: flow::TCP_IDLE,
             ..Listener::default()
         };
         model.listeners.insert(0, listener);
@@ -294,7 +310,7 @@ mod tests {
                 address: address([10, 0, 2, n]),
                 port: Be16::new(8080),
                 mode: Target::NAT,
-                flags: Target::SERVES,
+                flags: Target::SERVES | Target::IN_RING,
                 hop: NextHop { ifindex: NIC, mtu: 1500, ..NextHop::default() },
                 ..Target::default()
             };
@@ -334,7 +350,7 @@ mod tests {
             zero: [0; 3],
         };
         let closing = Flow { last_seen: 999 * SECOND, target: 1, closing: 1 };
-        model.remember(&key, &closing);
+        model.remember(FlowTable::Flows, &key, &closing);
         assert_eq!(target_of(&model, Tcp::ACK), 1, "the last packets of the old connection");
         assert_eq!(target_of(&model, Tcp::SYN), 2);
         assert_eq!(target_of(&model, Tcp::ACK), 2);
