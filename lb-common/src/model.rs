@@ -10,12 +10,12 @@ use bytemuck::Pod;
 
 use crate::endpoints::EndpointTable;
 use crate::flow::{Flow, FlowKey, FlowTable, HashKeys, ReturnFlow};
-use crate::forward::Frame;
+use crate::forward::{Frame, forward};
 use crate::lru::Lru;
 use crate::tables::{
     Bucket, Endpoint, EndpointKey, Listener, NextHop, Slot, Tables, Target, Traffic,
 };
-use crate::verdict::DropReason;
+use crate::verdict::{DropReason, Verdict};
 use crate::wire::Address;
 
 /// All tables of one balancer.
@@ -41,6 +41,8 @@ pub struct Model {
     pub routes: BTreeMap<Address, NextHop>,
     /// Remembered flows, by [`FlowTable`].
     pub flows: [RefCell<Lru<FlowKey, Flow>>; FlowTable::ALL.len()],
+    /// Packets for which remembered flows were looked up.
+    pub lookups: Cell<u64>,
     /// Which listener flows came by.
     pub return_flows: RefCell<BTreeMap<FlowKey, ReturnFlow>>,
     /// Clients that talk to targets' own addresses.
@@ -72,6 +74,7 @@ impl Model {
             prefixes: Vec::new(),
             routes: BTreeMap::new(),
             flows: Default::default(),
+            lookups: Cell::new(0),
             return_flows: RefCell::default(),
             direct_flows: RefCell::default(),
             direct_targets: RefCell::default(),
@@ -80,6 +83,11 @@ impl Model {
             target_traffic: RefCell::default(),
             drops: RefCell::default(),
         }
+    }
+
+    /// Runs a frame through the pipeline. Compiled here, where tests have it optimised.
+    pub fn run(&self, frame: &mut Bytes) -> Verdict {
+        forward(frame, self)
     }
 
     /// A table of remembered flows.
@@ -138,6 +146,9 @@ impl Tables for Model {
     }
 
     fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow> {
+        if table == FlowTable::Flows {
+            self.lookups.set(self.lookups.get() + 1);
+        }
         self.flow_table(table).borrow_mut().get(key)
     }
 

@@ -83,7 +83,7 @@ fn a_pinned_slot_knows_its_exceptions() {
     let vip = "10.0.10.100:92";
     in_world(&Scene::everything(), |world| {
         check(world, &on_to("unknown: current", &segment(&client(1), vip), 28, 28));
-        assert!(world.model.flows.borrow().is_empty(), "and not remembered");
+        assert_eq!(world.model.remembered(), 0, "and not remembered");
         world.remember(key(TCP, &client(2), vip), 29, 0, seconds(5)).unwrap();
         check(world, &on_to("known", &segment(&client(2), vip), 28, 29));
         world.remember(key(UDP, &client(2), vip), 33, 0, seconds(5)).unwrap();
@@ -133,7 +133,7 @@ fn the_flow_of_a_target_that_no_longer_serves() {
         let amid = segment(&client(1), vip);
         world.remember(key(TCP, &client(1), vip), 29, 0, seconds(1)).unwrap();
         check(world, &Step::answer("TCP is reset", amid.build(), reset(&amid).build(), TargetDown));
-        assert!(world.model.flows.borrow().is_empty(), "and forgotten");
+        assert_eq!(world.model.remembered(), 0, "and forgotten");
         check(world, &on_to("so what follows is new to us", &amid, 28, 28));
         world.remember(key(TCP, &client(2), vip), 29, 0, seconds(1)).unwrap();
         check(world, &on_to("a SYN has nothing to lose", &syn(&client(2), vip), 28, 28));
@@ -241,7 +241,7 @@ fn always_tracked_both_ways() {
         let udp = datagram(&client(1), "10.0.10.100:93");
         check(world, &tracked("UDP is new once", &udp, 34, 42).with_is_new(true));
         check(world, &tracked("then known", &udp, 34, 42));
-        assert_eq!(world.model.flows.borrow().len(), 2);
+        assert_eq!(world.model.remembered(), 2);
         assert_eq!(world.model.return_flows.borrow().len(), 2);
         // Seen a while ago: both entries are refreshed.
         world.remember(key(UDP, &client(1), "10.0.10.100:93"), 42, 0, seconds(30)).unwrap();

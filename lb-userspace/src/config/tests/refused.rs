@@ -96,6 +96,8 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("flow_table_size_negative", "[agent]\nflow_table_size = -1"),
     ("flow_table_size_huge", "[agent]\nflow_table_size = 99999999999999999999"),
     ("flow_table_size_float", "[agent]\nflow_table_size = 1e6"),
+    ("half_open_table_size_range", "[agent]\nhalf_open_table_size = 1000"),
+    ("once_seen_table_size_range", "[agent]\nonce_seen_table_size = 16777217"),
     ("api_socket_relative", "[agent]\napi_socket = \"lb.sock\""),
     ("metrics_listen", "[agent]\nmetrics_listen = \"127.0.0.1:9901\""),
     ("dns", "[dns]\nlisten = \"10.0.0.53:53\"\nzone = \"elb.internal\""),
