@@ -91,6 +91,16 @@ pub enum FlowTable {
 impl FlowTable {
     /// All of them, in the order of their numbers.
     pub const ALL: [Self; 3] = [Self::Flows, Self::HalfOpen, Self::OnceSeen];
+
+    /// The table with this number.
+    #[inline(always)]
+    pub fn of(number: u32) -> Self {
+        match number {
+            0 => Self::Flows,
+            1 => Self::HalfOpen,
+            _ => Self::OnceSeen,
+        }
+    }
 }
 
 /// Which listener a target's flow came by.

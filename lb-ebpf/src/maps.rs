@@ -187,6 +187,46 @@ fn flow_map(table: FlowTable) -> &'static LruHashMap<FlowKey, Flow> {
     }
 }
 
+/// Each of these is a function of its own in the kernel too, told the table by number: what follows
+/// is looked at once by the verifier. What they return is for the verifier's sake as well.
+#[inline(never)]
+fn insert_flow(table: u32, key: &FlowKey, flow: &Flow) -> i32 {
+    let table = FlowTable::of(table);
+    if flow_map(table).insert(key, flow, BPF_NOEXIST as u64).is_ok() {
+        count_change(table, |changes| changes.created += 1);
+    } else {
+        // It is there, or nothing at all could be evicted: that leaves the flow as if it had been
+        // evicted right away.
+        let _ = flow_map(table).insert(key, flow, 0);
+    }
+    0
+}
+
+#[inline(never)]
+fn refresh_flow(table: u32, key: &FlowKey, last_seen: u64, closing: u32) -> i32 {
+    // In place: an update would put the entry elsewhere in its bucket, where the agent's walk could
+    // miss it. The target stays as it is.
+    if let Some(entry) = flow_map(FlowTable::of(table)).get_ptr_mut(key) {
+        // SAFETY: the map's element. Should it be evicted and used again right now, another flow is
+        // taken for alive a little longer, or for over a little sooner.
+        unsafe {
+            (&raw mut (*entry).last_seen).write_volatile(last_seen);
+            (&raw mut (*entry).closing).write_volatile(closing);
+        }
+    }
+    0
+}
+
+#[inline(never)]
+fn remove_flow(table: u32, key: &FlowKey) -> i32 {
+    let table = FlowTable::of(table);
+    // Gone already is as good.
+    if flow_map(table).remove(key).is_ok() {
+        count_change(table, |changes| changes.removed += 1);
+    }
+    0
+}
+
 #[inline(always)]
 fn count_change(table: FlowTable, change: impl FnOnce(&mut FlowChanges)) {
     if let Some(changes) = FLOW_CHANGES.get_ptr_mut(table as u32) {
@@ -279,35 +319,17 @@ impl Tables for Maps<'_> {
 
     #[inline(always)]
     fn remember(&self, table: FlowTable, key: &FlowKey, flow: &Flow) {
-        if flow_map(table).insert(key, flow, BPF_NOEXIST as u64).is_ok() {
-            count_change(table, |changes| changes.created += 1);
-        } else {
-            // It is there, or nothing at all could be evicted: that leaves the flow as if it had
-            // been evicted right away.
-            let _ = flow_map(table).insert(key, flow, 0);
-        }
+        insert_flow(table as u32, key, flow);
     }
 
     #[inline(always)]
     fn refresh(&self, table: FlowTable, key: &FlowKey, flow: &Flow) {
-        // In place: an update would put the entry elsewhere in its bucket, where the agent's walk
-        // could miss it. The target stays as it is.
-        if let Some(entry) = flow_map(table).get_ptr_mut(key) {
-            // SAFETY: the map's element. Should it be evicted and used again right now, another
-            // flow is taken for alive a little longer, or over a little sooner.
-            unsafe {
-                (&raw mut (*entry).last_seen).write_volatile(flow.last_seen);
-                (&raw mut (*entry).closing).write_volatile(flow.closing);
-            }
-        }
+        refresh_flow(table as u32, key, flow.last_seen, flow.closing);
     }
 
     #[inline(always)]
     fn forget(&self, table: FlowTable, key: &FlowKey) {
-        // Gone already is as good.
-        if flow_map(table).remove(key).is_ok() {
-            count_change(table, |changes| changes.removed += 1);
-        }
+        remove_flow(table as u32, key);
     }
 
     #[inline(always)]

@@ -85,8 +85,7 @@ fn forward_ip<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verd
     let mut step = Step::undecided();
     to_listener::<I, F, T>(frame, tables, &mut step);
     if step.action == Step::RECALL {
-        select::recall::<I, F, T>(frame, tables, &mut step);
-        if step.action == Step::DELIVER {
+        if select::recall::<I, F, T>(frame, tables, &mut step) == Step::DELIVER {
             deliver::<I, F, T>(frame, tables, &mut step);
         }
     } else if step.action == Step::UNDECIDED {

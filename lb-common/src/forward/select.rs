@@ -80,9 +80,12 @@ pub fn serving<T: Tables>(tables: &T, index: u32) -> Option<&Target> {
 
 /// Recalls the flow, and remembers it if it must: it may be older than the slot's last change, or
 /// is tracked anyway.
+///
+/// Returns the step's action: a function that returns nothing may leave a pointer to its caller's
+/// stack as its result, which the verifier refuses.
 #[inline(never)]
-pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step) {
-    let Some((key, transport)) = step.place.flow::<I, F>(frame) else { return };
+pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step) -> u32 {
+    let Some((key, transport)) = step.place.flow::<I, F>(frame) else { return step.action };
     match remember(tables, &key, &transport, &step.recall) {
         Ok(selected) => {
             step.selected = selected;
@@ -93,6 +96,7 @@ pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step
             step.argument = reason as u32;
         }
     }
+    step.action
 }
 
 /// # Errors
@@ -109,7 +113,9 @@ fn remember<T: Tables>(
     let now = tables.now();
     let kind = Kind::of(key.protocol, transport.flags);
     let mut index = decide::choice(recall.slot, kind);
-    if let Some(known) = find(tables, key, now, idle(tables, recall.listener)) {
+    let mut found = Recalled::nothing();
+    if find(tables, key, now, idle(tables, recall.listener), &mut found) != Recalled::NOWHERE {
+        let known = found.known();
         let target = tables.target(known.flow.target);
         let fate = decide::fate(&known, target.map_or(0, |target| target.flags), kind, now);
         if matches!(fate, Fate::Kept | Fate::Refreshed | Fate::Promoted) {
@@ -148,9 +154,35 @@ pub fn without_target(index: u32) -> DropReason {
     if index == 0 { DropReason::NoTarget } else { DropReason::TargetDown }
 }
 
-/// What is remembered of a flow that is alive.
-#[inline(always)]
-fn find<T: Tables>(tables: &T, key: &FlowKey, now: u64, idle: u32) -> Option<Known> {
+/// A flow that was found, in memory. Number and end in half words, which the verifier forgets: it
+/// looks at what follows once, not once for each table.
+struct Recalled {
+    last_seen: u64,
+    target: u32,
+    closing: u16,
+    table: u16,
+}
+
+impl Recalled {
+    const NOWHERE: u32 = FlowTable::ALL.len() as u32;
+
+    #[inline(always)]
+    fn nothing() -> Self {
+        let zero = core::hint::black_box(0);
+        Self { last_seen: zero, target: zero as u32, closing: zero as u16, table: zero as u16 }
+    }
+
+    #[inline(always)]
+    fn known(&self) -> Known {
+        let Self { last_seen, target, closing, table } = *self;
+        let flow = Flow { last_seen, target, closing: closing as u32 };
+        Known { flow, table: FlowTable::of(table as u32) }
+    }
+}
+
+/// What is remembered of a flow that is alive; returns the table's number or [`Recalled::NOWHERE`].
+#[inline(never)]
+fn find<T: Tables>(tables: &T, key: &FlowKey, now: u64, idle: u32, found: &mut Recalled) -> u32 {
     for table in FlowTable::ALL {
         if table == FlowTable::HalfOpen && key.protocol != TCP {
             continue;
@@ -158,10 +190,12 @@ fn find<T: Tables>(tables: &T, key: &FlowKey, now: u64, idle: u32) -> Option<Kno
         if let Some(flow) = tables.flow(table, key)
             && flow.is_alive(now, idle)
         {
-            return Some(Known { flow, table });
+            let Flow { last_seen, target, closing } = flow;
+            *found = Recalled { last_seen, target, closing: closing as u16, table: table as u16 };
+            return found.table as u32;
         }
     }
-    None
+    Recalled::NOWHERE
 }
 
 /// The idle timeout of a listener's flows, seconds; 0 if there is no such listener.
@@ -244,9 +278,10 @@ fn claim<T: Tables>(
 fn is_in_use<T: Tables>(tables: &T, key: &FlowKey, flow: &ReturnFlow, now: u64) -> bool {
     let Some(listener) = tables.listener(flow.listener) else { return false };
     let other = FlowKey { destination: listener.address, destination_port: listener.port, ..*key };
+    let mut found = Recalled::nothing();
     flow.is_alive(now, listener.idle)
-        && find(tables, &other, now, listener.idle)
-            .is_some_and(|other| other.flow.target == flow.target)
+        && find(tables, &other, now, listener.idle, &mut found) != Recalled::NOWHERE
+        && found.target == flow.target
 }
 
 /// The flow as a target's replies show it.

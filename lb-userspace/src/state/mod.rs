@@ -204,6 +204,12 @@ impl State {
         let before = self.draining.len();
         self.draining.retain(|_, draining| draining.until > now);
         let mut changed = self.draining.len() != before;
+        if changed {
+            // Should it come back, its first check decides anew.
+            let registered: BTreeSet<_> = self.registered().collect();
+            let draining = &self.draining;
+            self.health.retain(|key, _| registered.contains(key) || draining.contains_key(key));
+        }
         for (_, ring) in self.rings.values_mut() {
             changed |= ring.tick(now);
         }
