@@ -103,6 +103,11 @@ impl Scene {
         self.desired.targets.get_mut(&number).expect("a target").flags = 0;
     }
 
+    /// A target only keeps the flows it has.
+    pub fn drain(&mut self, number: u32) {
+        self.desired.targets.get_mut(&number).expect("a target").flags = Target::SERVES;
+    }
+
     /// A listener whose ring has these slots in turn, and the way back from their targets that are
     /// translated.
     pub fn listener(&mut self, number: u32, protocol: u8, at: &str, slots: &[Slot]) {

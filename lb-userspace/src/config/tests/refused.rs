@@ -222,6 +222,18 @@ const ONE_ERROR: &[(&str, &str)] = &[
         "listener_protocol_differs",
         listener!("protocol = \"udp\"\nport = 80\ntarget_group = \"web\""),
     ),
+    (
+        "listener_idle_timeout_range",
+        listener!("target_group = \"web\"\ntcp_idle_timeout = \"59s\""),
+    ),
+    (
+        "listener_idle_timeout_fraction",
+        listener!("target_group = \"web\"\ntcp_idle_timeout = \"60500ms\""),
+    ),
+    (
+        "listener_idle_timeout_protocol",
+        listener!("target_group = \"web\"\nudp_idle_timeout = \"60s\""),
+    ),
     ("listener_port_range", listener!("port = 65536\ntarget_group = \"web\"")),
     ("listener_without_target_group", listener!("port = 80")),
     ("listener_target_group_unknown", listener!("port = 80\ntarget_group = \"wbe\"")),
