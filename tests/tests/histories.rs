@@ -252,7 +252,14 @@ impl History {
     fn act(&mut self, n: usize) {
         let connection = self.connections[n];
         match connection.stage {
-            Stage::New => self.open(n),
+            Stage::New => {
+                self.open(n);
+                // What is seen once only is pushed out by a flood of its like.
+                let Connection { client, stage, .. } = self.connections[n];
+                if !client.is_tcp && stage == Stage::Established {
+                    self.talk(n, 0);
+                }
+            }
             Stage::HalfOpen if self.rng.random_ratio(1, 20) => self.open(n),
             Stage::HalfOpen => {
                 self.talk(n, flags::ACK);

@@ -86,7 +86,11 @@ pub fn serving<T: Tables>(tables: &T, index: u32) -> Option<&Target> {
 #[inline(never)]
 pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step) -> u32 {
     let Some((key, transport)) = step.place.flow::<I, F>(frame) else { return step.action };
-    match remember(tables, &key, &transport, &step.recall) {
+    // Parts that are functions of their own in the kernel too, and look at flow and flags in
+    // memory: what one of them found out the verifier need not follow through the others.
+    let (key, transport) = (core::hint::black_box(&key), core::hint::black_box(&transport));
+    let recall = step.recall;
+    match remember(tables, key, transport, &recall) {
         Ok(selected) => {
             step.selected = selected;
             step.action = Step::DELIVER;
@@ -110,24 +114,13 @@ fn remember<T: Tables>(
     transport: &Transport,
     recall: &Recall,
 ) -> Result<Selected, DropReason> {
-    let now = tables.now();
-    let kind = Kind::of(key.protocol, transport.flags);
-    let mut index = decide::choice(recall.slot, kind);
-    let mut found = Recalled::nothing();
-    if find(tables, key, now, idle(tables, recall.listener), &mut found) != Recalled::NOWHERE {
-        let known = found.known();
-        let target = tables.target(known.flow.target);
-        let fate = decide::fate(&known, target.map_or(0, |target| target.flags), kind, now);
-        if matches!(fate, Fate::Kept | Fate::Refreshed | Fate::Promoted) {
-            update(tables, key, recall, &known, fate, kind, now);
-            return Ok(Selected { index: known.flow.target, is_new: 0 });
-        }
-        // A pinned slot does not remember the new connection: its next packet must not find this.
-        tables.forget(known.table, key);
-        if fate == Fate::Refused {
-            return Err(DropReason::TargetDown);
-        }
-        index = recall.slot.current;
+    let mut index = 0;
+    let outcome = go_on(tables, key, transport, recall, &mut index);
+    if outcome == KNOWN {
+        return Ok(Selected { index, is_new: 0 });
+    }
+    if outcome == REFUSED {
+        return Err(DropReason::TargetDown);
     }
     if serving(tables, index).is_none() {
         if key.protocol == TCP {
@@ -137,14 +130,74 @@ fn remember<T: Tables>(
         index = recall.slot.current;
     }
     if recall.is_tracked != 0 {
-        index = claim(tables, key, recall, index, now)?;
+        let refused = claim(tables, key, recall, &mut index);
+        if refused != CLAIMED {
+            return Err(match refused {
+                TAKEN => DropReason::PortAllocationError,
+                INCONSISTENT => DropReason::TableInconsistent,
+                _ => without_target(index),
+            });
+        }
     }
+    let is_new = note(tables, key, transport, recall, index);
+    Ok(Selected { index, is_new })
+}
+
+/// The flow goes on to its target.
+const KNOWN: u32 = 0;
+/// Its target is gone.
+const REFUSED: u32 = 1;
+/// The slot says where it goes.
+const UNKNOWN: u32 = 2;
+
+/// Goes on with a remembered flow, or says where an unknown one goes. Returns one of the above.
+#[inline(never)]
+fn go_on<T: Tables>(
+    tables: &T,
+    key: &FlowKey,
+    transport: &Transport,
+    recall: &Recall,
+    index: &mut u32,
+) -> u32 {
+    let now = tables.now();
+    let kind = Kind::of(key.protocol, transport.flags);
+    let mut found = Recalled::nothing();
+    if find(tables, key, now, idle(tables, recall.listener), &mut found) == Recalled::NOWHERE {
+        *index = decide::choice(recall.slot, kind);
+        return UNKNOWN;
+    }
+    let known = found.known();
+    *index = known.flow.target;
+    let flags = tables.target(known.flow.target).map_or(0, |target| target.flags);
+    let fate = decide::fate(&known, flags, kind, now);
+    if matches!(fate, Fate::Kept | Fate::Refreshed | Fate::Promoted) {
+        update(tables, key, recall, &known, fate, kind, now);
+        return KNOWN;
+    }
+    // A pinned slot does not remember the new connection: its next packet must not find this.
+    tables.forget(known.table, key);
+    if fate == Fate::Refused {
+        return REFUSED;
+    }
+    *index = recall.slot.current;
+    UNKNOWN
+}
+
+/// Remembers a flow that was not, if it must be; whether it is new, as far as can be told.
+#[inline(never)]
+fn note<T: Tables>(
+    tables: &T,
+    key: &FlowKey,
+    transport: &Transport,
+    recall: &Recall,
+    index: u32,
+) -> u32 {
+    let kind = Kind::of(key.protocol, transport.flags);
     if let Some(table) = decide::first_table(recall.slot, kind, recall.is_tracked != 0) {
         let closing = (kind == Kind::Ending) as u32;
-        tables.remember(table, key, &Flow { last_seen: now, target: index, closing });
+        tables.remember(table, key, &Flow { last_seen: tables.now(), target: index, closing });
     }
-    let is_new = matches!(kind, Kind::Opening | Kind::Datagram) as u32;
-    Ok(Selected { index, is_new })
+    matches!(kind, Kind::Opening | Kind::Datagram) as u32
 }
 
 /// Why a packet does not go to a target that does not serve. No target has number 0: it stands in
@@ -236,40 +289,44 @@ fn update<T: Tables>(
     }
 }
 
+/// The target is the flow's.
+const CLAIMED: u32 = 0;
+/// All that were tried have the client's address and port already.
+const TAKEN: u32 = 1;
+/// The one in turn does not serve.
+const DOWN: u32 = 2;
+/// A slot is missing.
+const INCONSISTENT: u32 = 3;
+
 /// The same client address and port, through two listeners to one target, would be one 4-tuple
-/// there: the later connection takes the next target on the ring.
-#[inline(always)]
-fn claim<T: Tables>(
-    tables: &T,
-    key: &FlowKey,
-    recall: &Recall,
-    first: u32,
-    now: u64,
-) -> Result<u32, DropReason> {
+/// there: the later connection takes the next target on the ring. Returns one of the above.
+#[inline(never)]
+fn claim<T: Tables>(tables: &T, key: &FlowKey, recall: &Recall, index: &mut u32) -> u32 {
+    let now = tables.now();
     let size = tables.ring_size();
     // Neighbouring slots often hold the same target: step far.
     let step = size / (ATTEMPTS + 1) + 1;
     let mut next = recall.chosen;
-    let mut index = first;
     for _ in 0..ATTEMPTS {
-        let Some(target) = serving(tables, index) else { return Err(without_target(index)) };
+        let Some(target) = serving(tables, *index) else { return DOWN };
         if target.mode != Target::NAT {
-            return Ok(index);
+            return CLAIMED;
         }
         let reply = reply_key(key, target);
         let taken = tables.return_flow(&reply).is_some_and(|flow| {
             flow.listener != recall.listener && is_in_use(tables, key, &flow, now)
         });
         if !taken {
-            let flow = ReturnFlow { last_seen: now, listener: recall.listener, target: index };
+            let flow = ReturnFlow { last_seen: now, listener: recall.listener, target: *index };
             tables.remember_return(&reply, &flow);
-            return Ok(index);
+            return CLAIMED;
         }
         next = next.wrapping_add(step);
         next = if next >= size { next - size } else { next };
-        index = slot(tables, recall.ring, next)?.current;
+        let Ok(slot) = slot(tables, recall.ring, next) else { return INCONSISTENT };
+        *index = slot.current;
     }
-    Err(DropReason::PortAllocationError)
+    TAKEN
 }
 
 /// Whether the connection by which the client's port is known at a target still lives: neither is
