@@ -20,6 +20,9 @@ pub const TCP_IDLE: u32 = 350;
 /// A silent UDP flow is forgotten after this time unless its listener says otherwise, seconds
 /// (AWS: 120 s).
 pub const UDP_IDLE: u32 = 120;
+/// The longest idle timeout that a listener can have, seconds (AWS: 6000 s). The way back of a flow
+/// counts as known for as long: it is asked only for what a target sends.
+pub const MAX_IDLE: u32 = 6000;
 /// A TCP flow that has seen FIN or RST is forgotten after this time, nanoseconds.
 pub const CLOSING_IDLE: u64 = 10 * SECOND;
 /// How stale the time of a flow's last packet may be: it is not written for every packet.

@@ -1,12 +1,11 @@
 //! A packet from a target, and a client that talks to a target's own address.
 
-use crate::flow::{FlowKey, REFRESH};
+use crate::flow::{FlowKey, MAX_IDLE, REFRESH};
 use crate::tables::{Endpoint, NO_LISTENER, Tables};
 use crate::verdict::{DropReason, Verdict};
 
 use super::ip::{End, Ip};
 use super::parse::{Link, Packet, Place, Transport};
-use super::select::idle;
 use super::{Found, Frame, Outcome, emit};
 
 /// Gives a reply the listener's address back and sends it to the client.
@@ -81,7 +80,7 @@ fn look_up_origin<I: Ip, F: Frame, T: Tables>(
     let Some((key, _)) = place.flow::<I, F>(frame) else { return };
     let now = tables.now();
     if let Some(mut flow) = tables.return_flow(&key)
-        && flow.is_alive(now, idle(tables, flow.listener))
+        && flow.is_alive(now, MAX_IDLE)
     {
         *origin = Origin { listener: flow.listener, target: flow.target };
         if now.wrapping_sub(flow.last_seen) > REFRESH {

@@ -6,6 +6,7 @@
 use crate::flow::{self, Flow, FlowKey, FlowTable, Keys, ReturnFlow, TCP};
 use crate::tables::{Endpoint, Slot, Tables, Target};
 use crate::verdict::DropReason;
+use crate::wire::{Address, Be16};
 
 use super::decide::{self, Fate, Kind, Known};
 use super::ip::Ip;
@@ -85,12 +86,15 @@ pub fn serving<T: Tables>(tables: &T, index: u32) -> Option<&Target> {
 /// stack as its result, which the verifier refuses.
 #[inline(never)]
 pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step) -> u32 {
-    let Some((key, transport)) = step.place.flow::<I, F>(frame) else { return step.action };
-    // Parts that are functions of their own in the kernel too, and look at flow and flags in
-    // memory: what one of them found out the verifier need not follow through the others.
-    let (key, transport) = (core::hint::black_box(&key), core::hint::black_box(&transport));
+    let mut asked = Asked::nothing();
+    if ask::<I, F>(frame, &step.place, &mut asked) == 0 {
+        return step.action;
+    }
+    // Parts that are functions of their own in the kernel too, and look at the flow in memory: what
+    // one of them found out the verifier need not follow through the others.
+    let asked = core::hint::black_box(&asked);
     let recall = step.recall;
-    match remember(tables, key, transport, &recall) {
+    match remember(tables, asked, &recall) {
         Ok(selected) => {
             step.selected = selected;
             step.action = Step::DELIVER;
@@ -108,14 +112,9 @@ pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step
 /// when there is none for it, [`DropReason::PortAllocationError`] when its 4-tuple is taken at
 /// every target tried.
 #[inline(always)]
-fn remember<T: Tables>(
-    tables: &T,
-    key: &FlowKey,
-    transport: &Transport,
-    recall: &Recall,
-) -> Result<Selected, DropReason> {
+fn remember<T: Tables>(tables: &T, asked: &Asked, recall: &Recall) -> Result<Selected, DropReason> {
     let mut index = 0;
-    let outcome = go_on(tables, key, transport, recall, &mut index);
+    let outcome = go_on(tables, asked, recall, &mut index);
     if outcome == KNOWN {
         return Ok(Selected { index, is_new: 0 });
     }
@@ -123,14 +122,14 @@ fn remember<T: Tables>(
         return Err(DropReason::TargetDown);
     }
     if serving(tables, index).is_none() {
-        if key.protocol == TCP {
+        if asked.key.protocol == TCP {
             return Err(without_target(index));
         }
         // A datagram has nothing to lose by another target.
         index = recall.slot.current;
     }
     if recall.is_tracked != 0 {
-        let refused = claim(tables, key, recall, &mut index);
+        let refused = claim(tables, &asked.key, recall, &mut index);
         if refused != CLAIMED {
             return Err(match refused {
                 TAKEN => DropReason::PortAllocationError,
@@ -139,8 +138,43 @@ fn remember<T: Tables>(
             });
         }
     }
-    let is_new = note(tables, key, transport, recall, index);
+    let is_new = note(tables, asked, recall, index);
     Ok(Selected { index, is_new })
+}
+
+/// What a packet says of its flow, in memory.
+struct Asked {
+    key: FlowKey,
+    flags: u8,
+}
+
+impl Asked {
+    #[inline(always)]
+    fn nothing() -> Self {
+        let zero = core::hint::black_box(0_u64);
+        let key = FlowKey {
+            source: Address::from_words([zero; 2]),
+            destination: Address::from_words([zero; 2]),
+            source_port: Be16::from_raw(zero as u16),
+            destination_port: Be16::from_raw(zero as u16),
+            protocol: zero as u8,
+            zero: [zero as u8; 3],
+        };
+        Self { key, flags: zero as u8 }
+    }
+
+    #[inline(always)]
+    fn kind(&self) -> Kind {
+        Kind::of(self.key.protocol, self.flags)
+    }
+}
+
+/// Reads the flow once more, with stack of its own; 0 if it is not there.
+#[inline(never)]
+fn ask<I: Ip, F: Frame>(frame: &F, place: &Place, asked: &mut Asked) -> u32 {
+    let Some((key, transport)) = place.flow::<I, F>(frame) else { return 0 };
+    *asked = Asked { key, flags: transport.flags };
+    1
 }
 
 /// The flow goes on to its target.
@@ -152,15 +186,10 @@ const UNKNOWN: u32 = 2;
 
 /// Goes on with a remembered flow, or says where an unknown one goes. Returns one of the above.
 #[inline(never)]
-fn go_on<T: Tables>(
-    tables: &T,
-    key: &FlowKey,
-    transport: &Transport,
-    recall: &Recall,
-    index: &mut u32,
-) -> u32 {
+fn go_on<T: Tables>(tables: &T, asked: &Asked, recall: &Recall, index: &mut u32) -> u32 {
     let now = tables.now();
-    let kind = Kind::of(key.protocol, transport.flags);
+    let key = &asked.key;
+    let kind = asked.kind();
     let mut found = Recalled::nothing();
     if find(tables, key, now, idle(tables, recall.listener), &mut found) == Recalled::NOWHERE {
         *index = decide::choice(recall.slot, kind);
@@ -185,17 +214,12 @@ fn go_on<T: Tables>(
 
 /// Remembers a flow that was not, if it must be; whether it is new, as far as can be told.
 #[inline(never)]
-fn note<T: Tables>(
-    tables: &T,
-    key: &FlowKey,
-    transport: &Transport,
-    recall: &Recall,
-    index: u32,
-) -> u32 {
-    let kind = Kind::of(key.protocol, transport.flags);
+fn note<T: Tables>(tables: &T, asked: &Asked, recall: &Recall, index: u32) -> u32 {
+    let kind = asked.kind();
     if let Some(table) = decide::first_table(recall.slot, kind, recall.is_tracked != 0) {
         let closing = (kind == Kind::Ending) as u32;
-        tables.remember(table, key, &Flow { last_seen: tables.now(), target: index, closing });
+        let flow = Flow { last_seen: tables.now(), target: index, closing };
+        tables.remember(table, &asked.key, &flow);
     }
     matches!(kind, Kind::Opening | Kind::Datagram) as u32
 }
@@ -253,7 +277,7 @@ fn find<T: Tables>(tables: &T, key: &FlowKey, now: u64, idle: u32, found: &mut R
 
 /// The idle timeout of a listener's flows, seconds; 0 if there is no such listener.
 #[inline(always)]
-pub fn idle<T: Tables>(tables: &T, listener: u32) -> u32 {
+fn idle<T: Tables>(tables: &T, listener: u32) -> u32 {
     tables.listener(listener).map_or(0, |listener| listener.idle)
 }
 
@@ -335,10 +359,12 @@ fn claim<T: Tables>(tables: &T, key: &FlowKey, recall: &Recall, index: &mut u32)
 fn is_in_use<T: Tables>(tables: &T, key: &FlowKey, flow: &ReturnFlow, now: u64) -> bool {
     let Some(listener) = tables.listener(flow.listener) else { return false };
     let other = FlowKey { destination: listener.address, destination_port: listener.port, ..*key };
-    let mut found = Recalled::nothing();
-    flow.is_alive(now, listener.idle)
-        && find(tables, &other, now, listener.idle, &mut found) != Recalled::NOWHERE
-        && found.target == flow.target
+    let lives = |table| {
+        tables
+            .flow(table, &other)
+            .is_some_and(|other| other.target == flow.target && other.is_alive(now, listener.idle))
+    };
+    flow.is_alive(now, listener.idle) && FlowTable::ALL.into_iter().any(lives)
 }
 
 /// The flow as a target's replies show it.
@@ -366,7 +392,7 @@ mod tests {
     use crate::model::{Bytes, Model};
     use crate::tables::{Listener, NextHop, SlotState};
     use crate::verdict::Verdict;
-    use crate::wire::{Address, Be16, Tcp};
+    use crate::wire::Tcp;
 
     use super::*;
 

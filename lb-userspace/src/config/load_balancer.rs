@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use lb_common::flow::{TCP_IDLE, UDP_IDLE};
+use lb_common::flow::{MAX_IDLE, TCP_IDLE, UDP_IDLE};
 
 use super::address::{ADDRESS_HELP, host_address};
 use super::model::{Listener, LoadBalancer, Protocol, Scheme};
@@ -172,7 +172,7 @@ fn idle_timeout(table: &mut Table<'_>, protocol: Option<Protocol>) -> Duration {
             }
             continue;
         }
-        let range = Duration::from_secs(least)..=Duration::from_secs(6000);
+        let range = Duration::from_secs(least)..=Duration::from_secs(MAX_IDLE.into());
         let whole = value.and_then(|value| value.whole_seconds(range));
         timeout = whole.unwrap_or(Duration::from_secs(default.into()));
     }
