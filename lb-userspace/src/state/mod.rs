@@ -6,6 +6,7 @@ mod desired;
 mod registry;
 mod rings;
 mod snapshot;
+mod walk;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -25,6 +26,7 @@ use registry::Registry;
 use rings::Ring;
 
 pub use snapshot::{About, Counters};
+pub use walk::{Findings, FlowStore, Slots, Walk};
 
 /// A target of a target group.
 pub type TargetKey = CheckKey;
@@ -67,6 +69,8 @@ pub struct State {
     admissions: Admissions,
     classes: Vec<(u32, Arc<BTreeSet<Prefix>>)>,
     next_class: u32,
+    /// Listeners that track every flow, by number.
+    tracked: BTreeSet<u32>,
     /// The one listener that a target was of before others came to share it.
     first_owners: BTreeMap<EndpointKey, (u32, u32)>,
     warnings: Vec<String>,
@@ -89,6 +93,7 @@ impl State {
             admissions: BTreeMap::new(),
             classes: Vec::new(),
             next_class: OPEN + 1,
+            tracked: BTreeSet::new(),
             first_owners: BTreeMap::new(),
             warnings: Vec::new(),
         }
@@ -199,6 +204,12 @@ impl State {
         let before = self.draining.len();
         self.draining.retain(|_, draining| draining.until > now);
         let mut changed = self.draining.len() != before;
+        if changed {
+            // Should it come back, its first check decides anew.
+            let registered: BTreeSet<_> = self.registered().collect();
+            let draining = &self.draining;
+            self.health.retain(|key, _| registered.contains(key) || draining.contains_key(key));
+        }
         for (_, ring) in self.rings.values_mut() {
             changed |= ring.tick(now);
         }
