@@ -11,7 +11,7 @@ use crate::wire::{Address, Be16};
 use super::decide::{self, Fate, Kind, Known};
 use super::ip::Ip;
 use super::parse::{Packet, Place, Transport};
-use super::{Found, Frame, Recall, Selected, Step, Stop};
+use super::{Found, Frame, Next, Recall, Selected, Step, Stop};
 
 /// Slots that a new connection tries when its 4-tuple is taken at a target: of two targets, both
 /// are among them but once in 32,768 cases.
@@ -20,13 +20,14 @@ const ATTEMPTS: u32 = 16;
 /// Chooses the target of a packet's flow, by the hash alone where its slot is settled.
 ///
 /// # Errors
-/// [`Stop::Recall`] where it is not, or every flow is tracked.
+/// [`Stop::Recall`] where it is not, or every flow is tracked: then `recall` says what is asked.
 #[inline(always)]
 pub fn select<I: Ip, T: Tables>(
     tables: &T,
     packet: &Packet<I>,
     transport: &Transport,
     listener: &Found,
+    recall: &mut Recall,
 ) -> Result<Selected, Stop> {
     let hash = tables.keys().flow(&packet.flow(transport.ports));
     let chosen = flow::slot(hash, tables.ring_size());
@@ -36,7 +37,8 @@ pub fn select<I: Ip, T: Tables>(
         return Ok(Selected { index: slot.current, is_new: transport.is_syn() as u32 });
     }
     let (ring, listener) = (listener.index, listener.listener);
-    Err(Stop::Recall(Recall { slot, chosen, ring, listener, is_tracked: is_tracked as u32 }))
+    *recall = Recall { slot, chosen, ring, listener, is_tracked: is_tracked as u32 };
+    Err(Stop::Recall)
 }
 
 /// A client that talked to the target's own address talks to the listener now, from the same
@@ -47,8 +49,9 @@ pub fn forget_direct<I: Ip, F: Frame, T: Tables>(
     tables: &T,
     packet: &Packet<I>,
     index: u32,
+    target: &Target,
 ) {
-    if tables.has_direct_flows(index) {
+    if tables.has_direct_flows(index, target) {
         forget_direct_flow::<I, F, T>(frame, tables, &packet.place(), index);
     }
 }
@@ -81,14 +84,11 @@ pub fn serving<T: Tables>(tables: &T, index: u32) -> Option<&Target> {
 
 /// Recalls the flow, and remembers it if it must: it may be older than the slot's last change, or
 /// is tracked anyway.
-///
-/// Returns the step's action: a function that returns nothing may leave a pointer to its caller's
-/// stack as its result, which the verifier refuses.
 #[inline(never)]
-pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step) -> u32 {
+pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step) -> u64 {
     let mut asked = Asked::nothing();
     if ask::<I, F>(frame, &step.place, &mut asked) == 0 {
-        return step.action;
+        return Next::with(Next::PASS, 0);
     }
     // Parts that are functions of their own in the kernel too, and look at the flow in memory: what
     // one of them found out the verifier need not follow through the others.
@@ -97,14 +97,10 @@ pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step
     match remember(tables, asked, &recall) {
         Ok(selected) => {
             step.selected = selected;
-            step.action = Step::DELIVER;
+            Next::with(Next::DELIVER, 0)
         }
-        Err(reason) => {
-            step.action = Step::ANSWER;
-            step.argument = reason as u32;
-        }
+        Err(reason) => Next::with(Next::ANSWER, reason as u32),
     }
-    step.action
 }
 
 /// # Errors
