@@ -20,6 +20,7 @@ pub mod scene;
 pub mod servers;
 pub mod site;
 pub mod topology;
+pub mod tunnels;
 
 use std::{
     thread,
