@@ -155,7 +155,7 @@ impl Agent {
         let target = std::net::SocketAddr::new(key.address, key.port);
         let reason = health.description.as_deref().unwrap_or_default();
         info!(%target, group = %key.target_group, state = %health.state, reason, "target");
-        self.state.set_health(event);
+        self.state.set_health(event, Instant::now());
     }
 
     async fn on_tick(&mut self) {

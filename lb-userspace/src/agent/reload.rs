@@ -257,6 +257,7 @@ mod tests {
             scheme: config::Scheme::Internal,
             addresses: vec!["10.0.0.1".parse().unwrap()],
             security_groups: None,
+            cross_zone: true,
             listeners: Vec::new(),
         };
         running.load_balancers.insert("web".into(), balancer);

@@ -98,8 +98,11 @@ pub struct Listener {
     pub protocol: String,
     /// The port that clients connect to.
     pub port: u16,
-    /// Name of the target group that it forwards to.
+    /// Name of the target group that it forwards to; of several, the first.
     pub target_group: String,
+    /// All target groups that it forwards to.
+    #[serde(default)]
+    pub target_groups: Vec<WeightedTargetGroup>,
     /// Packets from clients.
     pub packets: u64,
     /// Bytes from clients, IP header and payload.
@@ -110,6 +113,15 @@ pub struct Listener {
     pub reply_packets: u64,
     /// Bytes back to clients, IP header and payload.
     pub reply_bytes: u64,
+}
+
+/// A target group of a listener.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WeightedTargetGroup {
+    /// Its name.
+    pub name: String,
+    /// Its share relative to the listener's other groups.
+    pub weight: u16,
 }
 
 /// A registered target.
@@ -173,6 +185,7 @@ pub(crate) mod fixture {
                             protocol: "udp".into(),
                             port: 53,
                             target_group: "resolvers".into(),
+                            target_groups: vec![weighted("resolvers", 1)],
                             packets: 0,
                             bytes: 0,
                             new_flows: 0,
@@ -193,6 +206,7 @@ pub(crate) mod fixture {
                                 protocol: "tcp".into(),
                                 port: 80,
                                 target_group: "web".into(),
+                                target_groups: vec![weighted("web", 90), weighted("canary", 10)],
                                 packets: 12_345_678,
                                 bytes: 1_234_567_890,
                                 new_flows: 45_678,
@@ -203,6 +217,7 @@ pub(crate) mod fixture {
                                 protocol: "tcp".into(),
                                 port: 8443,
                                 target_group: "web".into(),
+                                target_groups: vec![weighted("web", 1)],
                                 packets: 10,
                                 bytes: 740,
                                 new_flows: 2,
@@ -250,6 +265,10 @@ pub(crate) mod fixture {
                 },
             ],
         }
+    }
+
+    fn weighted(name: &str, weight: u16) -> WeightedTargetGroup {
+        WeightedTargetGroup { name: name.into(), weight }
     }
 
     fn target(group: &str, address: &str, port: u16) -> Target {

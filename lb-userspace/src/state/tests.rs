@@ -74,7 +74,7 @@ impl World {
         let port = if group == "api" { 9090 } else { 8080 };
         let key = CheckKey { target_group: group.into(), address: [10, 0, 2, last].into(), port };
         let health = Health { state, reason: None, description: None };
-        self.state.set_health(HealthEvent { key, health });
+        self.state.set_health(HealthEvent { key, health }, self.now);
     }
 
     fn check_all(&mut self, state: HealthState) {
