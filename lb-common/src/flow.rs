@@ -269,7 +269,8 @@ mod tests {
             let v4 = |n: u32| IpAddr::from((0x0a00_0000_u32 + n).to_be_bytes());
             let far = |n: u32| IpAddr::from((n << 16 | 7).to_be_bytes());
             let v6 = |n: u32| IpAddr::from((0xfd00_u128 << 112 | u128::from(n)).to_be_bytes());
-            let site = |n: u32| IpAddr::from((0x2001_u128 << 112 | u128::from(n) << 64).to_be_bytes());
+            let site =
+                |n: u32| IpAddr::from((0x2001_u128 << 112 | u128::from(n) << 64).to_be_bytes());
             let of = |address: IpAddr| keys.source(address.into());
             assert_hashes_uniform((0..60_000).map(v4).map(of), "clients of one network");
             assert_hashes_uniform((0..60_000).map(far).map(of), "one host of each network");

@@ -174,9 +174,8 @@ mod tests {
         };
         let (before, after) = (groups(90, 10), groups(50, 50));
         let moved = before.iter().zip(&after).filter(|(a, b)| a != b).count() as u32;
-        let must = (0..=10)
-            .map(|n| count(&after, n).saturating_sub(count(&before, n)))
-            .sum::<u32>();
+        let must =
+            (0..=10).map(|n| count(&after, n).saturating_sub(count(&before, n))).sum::<u32>();
         assert!(must.abs_diff(SIZE * 2 / 5) < 10, "{must}");
         assert!(moved < must * 3 / 2, "{moved} of {SIZE} slots moved, {must} must");
     }

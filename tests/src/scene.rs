@@ -239,6 +239,7 @@ impl Scene {
         scene.unsettled_listeners();
         scene.tracked_listeners();
         scene.overflowing_listeners();
+        scene.sticky_listeners();
         scene
     }
 
@@ -325,6 +326,29 @@ impl Scene {
         }
         self.share(40, TCP, 30);
         self.share(41, TCP, NO_LISTENER);
+    }
+
+    /// Listeners 60 to 67 choose by the source address among targets 60 to 63, or 64 to 67 in IPv6:
+    /// settled ones for TCP and UDP, one that learns, one that tracks.
+    fn sticky_listeners(&mut self) {
+        use lb_common::tables::SlotState::Learning;
+        for n in 60..64 {
+            self.target(n, Target::NAT, &format!("10.0.11.{}:8080", 120 + n), Way::by(11));
+            self.target(n + 4, Target::NAT, &format!("[fd00:11::{n}]:8080"), Way::by(11));
+        }
+        for (first, vip) in [(60, VIPS[0]), (64, "[fd00:10::100]")] {
+            let settled: Vec<_> = (first..first + 4).map(Slot::settled).collect();
+            let learning = [Slot::new(first, first + 1, Learning)];
+            for (n, protocol, port, slots, flags) in [
+                (first, TCP, 96, &settled[..], 0),
+                (first + 1, UDP, 96, &settled[..], 0),
+                (first + 2, TCP, 97, &learning[..], 0),
+                (first + 3, TCP, 98, &settled[..], Endpoint::TRACKED),
+            ] {
+                let at = format!("{vip}:{port}");
+                self.listener_of(n, protocol, &at, slots, OPEN, Endpoint::BY_SOURCE | flags);
+            }
+        }
     }
 
     /// Listeners 50 to 53, more than fit into the one bucket that they belong in.

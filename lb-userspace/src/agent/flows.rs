@@ -13,6 +13,14 @@ use crate::state::slot_of;
 /// Slots without a flow that the hash would send elsewhere, by ring.
 pub type Settled = BTreeMap<u32, BTreeSet<u32>>;
 
+/// What a walk found.
+pub struct Walked {
+    /// Slots that need not be pinned any more.
+    pub settled: Settled,
+    /// Live flows that are remembered, by target.
+    pub flows: BTreeMap<u32, u64>,
+}
+
 /// A walk, with the tables as they were when it began.
 pub struct Walk {
     /// The flows.
@@ -41,11 +49,15 @@ enum Finding {
 impl Walk {
     /// Looks at every flow once. Forgets what the hash alone would do as well: should the slot
     /// have changed meanwhile, an unknown flow goes to the same target by `previous`.
-    pub fn run(mut self) -> Settled {
+    pub fn run(mut self) -> Walked {
         let now = monotonic_nanoseconds();
         let mut redundant = Vec::new();
         let mut settled = self.pinned.clone();
+        let mut flows = BTreeMap::new();
         for (key, flow) in self.table.iter() {
+            if flow.is_alive(now, key.protocol) {
+                *flows.entry(flow.target).or_default() += 1;
+            }
             match self.judge(&key, &flow, now) {
                 Finding::Redundant => redundant.push(key),
                 Finding::Exception(ring, slot) => {
@@ -59,7 +71,7 @@ impl Walk {
         for key in redundant {
             self.table.forget(&key);
         }
-        settled
+        Walked { settled, flows }
     }
 
     fn judge(&self, key: &FlowKey, flow: &Flow, now: u64) -> Finding {

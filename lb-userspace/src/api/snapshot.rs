@@ -145,6 +145,10 @@ pub struct Target {
     pub description: Option<String>,
     /// The way there for humans, or why there is none.
     pub next_hop: String,
+    /// Live flows, as of a count at most some ten seconds ago. `None` where that is not known: a
+    /// listener of its group does not remember every flow (`flow_tracking`).
+    #[serde(default)]
+    pub flows: Option<u64>,
     /// Packets to it.
     pub packets: u64,
     /// Bytes to it, IP header and payload.
@@ -244,6 +248,7 @@ pub(crate) mod fixture {
                 Target {
                     availability_zone: Some("a".into()),
                     weight: 50,
+                    flows: Some(1234),
                     packets: 12_345_000,
                     bytes: 1_234_567_000,
                     reply_packets: 23_456_000,
@@ -282,6 +287,7 @@ pub(crate) mod fixture {
             reason: None,
             description: None,
             next_hop: "02:00:0a:00:02:0b on eth1".into(),
+            flows: None,
             packets: 0,
             bytes: 0,
             reply_packets: 0,

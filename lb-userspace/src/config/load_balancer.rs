@@ -38,8 +38,8 @@ impl Draft<'_> {
     pub(super) fn into_load_balancer(self) -> LoadBalancer {
         let complete = |draft: ListenerDraft<'_>| {
             let groups = draft.target_groups.into_iter();
-            let groups =
-                groups.map(|group| WeightedTargetGroup { name: group.name.into(), weight: group.weight });
+            let groups = groups
+                .map(|group| WeightedTargetGroup { name: group.name.into(), weight: group.weight });
             let target_groups = groups.collect();
             Some(Listener { protocol: draft.protocol?, port: draft.port?, target_groups })
         };
@@ -163,7 +163,9 @@ fn target_groups<'a>(table: &mut Table<'a>) -> Vec<GroupDraft<'a>> {
     match (table.optional("target_group"), table.optional("target_groups")) {
         (Some(value), None) => {
             let name = value.string(NAME_HELP);
-            name.map(|name| GroupDraft { value, name, weight: DEFAULT_WEIGHT }).into_iter().collect()
+            name.map(|name| GroupDraft { value, name, weight: DEFAULT_WEIGHT })
+                .into_iter()
+                .collect()
         }
         (None, Some(value)) => weighted_groups(value),
         (Some(_), Some(value)) => {

@@ -99,9 +99,7 @@ fn read<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
     Config {
         agent,
         security_groups: owned(security_groups),
-        target_groups: owned(
-            target_groups.into_iter().map(|(name, draft)| (name, draft.group)),
-        ),
+        target_groups: owned(target_groups.into_iter().map(|(name, draft)| (name, draft.group))),
         load_balancers: owned(
             load_balancers.into_iter().map(|(name, draft)| (name, draft.into_load_balancer())),
         ),

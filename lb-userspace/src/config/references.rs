@@ -177,9 +177,8 @@ fn check_zone(
     let names: BTreeSet<&str> = drafts.map(|draft| draft.name).collect();
     for name in names {
         let Some(group) = groups.get(name) else { continue };
-        let in_zone = |target: &Target| {
-            target.availability_zone.as_deref().is_none_or(|other| other == zone)
-        };
+        let in_zone =
+            |target: &Target| target.availability_zone.as_deref().is_none_or(|other| other == zone);
         if !group.group.targets.is_empty() && !group.group.targets.iter().any(in_zone) {
             value.warning(
                 format!("target group \"{name}\" has no target in the agent's zone, \"{zone}\""),

@@ -108,7 +108,11 @@ impl State {
                     Forwarding::Nat => Target::NAT,
                     Forwarding::DsrL2 => Target::DSR_L2,
                 },
-                flags: if in_ring.contains(&number) || self.serves(key, group) { Target::SERVES } else { 0 },
+                flags: if in_ring.contains(&number) || self.serves(key, group) {
+                    Target::SERVES
+                } else {
+                    0
+                },
                 hop,
                 ..Target::default()
             };
@@ -168,6 +172,7 @@ impl State {
             .filter(|ways| ways.len() > 1)
             .flat_map(|ways| ways.iter().map(|(listener, _)| *listener))
             .collect();
+        let mut untracked = BTreeSet::new();
         for (key, listener, balancer, _) in listener_keys(&self.config) {
             let Some(number) = self.listeners.get(&key) else { continue };
             let address = Address::from(key.address);
@@ -185,7 +190,11 @@ impl State {
             let service = Service::Port(key.protocol, key.port);
             let admission = self.admissions.get(&(balancer.clone(), service, is_v4));
             let class = classes.number(admission, &mut self.next_class);
-            let tracked = sharing.contains(&number) || self.any_group(listener, |g| g.track_every_flow);
+            let tracked =
+                sharing.contains(&number) || self.any_group(listener, |g| g.track_every_flow);
+            if !tracked {
+                untracked.extend(listener.target_groups.iter().map(|group| group.name.as_str()));
+            }
             let by_source =
                 self.any_group(listener, |group| group.stickiness == Stickiness::SourceIp);
             let flag = |is_set: bool, flag: u8| if is_set { flag } else { 0 };
@@ -216,6 +225,10 @@ impl State {
                 desired.endpoints.insert(guard.key(), guard);
             }
         }
+        let names = self.registered.keys();
+        let is_tracked =
+            |name: &&Arc<str>| self.used.contains(&***name) && !untracked.contains(&***name);
+        self.tracked = names.filter(is_tracked).cloned().collect();
         self.put_ways_back(ways_back, desired);
         desired.classes = classes.new.iter().cloned().collect();
         self.classes = classes.new;

@@ -77,6 +77,10 @@ pub struct State {
     next_class: u32,
     /// The one listener that a target was of before others came to share it.
     first_owners: BTreeMap<EndpointKey, (u32, u32)>,
+    /// Groups of which every listener remembers every flow.
+    tracked: BTreeSet<Arc<str>>,
+    /// Remembered flows by target, once counted.
+    flows: Option<BTreeMap<u32, u64>>,
     warnings: Vec<String>,
 }
 
@@ -104,6 +108,8 @@ impl State {
             classes: Vec::new(),
             next_class: OPEN + 1,
             first_owners: BTreeMap::new(),
+            tracked: BTreeSet::new(),
+            flows: None,
             warnings: Vec::new(),
         }
     }
@@ -276,6 +282,22 @@ impl State {
             };
         }
         known.unwrap_or_else(Health::initial)
+    }
+
+    /// Whether live flows can be counted: some group remembers every one.
+    pub fn counts_flows(&self) -> bool {
+        !self.tracked.is_empty()
+    }
+
+    /// How many flows are remembered, by target.
+    pub fn set_flows(&mut self, flows: BTreeMap<u32, u64>) {
+        self.flows = Some(flows);
+    }
+
+    /// The live flows of a target, as of the last count; `None` where not every flow is remembered.
+    fn flows_of(&self, key: &TargetKey) -> Option<u64> {
+        let flows = self.flows.as_ref().filter(|_| self.tracked.contains(&key.target_group))?;
+        Some(flows.get(&self.targets.get(key)?).copied().unwrap_or(0))
     }
 
     /// Pinned slots, by ring: candidates for settling. Taken before a walk over the flows begins.

@@ -98,9 +98,8 @@ impl Ring {
             .collect();
         let changed = aged != *self.slots;
         if changed {
-            let learns = |slot: &Slot| {
-                matches!(slot.state(), SlotState::Learning | SlotState::LearningTcp)
-            };
+            let learns =
+                |slot: &Slot| matches!(slot.state(), SlotState::Learning | SlotState::LearningTcp);
             self.learns = aged.iter().any(learns);
             self.slots = aged.into();
         }

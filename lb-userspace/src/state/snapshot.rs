@@ -114,7 +114,10 @@ impl State {
         Ok(snapshot::Listener {
             protocol: listener.protocol.to_string(),
             port: listener.port,
-            target_group: listener.target_groups.first().map_or_else(String::new, |g| g.name.clone()),
+            target_group: listener
+                .target_groups
+                .first()
+                .map_or_else(String::new, |g| g.name.clone()),
             target_groups: listener.target_groups.iter().map(weighted).collect(),
             packets: sum.packets,
             bytes: sum.bytes,
@@ -146,6 +149,7 @@ impl State {
                 Ok(hop) => self.describe(&hop),
                 Err(problem) => problem,
             },
+            flows: self.flows_of(key),
             packets: traffic.packets,
             bytes: traffic.bytes,
             reply_packets: traffic.reply_packets,

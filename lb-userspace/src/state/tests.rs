@@ -1,3 +1,5 @@
+mod selection;
+
 use std::time::Duration;
 
 use lb_common::tables::{NO_LISTENER, Slot, SlotState, Target};

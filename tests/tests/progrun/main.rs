@@ -11,6 +11,7 @@ mod generated;
 mod passing;
 mod refusals;
 mod rewriting;
+mod selection;
 
 use std::net::{IpAddr, SocketAddr};
 

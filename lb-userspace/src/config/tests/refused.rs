@@ -187,10 +187,7 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("load_balancer_type", load_balancer!("type = \"gateway\"\naddresses = [\"192.0.2.1\"]")),
     ("load_balancer_scheme", load_balancer!("scheme = \"public\"\naddresses = [\"192.0.2.1\"]")),
     ("cross_zone_string", load_balancer!("addresses = [\"192.0.2.1\"]\ncross_zone = \"no\"")),
-    (
-        "cross_zone_without_zone",
-        load_balancer!("addresses = [\"192.0.2.1\"]\ncross_zone = false"),
-    ),
+    ("cross_zone_without_zone", load_balancer!("addresses = [\"192.0.2.1\"]\ncross_zone = false")),
     ("addresses_missing", load_balancer!("")),
     ("addresses_empty", load_balancer!("addresses = []")),
     ("addresses_twice", load_balancer!("addresses = [\"192.0.2.1\", \"192.0.2.1\"]")),
