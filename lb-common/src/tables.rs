@@ -86,9 +86,9 @@ impl Endpoint {
     /// Flag of a target: several listeners use it, the tracked flow knows which. A flow that is
     /// not known is of [`Self::listener`], the only one before, unless that is [`NO_LISTENER`].
     pub const SHARED: u8 = 0x20;
-    /// Flag of a listener: the source address alone chooses the slot, so that all flows of a client
-    /// go to one target.
-    pub const BY_SOURCE: u8 = 0x40;
+    /// Flag of a listener (so it is no [`Self::SHARED`]): the source address alone chooses the slot,
+    /// so that all flows of a client go to one target.
+    pub const BY_SOURCE: u8 = 0x20;
     /// Flag of the first place in a bucket: the bucket is full, look in the overflow table too.
     pub const OVERFLOW: u8 = 0x80;
 
@@ -187,7 +187,10 @@ pub struct Target {
     /// How to get there.
     pub hop: NextHop,
     /// Zero.
-    pub zero: [u8; 24],
+    pub zero: [u8; 16],
+    /// 1 once some client talked to it directly, through us. The kernel's word, which the agent
+    /// clears with the rest but never overwrites.
+    pub is_direct: u64,
 }
 
 impl Target {
@@ -349,7 +352,7 @@ pub trait Tables {
     fn remember_return(&self, key: &FlowKey, flow: &ReturnFlow);
 
     /// Whether some client talks to this target's own address through us.
-    fn has_direct_flows(&self, target: u32) -> bool;
+    fn has_direct_flows(&self, index: u32, target: &Target) -> bool;
     /// Notes a client that talks to a target's own address through us. The key is the reply's.
     fn note_direct_flow(&self, target: u32, key: &FlowKey);
     /// Whether a reply is of such a client.

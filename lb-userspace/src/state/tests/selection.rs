@@ -381,8 +381,8 @@ fn a_thousand_targets_become_healthy_in_one_change() {
     );
     let mut world = World::new(&text);
     let mut network = Network::clone(world.state.network());
-    let hop = network.next_hops.values().next().unwrap().clone();
-    network.next_hops = (0..1000).map(|n| (address(n), hop.clone())).collect();
+    let hop = *network.next_hops.values().next().unwrap();
+    network.next_hops = (0..1000).map(|n| (address(n), hop)).collect();
     world.state.set_network(Arc::new(network));
     world.state.ring_size = 16381;
     world.desired();
