@@ -11,6 +11,7 @@ pub mod agent;
 pub mod clients;
 pub mod frames;
 pub mod generate;
+pub mod history;
 pub mod netns;
 pub mod packets;
 pub mod programs;

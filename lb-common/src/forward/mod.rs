@@ -4,6 +4,7 @@
 //! bound, nothing is indexed by packet data, nothing panics, and nothing is written before it is
 //! certain that the packet is ours.
 
+mod decide;
 mod emit;
 mod ip;
 mod parse;

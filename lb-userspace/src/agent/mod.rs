@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use lb_common::flow::HashKeys;
+use lb_common::flow::{FlowTable, HashKeys};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -24,13 +24,13 @@ use crate::api::server::ApiRequest;
 use crate::api::snapshot::{self, AttachMode, Snapshot};
 use crate::cli::AgentOptions;
 use crate::config::{Config, Forwarding};
-use crate::dataplane::Dataplane;
+use crate::dataplane::{Dataplane, FlowTableUsage};
 use crate::health::{Checker, HealthEvent};
 use crate::netlink::{
     AddressManager, IpFamily, Netlink, NetworkEvent, VlanOffload, missing_forwarding,
 };
 use crate::reconcile::{self, Desired};
-use crate::state::{About, State};
+use crate::state::{About, Findings, State, Walk};
 
 use reload::{Source, Watch};
 
@@ -85,7 +85,9 @@ struct Agent {
     vlan_offload: VlanOffload,
     api: JoinHandle<()>,
 
-    walk: Option<JoinHandle<flows::Walked>>,
+    walk: Option<JoinHandle<Findings>>,
+    flow_tables: [FlowTableUsage; FlowTable::ALL.len()],
+    watchman: flows::Watchman,
     last_walk: Instant,
     started: u64,
     is_ready: bool,
@@ -174,14 +176,21 @@ impl Agent {
             self.netlink.want(self.state.destinations());
             self.reconcile();
         }
+        match self.dataplane.flow_table_usage() {
+            Ok(usage) => {
+                self.watchman.look(&usage, now);
+                self.flow_tables = usage;
+            }
+            Err(error) => error!("the flows cannot be counted: {error:#}"),
+        }
         if self.walk.as_ref().is_some_and(JoinHandle::is_finished)
             && let Some(walk) = self.walk.take()
         {
             match walk.await {
-                Ok(walked) => {
-                    self.state.set_flows(walked.flows);
-                    if !walked.settled.is_empty() {
-                        self.state.settle(&walked.settled);
+                Ok(findings) => {
+                    self.state.set_flows(findings.flows);
+                    if !findings.settled.is_empty() {
+                        self.state.settle(&findings.settled);
                         self.reconcile();
                     }
                 }
@@ -197,19 +206,21 @@ impl Agent {
 
     fn start_walk(&mut self) {
         let pinned = self.state.pinned();
-        if pinned.is_empty() && !self.state.counts_flows() {
+        // What is over makes room for others only when somebody takes it out.
+        let is_half_full = |table: &FlowTableUsage| table.entries > u64::from(table.size / 2);
+        let is_full = self.flow_tables.iter().any(is_half_full);
+        if pinned.is_empty() && !is_full && !self.state.counts_flows() {
             return;
         }
-        match self.dataplane.flow_table() {
-            Ok(table) => {
-                let walk = flows::Walk {
-                    table,
+        match self.dataplane.flow_tables() {
+            Ok(flows) => {
+                let walk = Walk {
                     tables: self.current.clone(),
                     keys: self.keys,
                     ring_size: self.ring_size,
                     pinned,
                 };
-                self.walk = Some(tokio::task::spawn_blocking(move || walk.run()));
+                self.walk = Some(tokio::task::spawn_blocking(move || flows::walk(walk, flows)));
             }
             Err(error) => error!("no walk over the flow table: {error:#}"),
         }
@@ -333,6 +344,7 @@ impl Agent {
                 reload_error: self.reload_error.clone(),
             },
             interfaces: interfaces.collect(),
+            flow_tables: flows::in_status(&self.flow_tables),
             warnings: self.warnings.iter().chain(&self.network_problems).cloned().collect(),
         };
         self.state.snapshot(about, &self.dataplane)

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use comfy_table::{Cell, Color};
 
 use super::output::{self, Column, Style, bytes, count};
-use crate::api::snapshot::{Agent, AttachMode, Listener, LoadBalancer, Status};
+use crate::api::snapshot::{Agent, AttachMode, FlowTable, Listener, LoadBalancer, Status};
 
 /// The text for this moment and this stdout.
 pub(super) fn render_now(status: &Status) -> String {
@@ -25,6 +25,9 @@ fn render(status: &Status, now: u64, style: Style) -> String {
     }
     for load_balancer in &status.load_balancers {
         section(&heading(load_balancer), listeners(load_balancer, style));
+    }
+    if !status.flow_tables.is_empty() {
+        section("Remembered flows", flow_tables(&status.flow_tables, style));
     }
     section("Drops", drops(status, style));
     if !status.warnings.is_empty() {
@@ -105,6 +108,21 @@ fn target_groups(listener: &Listener) -> String {
             groups.join(", ")
         }
     }
+}
+
+fn flow_tables(tables: &[FlowTable], style: Style) -> String {
+    let columns = [
+        Column::Text("TABLE"),
+        Column::Number("ENTRIES"),
+        Column::Number("SIZE"),
+        Column::Number("EVICTIONS"),
+    ];
+    let rows = tables.iter().map(|table| {
+        let FlowTable { name, size, entries, evictions } = table;
+        let numbers = [*entries, u64::from(*size), *evictions].map(|n| Cell::new(count(n)));
+        std::iter::once(Cell::new(name)).chain(numbers).collect()
+    });
+    output::table(style, &columns, rows.collect())
 }
 
 /// Reasons that occurred, the most frequent first, equal ones by name.

@@ -1,6 +1,9 @@
 //! `[load_balancer.NAME]`: where packets come in.
 
 use std::net::IpAddr;
+use std::time::Duration;
+
+use lb_common::flow::{MAX_IDLE, TCP_IDLE, UDP_IDLE};
 
 use super::address::{ADDRESS_HELP, host_address};
 use super::model::{Listener, LoadBalancer, Protocol, Scheme, WeightedTargetGroup};
@@ -23,6 +26,7 @@ pub(super) struct ListenerDraft<'a> {
     pub(super) port: Option<u16>,
     /// None where they could not be read.
     pub(super) target_groups: Vec<GroupDraft<'a>>,
+    pub(super) idle_timeout: Duration,
 }
 
 /// A target group of a listener.
@@ -40,8 +44,12 @@ impl Draft<'_> {
             let groups = draft.target_groups.into_iter();
             let groups = groups
                 .map(|group| WeightedTargetGroup { name: group.name.into(), weight: group.weight });
-            let target_groups = groups.collect();
-            Some(Listener { protocol: draft.protocol?, port: draft.port?, target_groups })
+            Some(Listener {
+                protocol: draft.protocol?,
+                port: draft.port?,
+                target_groups: groups.collect(),
+                idle_timeout: draft.idle_timeout,
+            })
         };
         LoadBalancer {
             scheme: self.scheme,
@@ -149,7 +157,34 @@ fn listener<'a>(table: &mut Table<'a>) -> ListenerDraft<'a> {
     };
     let target_groups = target_groups(table);
     table.not_supported_yet(&["certificates", "rule"]);
-    ListenerDraft { protocol, port, target_groups }
+    let idle_timeout = idle_timeout(table, protocol);
+    ListenerDraft { protocol, port, target_groups, idle_timeout }
+}
+
+/// The key that is for the listener's protocol.
+fn idle_timeout(table: &mut Table<'_>, protocol: Option<Protocol>) -> Duration {
+    // AWS's bounds of tcp.idle_timeout.seconds; its UDP timeout cannot be changed.
+    let keys = [
+        ("tcp_idle_timeout", Protocol::Tcp, 60, TCP_IDLE),
+        ("udp_idle_timeout", Protocol::Udp, 10, UDP_IDLE),
+    ];
+    let mut timeout = Duration::from_secs(TCP_IDLE.into());
+    for (key, of, least, default) in keys {
+        let value = table.optional(key);
+        if protocol.is_some_and(|protocol| protocol != of) {
+            if let Some(value) = value {
+                value.error(
+                    format!("`{key}` is for {of} listeners, this one is none"),
+                    "leave it out",
+                );
+            }
+            continue;
+        }
+        let range = Duration::from_secs(least)..=Duration::from_secs(MAX_IDLE.into());
+        let whole = value.and_then(|value| value.whole_seconds(range));
+        timeout = whole.unwrap_or(Duration::from_secs(default.into()));
+    }
+    timeout
 }
 
 const GROUPS_HELP: &str = "write [{ name = \"NAME\", weight = 90 }, { name = \"OTHER\", weight = \

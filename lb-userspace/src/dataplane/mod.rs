@@ -1,6 +1,7 @@
 //! The kernel's side of the agent: load, attach, write what a plan says, read the counters.
 
 mod attach;
+mod flows;
 mod mapped;
 mod pod;
 
@@ -16,7 +17,7 @@ use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuVal
 use aya::programs::Xdp;
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 use lb_common::endpoints::{EndpointTable, Write};
-use lb_common::flow::{Flow, FlowKey, HashKeys};
+use lb_common::flow::{FlowTable, HashKeys};
 use lb_common::tables::{
     AdmissionKey, BUCKETS, Bucket, Endpoint, EndpointKey, Interface, Listener, MAX_LISTENERS,
     MAX_RINGS, MAX_TARGETS, Slot, Target, Traffic,
@@ -27,7 +28,10 @@ use crate::config::XdpMode;
 use crate::reconcile::{Plan, Prefix, Step};
 use crate::state::Counters;
 
+use flows::FlowMeter;
+
 pub use attach::{Attachment, check_privileges};
+pub use flows::{FlowTableUsage, FlowTables, map_name};
 pub use mapped::MappedArray;
 pub use pod::Raw;
 
@@ -43,8 +47,12 @@ pub struct LoadOptions {
     pub hash_seed: u64,
     /// Slots of each ring; a prime.
     pub ring_size: u32,
-    /// Capacity of each flow table, entries.
+    /// Capacity of the table of flows, and of that of replies' flows, entries.
     pub flow_table_size: u32,
+    /// Capacity of the table of half-open flows, entries.
+    pub half_open_table_size: u32,
+    /// Capacity of the table of flows seen once, entries.
+    pub once_seen_table_size: u32,
     /// Whether the program's own messages are wanted (level debug). Compiled into the program as
     /// a constant, so that without it the verifier removes them.
     pub log: bool,
@@ -70,8 +78,7 @@ pub struct Dataplane {
     admission: LpmTrie<MapData, Raw<AdmissionKey>, u32>,
     interfaces: HashMap<MapData, u32, Raw<Interface>>,
     devices: DevMapHash<MapData>,
-    /// The flow table's id.
-    flows: u32,
+    flows: FlowMeter,
     listener_traffic: PerCpuArray<MapData, Raw<Traffic>>,
     target_traffic: PerCpuArray<MapData, Raw<Traffic>>,
     drops: PerCpuArray<MapData, u64>,
@@ -97,7 +104,9 @@ impl Dataplane {
         let slots = MAX_RINGS * options.ring_size;
         let mut ebpf = EbpfLoader::new()
             .map_max_entries("SLOTS", slots)
-            .map_max_entries("FLOWS", options.flow_table_size)
+            .map_max_entries(map_name(FlowTable::Flows), options.flow_table_size)
+            .map_max_entries(map_name(FlowTable::HalfOpen), options.half_open_table_size)
+            .map_max_entries(map_name(FlowTable::OnceSeen), options.once_seen_table_size)
             .map_max_entries("RETURN_FLOWS", options.flow_table_size)
             .override_global("HASH_KEYS", &keys.words()[..], true)
             .override_global("RING_SIZE", &options.ring_size, true)
@@ -117,10 +126,7 @@ impl Dataplane {
             admission: take(&mut ebpf, "ADMISSION")?.try_into()?,
             interfaces: take(&mut ebpf, "INTERFACES")?.try_into()?,
             devices: take(&mut ebpf, "DEVICES")?.try_into()?,
-            flows: match ebpf.map("FLOWS") {
-                Some(Map::LruHashMap(data)) => data.info()?.id(),
-                other => anyhow::bail!("FLOWS is no flow table but {other:?}"),
-            },
+            flows: FlowMeter::new(&mut ebpf)?,
             listener_traffic: take(&mut ebpf, "LISTENER_TRAFFIC")?.try_into()?,
             target_traffic: take(&mut ebpf, "TARGET_TRAFFIC")?.try_into()?,
             drops: take(&mut ebpf, "DROPS")?.try_into()?,
@@ -259,12 +265,21 @@ impl Dataplane {
         self.generation.store(0, &next);
     }
 
-    /// The flow table, for a walk in another thread.
+    /// The tables of flows, for a walk in another thread.
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn flow_table(&self) -> anyhow::Result<FlowTable> {
-        Ok(FlowTable(Map::LruHashMap(MapData::from_id(self.flows)?).try_into()?))
+    pub fn flow_tables(&self) -> anyhow::Result<FlowTables> {
+        self.flows.open()
+    }
+
+    /// How full the tables of flows are, in the order of their numbers. To be asked often: of what
+    /// came and went between two questions nothing is known.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn flow_table_usage(&mut self) -> anyhow::Result<[FlowTableUsage; FlowTable::ALL.len()]> {
+        self.flows.look()
     }
 
     fn zero(&mut self, index: u32, counter: Counter) -> anyhow::Result<()> {
@@ -293,22 +308,6 @@ impl Counters for Dataplane {
             .into_iter()
             .map(|reason| Ok((reason, self.drops.get(&(reason as u32), 0)?.iter().sum())))
             .collect()
-    }
-}
-
-/// Remembered flows.
-pub struct FlowTable(Owned<FlowKey, Flow>);
-
-impl FlowTable {
-    /// Every flow once, as far as the table stands still meanwhile.
-    pub fn iter(&self) -> impl Iterator<Item = (FlowKey, Flow)> {
-        self.0.iter().filter_map(Result::ok).map(|(key, flow)| (key.0, flow.0))
-    }
-
-    /// Forgets a flow.
-    pub fn forget(&mut self, key: &FlowKey) {
-        // Gone already is as good.
-        let _ = self.0.remove(&Raw(*key));
     }
 }
 

@@ -15,7 +15,7 @@ use lb_common::tables::MAX_RINGS;
 use crate::config::{self, WeightedTargetGroup};
 
 use super::ListenerKey;
-use super::rings::Ring;
+use super::rings::{Periods, Ring};
 
 /// What a listener does with a new flow: the target groups that it can go to.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -43,8 +43,10 @@ impl Action {
 /// Who takes the new flows of an action.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Candidates {
-    /// These; nobody if there is none.
+    /// These; without one, its targets only keep the flows that they have.
     Are(Vec<Candidate>),
+    /// There is no target at all, and no flow left.
+    Nobody,
     /// It will be known once the first checks have concluded.
     Unknown,
 }
@@ -83,6 +85,12 @@ impl Rings {
         self.rings.values_mut().map(|kept| (kept.number, &mut kept.ring))
     }
 
+    /// The ring of a listener.
+    pub fn of_mut(&mut self, listener: &ListenerKey) -> Option<&mut Ring> {
+        let kept = self.rings.get_mut(self.of.get(listener)?)?;
+        Some(&mut kept.ring)
+    }
+
     /// Whether a ring has a share for the target group.
     pub fn has_group(&self, name: &str, is_v4: bool) -> bool {
         self.rings.values().any(|kept| {
@@ -97,6 +105,7 @@ impl Rings {
         &mut self,
         listeners: &BTreeMap<ListenerKey, Action>,
         candidates: impl Fn(&Action, Option<&Ring>) -> Candidates,
+        periods: impl Fn(&Action) -> Periods,
         size: u32,
         now: Instant,
     ) {
@@ -107,6 +116,7 @@ impl Rings {
             old: std::mem::take(self),
             new: Self::default(),
             candidates,
+            periods,
             size,
             now,
         };
@@ -154,22 +164,27 @@ impl Rings {
 }
 
 /// One turn of all rings.
-struct Turn<F> {
+struct Turn<F, P> {
     old: Rings,
     new: Rings,
     taken: BTreeSet<u32>,
     candidates: F,
+    periods: P,
     size: u32,
     now: Instant,
 }
 
-impl<F: Fn(&Action, Option<&Ring>) -> Candidates> Turn<F> {
+impl<F, P> Turn<F, P>
+where
+    F: Fn(&Action, Option<&Ring>) -> Candidates,
+    P: Fn(&Action) -> Periods,
+{
     /// The ring of listeners that had one.
     fn go_on(&mut self, id: u32, action: &Action) -> Option<u32> {
         let Kept { action: before, number, ring } = self.old.rings.get(&id)?;
         let (mut ring, number) = (ring.clone(), *number);
         let candidates = match (self.candidates)(action, Some(&ring)) {
-            Candidates::Are(candidates) if candidates.is_empty() => return None,
+            Candidates::Nobody => return None,
             Candidates::Are(candidates) => candidates,
             Candidates::Unknown => {
                 let before = before.clone();
@@ -179,6 +194,7 @@ impl<F: Fn(&Action, Option<&Ring>) -> Candidates> Turn<F> {
         };
         let is_same = before == action;
         let old_slots = Arc::clone(ring.slots());
+        ring.set_periods((self.periods)(action));
         ring.change(candidates, self.now);
         let stays = Arc::ptr_eq(&old_slots, ring.slots());
         // A whole new ring beside the old one, shown to each listener in one store.
@@ -207,7 +223,7 @@ impl<F: Fn(&Action, Option<&Ring>) -> Candidates> Turn<F> {
             _ => return None,
         };
         let number = self.free()?;
-        let ring = Ring::new(candidates, self.size, self.now);
+        let ring = Ring::new(candidates, self.size, (self.periods)(action), self.now);
         let id = self.new_id();
         self.new.rings.insert(id, Kept { action: action.clone(), number, ring });
         Some(id)

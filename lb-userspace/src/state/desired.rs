@@ -58,6 +58,10 @@ impl State {
 
     /// Gives every target and listener its number, and takes back those of others.
     fn number(&mut self, now: Instant) {
+        let listeners = self.config.load_balancers.values().flat_map(|lb| &lb.listeners);
+        let idle = listeners.map(|listener| listener.idle_timeout).max().unwrap_or_default();
+        self.targets.remember_for(idle);
+        self.listeners.remember_for(idle);
         let targets: BTreeSet<_> = self.known.iter().chain(self.draining.keys()).cloned().collect();
         self.targets.retain(&targets, now);
         for key in &targets {
@@ -70,6 +74,7 @@ impl State {
         }
         let listeners: BTreeSet<_> = listener_keys(&self.config).map(|(key, ..)| key).collect();
         self.listeners.retain(&listeners, now);
+        self.tracked.retain(|number| self.listeners.has(*number));
         for key in &listeners {
             if self.listeners.number(key, now).is_none() {
                 self.warnings.push(format!(
@@ -108,11 +113,7 @@ impl State {
                     Forwarding::Nat => Target::NAT,
                     Forwarding::DsrL2 => Target::DSR_L2,
                 },
-                flags: if in_ring.contains(&number) || self.serves(key, group) {
-                    Target::SERVES
-                } else {
-                    0
-                },
+                flags: self.flags(key, in_ring.contains(&number), group),
                 hop,
                 ..Target::default()
             };
@@ -127,12 +128,14 @@ impl State {
         registered.chain(self.draining.iter().map(|(key, draining)| (key, &draining.target)))
     }
 
-    /// Whether packets of the flows that a target outside of every ring has still go to it: it is
-    /// draining, of weight 0, or unhealthy while connection termination is off.
-    fn serves(&self, key: &TargetKey, group: &TargetGroup) -> bool {
+    /// Whether a target takes new flows: it is in a ring. And whether packets of the flows that it
+    /// has still go to it: it is in a ring, draining, of weight 0, or unhealthy while connection
+    /// termination is off.
+    fn flags(&self, key: &TargetKey, in_ring: bool, group: &TargetGroup) -> u8 {
         let is_unhealthy =
             self.health.get(key).is_some_and(|health| health.state == HealthState::Unhealthy);
-        !is_unhealthy || !group.unhealthy_connection_termination
+        let serves = in_ring || !is_unhealthy || !group.unhealthy_connection_termination;
+        (u8::from(serves) * Target::SERVES) | (u8::from(in_ring) * Target::IN_RING)
     }
 
     /// The way to a target, or why there is none.
@@ -172,14 +175,20 @@ impl State {
             .filter(|ways| ways.len() > 1)
             .flat_map(|ways| ways.iter().map(|(listener, _)| *listener))
             .collect();
-        let mut untracked = BTreeSet::new();
+        let mut uncounted = BTreeSet::new();
         for (key, listener, balancer, _) in listener_keys(&self.config) {
             let Some(number) = self.listeners.get(&key) else { continue };
             let address = Address::from(key.address);
             let protocol = protocol_number(key.protocol);
             desired.listeners.insert(
                 number,
-                Listener { address, port: Be16::new(key.port), protocol, zero: [0; 5] },
+                Listener {
+                    address,
+                    port: Be16::new(key.port),
+                    protocol,
+                    zero: 0,
+                    idle: u32::try_from(listener.idle_timeout.as_secs()).unwrap_or(u32::MAX),
+                },
             );
             let is_v4 = key.address.is_ipv4();
             let ring_number = self.rings.of(&key).map(|(number, _)| number);
@@ -190,10 +199,17 @@ impl State {
             let service = Service::Port(key.protocol, key.port);
             let admission = self.admissions.get(&(balancer.clone(), service, is_v4));
             let class = classes.number(admission, &mut self.next_class);
-            let tracked =
+            let is_tracked =
                 sharing.contains(&number) || self.any_group(listener, |g| g.track_every_flow);
-            if !tracked {
-                untracked.extend(listener.target_groups.iter().map(|group| group.name.as_str()));
+            if is_tracked {
+                self.tracked.insert(number);
+            } else {
+                uncounted.extend(listener.target_groups.iter().map(|group| group.name.as_str()));
+                if self.tracked.remove(&number)
+                    && let Some(ring) = self.rings.of_mut(&key)
+                {
+                    ring.unsettle();
+                }
             }
             let by_source =
                 self.any_group(listener, |group| group.stickiness == Stickiness::SourceIp);
@@ -203,7 +219,7 @@ impl State {
                 port: Be16::new(key.port),
                 protocol,
                 kind: Endpoint::LISTENER
-                    | flag(tracked, Endpoint::TRACKED)
+                    | flag(is_tracked, Endpoint::TRACKED)
                     | flag(by_source, Endpoint::BY_SOURCE),
                 listener: number,
                 index: ring_number.unwrap_or(NO_RING),
@@ -226,9 +242,9 @@ impl State {
             }
         }
         let names = self.registered.keys();
-        let is_tracked =
-            |name: &&Arc<str>| self.used.contains(&***name) && !untracked.contains(&***name);
-        self.tracked = names.filter(is_tracked).cloned().collect();
+        let is_counted =
+            |name: &&Arc<str>| self.used.contains(&***name) && !uncounted.contains(&***name);
+        self.counted = names.filter(is_counted).cloned().collect();
         self.put_ways_back(ways_back, desired);
         desired.classes = classes.new.iter().cloned().collect();
         self.classes = classes.new;
@@ -272,7 +288,11 @@ impl State {
     /// Whether a listener without a ring is to get one.
     fn waits(&self, key: &ListenerKey) -> bool {
         let Some(action) = self.actions.get(key) else { return false };
-        self.candidates(action, None) != Candidates::Are(Vec::new())
+        match self.candidates(action, None) {
+            Candidates::Are(candidates) => !candidates.is_empty(),
+            Candidates::Unknown => true,
+            Candidates::Nobody => false,
+        }
     }
 
     fn any_group(&self, listener: &config::Listener, is: impl Fn(&TargetGroup) -> bool) -> bool {

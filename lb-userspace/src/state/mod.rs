@@ -9,6 +9,7 @@ mod rings;
 mod selection;
 mod slow_start;
 mod snapshot;
+mod walk;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -29,6 +30,7 @@ use registry::Registry;
 use slow_start::SlowStart;
 
 pub use snapshot::{About, Counters};
+pub use walk::{Findings, FlowStore, Slots, Walk};
 
 /// A target of a target group.
 pub type TargetKey = CheckKey;
@@ -75,10 +77,12 @@ pub struct State {
     admissions: Admissions,
     classes: Vec<(u32, Arc<BTreeSet<Prefix>>)>,
     next_class: u32,
+    /// Listeners that track every flow, by number.
+    tracked: BTreeSet<u32>,
     /// The one listener that a target was of before others came to share it.
     first_owners: BTreeMap<EndpointKey, (u32, u32)>,
-    /// Groups of which every listener remembers every flow.
-    tracked: BTreeSet<Arc<str>>,
+    /// Groups of which every listener remembers every flow, so that they can be counted.
+    counted: BTreeSet<Arc<str>>,
     /// Remembered flows by target, once counted.
     flows: Option<BTreeMap<u32, u64>>,
     warnings: Vec<String>,
@@ -107,8 +111,9 @@ impl State {
             admissions: BTreeMap::new(),
             classes: Vec::new(),
             next_class: OPEN + 1,
-            first_owners: BTreeMap::new(),
             tracked: BTreeSet::new(),
+            first_owners: BTreeMap::new(),
+            counted: BTreeSet::new(),
             flows: None,
             warnings: Vec::new(),
         }
@@ -256,6 +261,11 @@ impl State {
         self.draining.retain(|_, draining| draining.until > now);
         self.leaving.retain(|_, until| *until > now);
         let mut changed = self.draining.len() + self.leaving.len() != before;
+        if changed {
+            // Should it come back, its first check decides anew.
+            let (known, draining) = (&self.known, &self.draining);
+            self.health.retain(|key, _| known.contains(key) || draining.contains_key(key));
+        }
         changed |= self.slow_start.tick(now);
         for (_, ring) in self.rings.iter_mut() {
             changed |= ring.tick(now);
@@ -286,7 +296,7 @@ impl State {
 
     /// Whether live flows can be counted: some group remembers every one.
     pub fn counts_flows(&self) -> bool {
-        !self.tracked.is_empty()
+        !self.counted.is_empty()
     }
 
     /// How many flows are remembered, by target.
@@ -296,7 +306,7 @@ impl State {
 
     /// The live flows of a target, as of the last count; `None` where not every flow is remembered.
     fn flows_of(&self, key: &TargetKey) -> Option<u64> {
-        let flows = self.flows.as_ref().filter(|_| self.tracked.contains(&key.target_group))?;
+        let flows = self.flows.as_ref().filter(|_| self.counted.contains(&key.target_group))?;
         Some(flows.get(&self.targets.get(key)?).copied().unwrap_or(0))
     }
 

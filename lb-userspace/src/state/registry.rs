@@ -3,12 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
-use lb_common::flow::TCP_IDLE;
-
-/// A number given back is not given out again for this long: until then a flow may be remembered
-/// that names it. An entry past the longest idle timeout is no entry.
-const QUARANTINE: Duration = Duration::from_nanos(TCP_IDLE + TCP_IDLE / 10);
-
 /// Gives each key a number that stays while the key is in use.
 #[derive(Debug)]
 pub struct Registry<K> {
@@ -16,12 +10,26 @@ pub struct Registry<K> {
     returned: VecDeque<(Instant, u32)>,
     next: u32,
     end: u32,
+    quarantine: Duration,
 }
 
 impl<K: Ord + Clone> Registry<K> {
     /// Numbers from 1 to `end` - 1.
     pub fn new(end: u32) -> Self {
-        Self { numbers: BTreeMap::new(), returned: VecDeque::new(), next: 1, end }
+        Self {
+            numbers: BTreeMap::new(),
+            returned: VecDeque::new(),
+            next: 1,
+            end,
+            quarantine: Duration::ZERO,
+        }
+    }
+
+    /// Flows are remembered for this long now. A number given back is not given out again before
+    /// it is over, and a tenth more: until then a flow may be remembered that names it. Never
+    /// shortened, because what was remembered under a longer timeout may still be there.
+    pub fn remember_for(&mut self, idle_timeout: Duration) {
+        self.quarantine = self.quarantine.max(idle_timeout + idle_timeout / 10);
     }
 
     /// The key's number, a new one if it has none; `None` if all are taken.
@@ -39,6 +47,11 @@ impl<K: Ord + Clone> Registry<K> {
         self.numbers.get(key).copied()
     }
 
+    /// Whether some key has this number.
+    pub fn has(&self, number: u32) -> bool {
+        self.numbers.values().any(|known| *known == number)
+    }
+
     /// Takes back the numbers of all other keys.
     pub fn retain(&mut self, in_use: &BTreeSet<K>, now: Instant) {
         self.numbers.retain(|key, number| {
@@ -52,7 +65,7 @@ impl<K: Ord + Clone> Registry<K> {
 
     fn free(&mut self, now: Instant) -> Option<u32> {
         if let Some((returned, number)) = self.returned.front().copied()
-            && now.duration_since(returned) >= QUARANTINE
+            && now.duration_since(returned) >= self.quarantine
         {
             self.returned.pop_front();
             return Some(number);
@@ -73,13 +86,16 @@ mod tests {
     fn a_number_rests_before_it_is_given_out_again() {
         let start = Instant::now();
         let mut registry = Registry::new(3);
+        registry.remember_for(Duration::from_secs(100));
+        registry.remember_for(Duration::from_secs(10));
+        let quarantine = Duration::from_secs(110);
         assert_eq!(registry.number(&"a", start), Some(1));
         assert_eq!(registry.number(&"b", start), Some(2));
         assert_eq!(registry.number(&"a", start), Some(1));
         assert_eq!(registry.number(&"c", start), None);
         registry.retain(&BTreeSet::from(["b"]), start);
-        assert_eq!(registry.number(&"c", start + QUARANTINE / 2), None);
-        assert_eq!(registry.number(&"c", start + QUARANTINE), Some(1));
+        assert_eq!(registry.number(&"c", start + quarantine / 2), None);
+        assert_eq!(registry.number(&"c", start + quarantine), Some(1));
         assert_eq!(registry.get(&"b"), Some(2));
         assert_eq!(registry.get(&"a"), None);
     }

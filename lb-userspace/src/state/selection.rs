@@ -1,30 +1,64 @@
 //! Who takes new flows: what health, weights, zones and slow start come to.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use lb_common::maglev::{self, Candidate};
 use lb_common::wire::Be16;
 
-use crate::config;
+use crate::config::{self, Protocol};
 use crate::health::HealthState;
 use crate::netlink::Unresolved;
 
 use super::actions::{Action, Candidates};
-use super::rings::Ring;
+use super::rings::{Periods, Ring};
 use super::slow_start::STEPS;
-use super::{State, TargetKey};
+use super::{State, TargetKey, listener_keys};
 
 /// Bits of a candidate's weight that tell shares within a group apart.
 const PRECISION: u32 = 28;
+
+/// The kernel's tables are written a little after a change is known here, and flows note their
+/// last packet to the second.
+const SWITCHING: Duration = Duration::from_secs(2);
 
 impl State {
     /// Gives every listener its ring, and the rings' slots to the targets of now.
     pub(super) fn turn_rings(&mut self, now: Instant) {
         let mut rings = std::mem::take(&mut self.rings);
         let candidates = |action: &Action, ring: Option<&Ring>| self.candidates(action, ring);
-        rings.turn(&self.actions, candidates, self.ring_size, now);
+        let all_periods = self.periods();
+        let periods = |action: &Action| all_periods.get(action).copied().unwrap_or_default();
+        rings.turn(&self.actions, candidates, periods, self.ring_size, now);
         self.rings = rings;
+    }
+
+    /// How long the slots of each action's rings learn: by the idle timeouts of its listeners.
+    fn periods(&self) -> BTreeMap<&Action, Periods> {
+        let mut periods: BTreeMap<&Action, Periods> = BTreeMap::new();
+        for (key, listener, ..) in listener_keys(&self.config) {
+            let Some(action) = self.actions.get(&key) else { continue };
+            let of_action = periods.entry(action).or_default();
+            let period = listener.idle_timeout + SWITCHING;
+            of_action.learning = of_action.learning.max(period);
+            if listener.protocol == Protocol::Udp {
+                of_action.learning_udp = of_action.learning_udp.max(period);
+            }
+        }
+        periods
+    }
+
+    /// Whether targets that take no new flows of an action may still have some: of its groups, or
+    /// of those that its listeners named before.
+    fn keeps_flows(&self, action: &Action) -> bool {
+        let named = action.groups.iter().map(|group| &group.name);
+        let before = self.leaving.keys().filter(|(key, _)| self.actions.get(key) == Some(action));
+        let groups: BTreeSet<_> =
+            named.chain(before.map(|(_, name)| name)).map(String::as_str).collect();
+        self.all_targets().any(|(key, target)| {
+            target.address.is_ipv4() == action.is_v4 && groups.contains(&*key.target_group)
+        })
     }
 
     /// The targets that take new flows of an action. Each group has its share by its weight
@@ -51,7 +85,11 @@ impl State {
             return Candidates::Unknown;
         }
         // Nothing else is there: their packets are what has the way looked for.
-        Candidates::Are(weigh(&if groups.is_empty() { newcomers } else { groups }))
+        let candidates = weigh(&if groups.is_empty() { newcomers } else { groups });
+        if candidates.is_empty() && !self.keeps_flows(action) {
+            return Candidates::Nobody;
+        }
+        Candidates::Are(candidates)
     }
 
     /// The targets of a group that take new flows: the healthy ones of the agent's zone, if the

@@ -16,7 +16,7 @@ use anyhow::{Context as _, Result, ensure};
 use aya::programs::ProgramFd;
 use lb_common::{
     flow::{TCP, UDP},
-    tables::{Endpoint, Interface, OPEN, Slot, Target},
+    tables::{Endpoint, Interface, OPEN, Slot, SlotState, Target},
 };
 use lb_tests::{
     packets::{Packet, verify_checksums},
@@ -34,10 +34,20 @@ use serde_json::json;
 use crate::PacketOptions;
 
 /// The default configuration's rings; flow tables that 1,000,000 flows fit into.
-const LOAD: LoadOptions =
-    LoadOptions { hash_seed: 0x5eed, ring_size: 16_381, flow_table_size: 1 << 21, log: false };
+const LOAD: LoadOptions = LoadOptions {
+    hash_seed: 0x5eed,
+    ring_size: 16_381,
+    flow_table_size: 1 << 21,
+    half_open_table_size: 1 << 21,
+    once_seen_table_size: 1 << 21,
+    log: false,
+};
 /// Targets of each listener.
 const TARGETS: u32 = 100;
+/// The listener whose slots all learn: every flow is remembered.
+const LEARNING: &str = "10.0.10.100:85";
+/// The listener whose slots are all pinned: every flow is looked up, none is found.
+const PINNED: &str = "10.0.10.100:86";
 /// The device that program runs come in by.
 const LOOPBACK: u32 = 1;
 /// Prefixes of the security group.
@@ -188,9 +198,17 @@ fn tables() -> Desired {
         (TCP, "10.0.10.100:82", Target::NAT, 1, 0, LOOPBACK),
         (TCP, "10.0.10.100:83", Target::NAT, OPEN, Endpoint::TRACKED, LOOPBACK),
         (TCP, "10.0.10.100:84", Target::NAT, OPEN, 0, 11),
+        (TCP, LEARNING, Target::NAT, OPEN, 0, LOOPBACK),
+        (TCP, PINNED, Target::NAT, OPEN, 0, LOOPBACK),
     ]) {
         let first = listener * TARGETS;
-        let slots = add_targets(&mut scene, first, mode, at.starts_with('['), device);
+        let mut slots = add_targets(&mut scene, first, mode, at.starts_with('['), device);
+        let state = match at {
+            LEARNING => SlotState::Learning,
+            PINNED => SlotState::Pinned,
+            _ => SlotState::Settled,
+        };
+        unsettle(&mut slots, state);
         scene.listener_of(listener, protocol, at, &slots, class, flags);
         scene.desired.rings.insert(listener, slots.into());
     }
@@ -212,6 +230,18 @@ fn add_targets(scene: &mut Scene, first: u32, mode: u8, is_v6: bool, device: u32
         (0..LOAD.ring_size).map(|slot| Slot::settled(first + slot % TARGETS)).collect();
     slots.shuffle(&mut StdRng::seed_from_u64(u64::from(first)));
     slots
+}
+
+/// Brings settled slots into another state, with the next slot's target as the one before.
+fn unsettle(slots: &mut [Slot], state: SlotState) {
+    if state == SlotState::Settled {
+        return;
+    }
+    let previous: Vec<u32> =
+        slots.iter().cycle().skip(1).take(slots.len()).map(|s| s.current).collect();
+    for (slot, previous) in slots.iter_mut().zip(previous) {
+        *slot = Slot::new(slot.current, previous, state);
+    }
 }
 
 /// Networks of 256 addresses all over IPv4, and the clients'.
@@ -266,6 +296,12 @@ fn rows() -> Vec<Row> {
     rows.extend(ours("nat, TCP, IPv4, group of 10,000 prefixes", &group, &[one, some, many]));
     let tracked = to("10.0.10.100:83");
     rows.extend(ours("nat, TCP, IPv4, every flow tracked", &tracked, &[one, some, many]));
+    for (name, at) in [
+        ("nat, TCP, IPv4, every slot learning", LEARNING),
+        ("nat, TCP, IPv4, every slot pinned", PINNED),
+    ] {
+        rows.extend(ours(name, &to(at), &[one, some, many]));
+    }
     rows.extend(passing.into_iter().map(|row| Row { verdict: XDP_PASS, ..row }));
     rows
 }
