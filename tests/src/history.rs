@@ -35,6 +35,8 @@ const BOOT: u64 = 1_000_000_000_000;
 /// Ports of the listeners.
 const PORT: u16 = 80;
 
+use flags::SYN;
+
 /// Something to be broken on purpose, so that a test is seen to fail.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum Sabotage {
@@ -281,7 +283,7 @@ impl Balancer {
         if client.is_tcp {
             frame.bytes[l4 + 13] = flags;
         }
-        let is_syn = client.is_tcp && flags == flags::SYN;
+        let is_syn = client.is_tcp && flags == SYN;
         let verdict = self.model.run(&mut frame);
         if is_syn && self.options.sabotage == Sabotage::OneTable {
             self.move_half_open();

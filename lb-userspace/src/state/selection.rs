@@ -34,19 +34,23 @@ impl State {
         self.rings = rings;
     }
 
-    /// How long the slots of each action's rings learn: by the idle timeouts of its listeners.
+    /// How long the slots of each action's rings learn: by the idle timeouts of its listeners. Where
+    /// none is for UDP, there is nothing to learn less long.
     fn periods(&self) -> BTreeMap<&Action, Periods> {
-        let mut periods: BTreeMap<&Action, Periods> = BTreeMap::new();
+        let mut longest: BTreeMap<&Action, (Duration, Option<Duration>)> = BTreeMap::new();
         for (key, listener, ..) in listener_keys(&self.config) {
             let Some(action) = self.actions.get(&key) else { continue };
-            let of_action = periods.entry(action).or_default();
+            let (all, udp) = longest.entry(action).or_default();
             let period = listener.idle_timeout + SWITCHING;
-            of_action.learning = of_action.learning.max(period);
+            *all = period.max(*all);
             if listener.protocol == Protocol::Udp {
-                of_action.learning_udp = of_action.learning_udp.max(period);
+                *udp = Some(period).max(*udp);
             }
         }
-        periods
+        let periods = |(action, (all, udp)): (_, (_, Option<_>))| {
+            (action, Periods { learning: all, learning_udp: udp.unwrap_or(all) })
+        };
+        longest.into_iter().map(periods).collect()
     }
 
     /// Whether targets that take no new flows of an action may still have some: of its groups, or

@@ -186,7 +186,7 @@ fn listeners_of_one_action_share_a_ring_unless_their_flows_lie_differently() {
     assert!(slots(&desired, 80).iter().all(|slot| slot.is_settled()));
     assert_eq!(assert_learning(&of_canary, &slots(&desired, 82)), 251);
 
-    world.pass(350);
+    world.pass(352);
     world.desired();
     world.settle_all();
     let desired = world.desired();
