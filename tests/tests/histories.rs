@@ -108,7 +108,7 @@ impl History {
         let mut rng = StdRng::seed_from_u64(seed);
         // Of these floods they hold more than a second, as the defaults do of 262,144 packets.
         let small = if plot.floods == (0, 0) { 1 << 20 } else { 1024 };
-        let tables = [1 << 14, small, small];
+        let tables = [if plot.floods == (0, 0) { 1 << 16 } else { 2048 }, small, small];
         let options = Options { seed: rng.random(), ring_size: 1021, tables, sabotage };
         let whole = Member { weight: 1, is_healthy: true, joined: Duration::ZERO, left: None };
         let mut history = Self {
