@@ -28,7 +28,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use crate::netns::Namespace;
+use crate::{netns::Namespace, transfers};
 
 /// A running server. To restart it, drop it and make another at the same address.
 #[derive(Debug)]
@@ -63,6 +63,24 @@ impl Server {
                 () = echo_datagrams(&socket, &served) => {}
                 _ = stopped.changed() => {}
             }
+        })
+    }
+
+    /// The server of [`Transfers`](crate::transfers::Transfers), which says `number` first.
+    ///
+    /// # Errors
+    ///
+    /// If the address is taken or not the namespace's.
+    pub fn transfers(namespace: &Namespace, address: SocketAddr, number: u8) -> Result<Self> {
+        let serve = move |mut stream: TcpStream, mut stopped: watch::Receiver<()>| async move {
+            tokio::select! {
+                // What fails is seen by the client too, who tells.
+                _ = transfers::serve(&mut stream, number) => {}
+                _ = stopped.changed() => reset(&stream),
+            }
+        };
+        Self::start(namespace, address, async move |socket: TcpListener, served, stopped| {
+            accept(&socket, stopped, served, serve).await;
         })
     }
 
