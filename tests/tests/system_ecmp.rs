@@ -119,9 +119,7 @@ impl Scenario {
         thread::sleep(PEACE);
 
         let moved = self.network.flows_of(LOST, PEACE).unwrap();
-
         self.network.kill_balancer(LOST).unwrap();
-
         self.agents.remove(LOST).kill().unwrap();
         thread::sleep(2 * PEACE);
 
