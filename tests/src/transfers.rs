@@ -176,7 +176,10 @@ async fn carry(
             let received = receive(&mut reader, Some(STALL), &arrived);
             tokio::pin!(received);
             tokio::select! {
-                early = &mut received => bail!("the server ended early: {early:?}"),
+                early = &mut received => {
+                    early?;
+                    bail!("the server ended early");
+                }
                 () = ended => {}
             }
             writer.shutdown().await.context("end a download")?;
