@@ -170,6 +170,66 @@ fn flows_of_a_group_that_is_no_longer_named_drain() {
     assert!(!world.desired().endpoints.contains_key(&way_back(11)));
 }
 
+/// New flows find nobody; the ring is what leads known ones to the targets that drain.
+#[test]
+fn a_ring_without_targets_for_new_flows_stays_while_known_ones_go_on() {
+    let empty = |text: &str| {
+        let text = text.replace("targets = [\"10.0.2.11\", \"10.0.2.12\"]", "targets = []");
+        text.replace("targets = [\"10.0.2.13\"]", "targets = []")
+    };
+    let both = config(&[&weights(90, 10)]);
+    let other_group = config(&["target_group = \"idle\""]);
+    for (what, after) in [("no target", empty(&both)), ("another group", other_group)] {
+        let mut world = World::healthy(&[&weights(90, 10)]);
+        let before = slots(&world.desired(), 80);
+        world.configure(&after);
+        let desired = world.desired();
+        assert!(slots(&desired, 80).iter().all(|slot| slot.current == 0), "{what}");
+        assert_eq!(assert_learning(&before, &slots(&desired, 80)), 251, "{what}");
+        for last in 11..=13 {
+            let flags = target(&desired, last, 8080).unwrap().flags;
+            assert_eq!(flags, Target::SERVES, "{what}: {last} serves and is in no ring");
+            assert!(desired.endpoints.contains_key(&way_back(last)), "{what}");
+        }
+        assert!(world.pass(300), "the deregistration delay is over");
+        assert_eq!(listener(&world.desired(), 80).unwrap().index, NO_RING, "{what}");
+    }
+}
+
+#[test]
+fn slots_learn_for_the_longest_idle_timeout_of_their_listeners() {
+    let text = |web| {
+        let patient = "tcp_idle_timeout = \"1000s\"";
+        config(&[web, &format!("{WEB}\n{patient}"), CANARY])
+    };
+    let mut world = World::new(&text(WEB));
+    world.check_groups(HealthState::Healthy);
+    world.desired();
+    let fewer = |text: String| text.replacen("\"10.0.2.11\", ", "", 1);
+    world.configure(&fewer(text(WEB)));
+    let desired = world.desired();
+    let ring = |port| listener(&desired, port).unwrap().index;
+    assert_eq!(ring(80), ring(81));
+    world.pass(1001);
+    assert!(world.state.pinned().is_empty(), "the other listener waits for longer");
+    world.pass(1);
+    assert!(!world.state.pinned().is_empty());
+}
+
+#[test]
+fn flows_that_were_tracked_are_looked_for_before_a_slot_settles() {
+    let tracked = |text: String| {
+        text.replace("[target_group.web]\n", "[target_group.web]\nflow_tracking = \"always\"\n")
+    };
+    let mut world = World::new(&tracked(config(&[WEB, CANARY])));
+    world.check_groups(HealthState::Healthy);
+    assert!(slots(&world.desired(), 80).iter().all(|slot| slot.is_settled()));
+    world.configure(&config(&[WEB, CANARY]));
+    let desired = world.desired();
+    assert!(slots(&desired, 80).iter().all(|slot| slot.state() == SlotState::Pinned));
+    assert!(slots(&desired, 81).iter().all(|slot| slot.is_settled()));
+}
+
 /// What one listener has been through is nothing to the other, though both do the same now.
 #[test]
 fn listeners_of_one_action_share_a_ring_unless_their_flows_lie_differently() {
