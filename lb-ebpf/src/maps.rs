@@ -4,11 +4,14 @@ use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_NOEXIST, bpf_fib_lookup as FibLooku
 use aya_ebpf::helpers::{bpf_fib_lookup, bpf_ktime_get_ns};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::lpm_trie::Key;
-use aya_ebpf::maps::{Array, DevMapHash, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
+use aya_ebpf::maps::{
+    Array, DevMapHash, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, RingBuf,
+};
 use aya_ebpf::programs::XdpContext;
 use aya_ebpf::{EbpfContext as _, Global};
 use aya_log_ebpf::debug;
 use lb_common::flow::{Flow, FlowKey, FlowTable, HashKeys, Keys, ReturnFlow};
+use lb_common::forward::{Stage, Step};
 use lb_common::tables::{
     AdmissionKey, BUCKETS, Bucket, CachedHop, Endpoint, EndpointKey, FlowChanges, Interface,
     Listener, MAX_DEVICES, MAX_DIRECT_FLOWS, MAX_LISTENERS, MAX_PREFIXES, MAX_RINGS, MAX_TARGETS,
@@ -71,6 +74,13 @@ static DROPS: PerCpuArray<u64> = PerCpuArray::with_max_entries(DropReason::ALL.l
 #[map]
 static UNRESOLVED: RingBuf = RingBuf::with_byte_size(1 << 14, 0);
 
+/// The programs of the later stages, by number.
+#[map]
+static STAGES: ProgramArray = ProgramArray::with_max_entries(Stage::ALL.len() as u32, 0);
+/// What one stage leaves to the next.
+#[map]
+static STEP: PerCpuArray<Step> = PerCpuArray::with_max_entries(1, 0);
+
 /// Keys of the flow hash, set by the agent before the program is loaded.
 #[unsafe(no_mangle)]
 static HASH_KEYS: Global<[u32; HashKeys::LEN]> = Global::new([0; HashKeys::LEN]);
@@ -88,6 +98,33 @@ impl<'a> Maps<'a> {
     #[inline(always)]
     pub fn new(ctx: &'a XdpContext) -> Self {
         Self { ctx }
+    }
+
+    /// What the stage before left.
+    #[inline(always)]
+    pub fn step(&self) -> Option<&'a mut Step> {
+        // SAFETY: this CPU's element; no other program run touches it before this one ends.
+        STEP.get_ptr_mut(0).map(|step| unsafe { &mut *step })
+    }
+
+    /// Goes on with a later stage. Each has a call of its own: of a number that the kernel knows
+    /// beforehand it makes a direct jump.
+    #[inline(always)]
+    pub fn hand_over(&self, ctx: &XdpContext, stage: Stage, step: Step) -> u32 {
+        if let Some(to) = self.step() {
+            *to = step;
+            // SAFETY: nothing here waits to be dropped.
+            unsafe {
+                match stage {
+                    Stage::Recall => STAGES.tail_call(ctx, Stage::Recall as u32),
+                    Stage::Deliver => STAGES.tail_call(ctx, Stage::Deliver as u32),
+                    Stage::Answer => STAGES.tail_call(ctx, Stage::Answer as u32),
+                };
+            }
+        }
+        // It is back: the agent has not put the stage there.
+        self.count_drop(DropReason::TableInconsistent as u32);
+        xdp_action::XDP_DROP
     }
 
     /// Sends the packet out of another NIC.

@@ -13,11 +13,14 @@ use std::sync::atomic::Ordering;
 use anyhow::{Context as _, anyhow};
 use aya::maps::lpm_trie::Key;
 use aya::maps::xdp::DevMapHash;
-use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuValues, RingBuf};
-use aya::programs::Xdp;
+use aya::maps::{
+    HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuValues, ProgramArray, RingBuf,
+};
+use aya::programs::{ProgramInfo, Xdp};
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 use lb_common::endpoints::{EndpointTable, Write};
 use lb_common::flow::{FlowTable, HashKeys};
+use lb_common::forward::Stage;
 use lb_common::tables::{
     AdmissionKey, BUCKETS, Bucket, Endpoint, EndpointKey, Interface, Listener, MAX_LISTENERS,
     MAX_RINGS, MAX_TARGETS, Slot, Target, Traffic,
@@ -66,6 +69,8 @@ type Owned<K, V> = HashMap<MapData, Raw<K>, Raw<V>>;
 /// The loaded program and its maps. Dropping it detaches and frees everything.
 pub struct Dataplane {
     ebpf: Ebpf,
+    /// With its last descriptor it would forget the programs.
+    _stages: ProgramArray<MapData>,
     attachments: Vec<Attachment>,
     ring_size: u32,
     table: EndpointTable,
@@ -113,8 +118,10 @@ impl Dataplane {
             .override_global("AYA_LOG_LEVEL", &log_level, true)
             .load(object)
             .context("load the maps into the kernel")?;
-        program(&mut ebpf)?.load().context("load the XDP program into the kernel")?;
+        program(&mut ebpf, PROGRAM)?.load().context("load the XDP program into the kernel")?;
+        let stages = load_stages(&mut ebpf)?;
         Ok(Self {
+            _stages: stages,
             ring_size: options.ring_size,
             table: EndpointTable::new(keys),
             endpoints: mapped(&mut ebpf, "ENDPOINTS", BUCKETS)?,
@@ -145,7 +152,7 @@ impl Dataplane {
         nic: &crate::netlink::Interface,
         mode: XdpMode,
     ) -> anyhow::Result<&Attachment> {
-        let attachment = attach::attach(program(&mut self.ebpf)?, nic, mode)?;
+        let attachment = attach::attach(program(&mut self.ebpf, PROGRAM)?, nic, mode)?;
         self.attachments.push(attachment);
         self.attachments.last().context("just attached")
     }
@@ -155,12 +162,21 @@ impl Dataplane {
         &self.attachments
     }
 
-    /// The loaded program, for program runs and for the log.
+    /// The loaded program of the first stage, for program runs.
     ///
     /// # Errors
     /// Never, once loaded.
     pub fn program(&mut self) -> anyhow::Result<&mut Xdp> {
-        program(&mut self.ebpf)
+        program(&mut self.ebpf, PROGRAM)
+    }
+
+    /// All programs: their names and what the kernel says of them.
+    ///
+    /// # Errors
+    /// If the kernel does not say.
+    pub fn programs(&mut self) -> anyhow::Result<Vec<(&'static str, ProgramInfo)>> {
+        let names = [PROGRAM].into_iter().chain(Stage::ALL.map(Stage::program));
+        names.map(|name| Ok((name, program(&mut self.ebpf, name)?.info()?))).collect()
     }
 
     /// The object, for the log of the eBPF side.
@@ -345,9 +361,21 @@ fn trie_key(class: u32, prefix: &Prefix) -> Key<Raw<AdmissionKey>> {
     Key::new(bits, Raw(AdmissionKey::new(class, prefix.address)))
 }
 
-fn program(ebpf: &mut Ebpf) -> anyhow::Result<&mut Xdp> {
-    let program = ebpf.program_mut(PROGRAM).context("the object lacks its program")?;
-    Ok(program.try_into()?)
+fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut Xdp> {
+    let program = ebpf.program_mut(name);
+    Ok(program.with_context(|| format!("the object lacks the program {name}"))?.try_into()?)
+}
+
+/// Loads the programs of the later stages and puts them where the first finds them.
+fn load_stages(ebpf: &mut Ebpf) -> anyhow::Result<ProgramArray<MapData>> {
+    let mut stages = ProgramArray::try_from(take(ebpf, "STAGES")?)?;
+    for stage in Stage::ALL {
+        let name = stage.program();
+        let program = program(ebpf, name)?;
+        program.load().with_context(|| format!("load the XDP program {name} into the kernel"))?;
+        stages.set(stage as u32, program.fd()?, 0)?;
+    }
+    Ok(stages)
 }
 
 fn take(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<Map> {

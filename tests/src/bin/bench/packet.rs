@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use aya::programs::ProgramFd;
+use aya::programs::{ProgramFd, ProgramInfo};
 use lb_common::{
     flow::{TCP, UDP},
     tables::{Endpoint, Interface, OPEN, Slot, SlotState, Target},
@@ -99,7 +99,8 @@ fn measure(options: &PacketOptions) -> Result<()> {
         let object = fs::read(path).with_context(|| format!("read {}", path.display()))?;
         let other = _other.insert(ready(Dataplane::load_object(&object, &LOAD)?)?);
         subjects.other = Some(program(other)?);
-        println!("* is {}: {}", path.display(), Program::of(other)?);
+        println!("* is {}", path.display());
+        Program::all(other)?.iter().for_each(|program| println!("* {program}"));
         rows = with_other(rows);
     }
     let mut wrapper = Wrapper::load()?;
@@ -117,9 +118,9 @@ fn measure(options: &PacketOptions) -> Result<()> {
         }
     }
     eprintln!("\r{:30}", "");
-    let program = Program::of(&mut dataplane)?;
-    print_table(&rows, &program, options);
-    write_json(&rows, &program, options)
+    let programs = Program::all(&mut dataplane)?;
+    print_table(&rows, &programs, options);
+    write_json(&rows, &programs, options)
 }
 
 /// The programs that are measured.
@@ -321,8 +322,9 @@ impl Row {
     }
 }
 
-/// How large the program is.
+/// How large a program is.
 struct Program {
+    name: &'static str,
     instructions: u32,
     jited: u32,
     verified: u32,
@@ -330,20 +332,32 @@ struct Program {
 
 impl Display for Program {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let Self { instructions, jited, verified } = self;
-        write!(f, "{instructions} instructions, {jited} bytes of machine code; ")?;
+        let Self { name, instructions, jited, verified } = self;
+        write!(f, "{name}: {instructions} instructions, {jited} bytes of machine code; ")?;
         write!(f, "the verifier processed {verified}")
     }
 }
 
 impl Program {
-    fn of(dataplane: &mut Dataplane) -> Result<Self> {
-        let info = dataplane.program()?.info()?;
-        Ok(Self {
-            instructions: info.size_translated().context("size of the program")? / 8,
-            jited: info.size_jitted(),
-            verified: info.verified_instruction_count().context("the verifier's count")?,
+    fn json(&self) -> serde_json::Value {
+        json!({
+            "name": self.name,
+            "instructions": self.instructions,
+            "machine_code_bytes": self.jited,
+            "verifier_processed": self.verified,
         })
+    }
+
+    fn all(dataplane: &mut Dataplane) -> Result<Vec<Self>> {
+        let program = |(name, info): (_, ProgramInfo)| {
+            Ok(Self {
+                name,
+                instructions: info.size_translated().context("size of the program")? / 8,
+                jited: info.size_jitted(),
+                verified: info.verified_instruction_count().context("the verifier's count")?,
+            })
+        };
+        dataplane.programs()?.into_iter().map(program).collect()
     }
 }
 
@@ -352,9 +366,9 @@ fn floors(rows: &[Row]) -> [f64; 3] {
     [rows[0].median(), rows[1].median(), rows[2].median()]
 }
 
-fn print_table(rows: &[Row], program: &Program, options: &PacketOptions) {
+fn print_table(rows: &[Row], programs: &[Program], options: &PacketOptions) {
     let [drop, swap, encap] = floors(rows);
-    println!("lb_balancer: {program}");
+    programs.iter().for_each(|program| println!("{program}"));
     println!(
         "medians of {} rounds of {} packets, CPU {}\n",
         options.rounds, options.repeats, options.cpu
@@ -381,7 +395,7 @@ fn print_table(rows: &[Row], program: &Program, options: &PacketOptions) {
     }
 }
 
-fn write_json(rows: &[Row], program: &Program, options: &PacketOptions) -> Result<()> {
+fn write_json(rows: &[Row], programs: &[Program], options: &PacketOptions) -> Result<()> {
     let [drop, swap, encap] = floors(rows);
     let results: Vec<_> = rows
         .iter()
@@ -404,11 +418,7 @@ fn write_json(rows: &[Row], program: &Program, options: &PacketOptions) -> Resul
         "repeats": options.repeats,
         "kernel": fs::read_to_string("/proc/sys/kernel/osrelease")?.trim(),
         "cpu": cpu_model()?,
-        "program": {
-            "instructions": program.instructions,
-            "machine_code_bytes": program.jited,
-            "verifier_processed": program.verified,
-        },
+        "programs": programs.iter().map(Program::json).collect::<Vec<_>>(),
         "rows": results,
     });
     if let Some(folder) = options.json.parent() {
