@@ -152,6 +152,18 @@ pub trait Keys {
         finish(addresses.wrapping_add(ports))
     }
 
+    /// Hash of a client, 64 bits, of which the upper ones choose the slot where all its flows are to
+    /// go to one target. Words that are not there count as 0, as UMAC pads a message.
+    #[inline(always)]
+    fn source(&self, address: Address) -> u64 {
+        let [a, b, c, d] = address.quarters();
+        if address.is_v4() {
+            return finish(product(d, self.key::<0>(), 0, self.key::<1>()));
+        }
+        let first = product(a, self.key::<0>(), b, self.key::<1>());
+        finish(first.wrapping_add(product(c, self.key::<2>(), d, self.key::<3>())))
+    }
+
     /// Hash of an endpoint, 64 bits, of which the upper ones choose the bucket.
     #[inline(always)]
     fn endpoint(&self, key: &EndpointKey) -> u64 {
@@ -249,10 +261,14 @@ mod tests {
     /// deviation 22.6; 255 + 6 * 22.6 = 391 is missed less than once in ten million runs, and the
     /// seeds are fixed.
     fn assert_uniform(flows: impl Iterator<Item = FlowKey>, keys: &HashKeys, what: &str) {
+        assert_hashes_uniform(flows.map(|flow| keys.flow(&flow)), what);
+    }
+
+    fn assert_hashes_uniform(hashes: impl Iterator<Item = u64>, what: &str) {
         let mut slots = vec![0_u32; 256];
         let mut total = 0_u32;
-        for flow in flows {
-            slots[slot(keys.flow(&flow), 256) as usize] += 1;
+        for hash in hashes {
+            slots[slot(hash, 256) as usize] += 1;
             total += 1;
         }
         let expected = f64::from(total) / 256.0;
@@ -273,6 +289,23 @@ mod tests {
             let v6 = (0..60_000_u128)
                 .map(|n| IpAddr::from((0xfd00_u128 << 112 | n << 64).to_be_bytes()));
             assert_uniform(v6.map(|ip| key(ip, 40000)), &keys, "IPv6 networks");
+        }
+    }
+
+    #[test]
+    fn clients_spread_evenly_by_their_address_alone() {
+        for seed in 0..20 {
+            let keys = HashKeys::from_seed(seed);
+            let v4 = |n: u32| IpAddr::from((0x0a00_0000_u32 + n).to_be_bytes());
+            let far = |n: u32| IpAddr::from((n << 16 | 7).to_be_bytes());
+            let v6 = |n: u32| IpAddr::from((0xfd00_u128 << 112 | u128::from(n)).to_be_bytes());
+            let site =
+                |n: u32| IpAddr::from((0x2001_u128 << 112 | u128::from(n) << 64).to_be_bytes());
+            let of = |address: IpAddr| keys.source(address.into());
+            assert_hashes_uniform((0..60_000).map(v4).map(of), "clients of one network");
+            assert_hashes_uniform((0..60_000).map(far).map(of), "one host of each network");
+            assert_hashes_uniform((0..60_000).map(v6).map(of), "IPv6 clients of one network");
+            assert_hashes_uniform((0..60_000).map(site).map(of), "IPv6 networks");
         }
     }
 

@@ -87,6 +87,9 @@ impl Endpoint {
     /// Flag of a target: several listeners use it, the tracked flow knows which. A flow that is
     /// not known is of [`Self::listener`], the only one before, unless that is [`NO_LISTENER`].
     pub const SHARED: u8 = 0x20;
+    /// Flag of a listener (so it is no [`Self::SHARED`]): the source address alone chooses the slot,
+    /// so that all flows of a client go to one target.
+    pub const BY_SOURCE: u8 = 0x20;
     /// Flag of the first place in a bucket: the bucket is full, look in the overflow table too.
     pub const OVERFLOW: u8 = 0x80;
 

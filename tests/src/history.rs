@@ -202,7 +202,8 @@ impl Balancer {
             for address in addresses(last) {
                 let key = CheckKey { target_group: group.into(), address, port: 8080 };
                 let health = Health { state, reason: None, description: None };
-                self.state.set_health(HealthEvent { key, health });
+                let now = self.instant();
+                self.state.set_health(HealthEvent { key, health }, now);
             }
         }
         self.reconcile();

@@ -9,6 +9,7 @@
 
 pub mod agent;
 pub mod clients;
+pub mod ecmp;
 pub mod frames;
 pub mod generate;
 pub mod history;
@@ -20,6 +21,7 @@ pub mod scene;
 pub mod servers;
 pub mod site;
 pub mod topology;
+pub mod transfers;
 pub mod tunnels;
 
 use std::{

@@ -263,6 +263,7 @@ impl Scene {
         scene.tracked_listeners();
         scene.overflowing_listeners();
         scene.tunnel_listeners();
+        scene.sticky_listeners();
         scene
     }
 
@@ -374,6 +375,30 @@ impl Scene {
         tunnel(73, TCP, 0, Target::DSR_IPIP, false, by11, Learning);
         tunnel(74, UDP, 1, Target::DSR_GUE, false, by11, Learning);
         tunnel(75, TCP, 0, Target::DSR_IPIP, true, Way::by(0), Settled);
+    }
+
+    /// Listeners 100 to 107 choose by the source address among targets 100 to 103, or 104 to 107 in
+    /// IPv6:
+    /// settled ones for TCP and UDP, one that learns, one that tracks.
+    fn sticky_listeners(&mut self) {
+        use lb_common::tables::SlotState::Learning;
+        for n in 100..104 {
+            self.target(n, Target::NAT, &format!("10.0.11.{}:8080", 120 + n), Way::by(11));
+            self.target(n + 4, Target::NAT, &format!("[fd00:11::{n}]:8080"), Way::by(11));
+        }
+        for (first, vip) in [(100, VIPS[0]), (104, "[fd00:10::100]")] {
+            let settled: Vec<_> = (first..first + 4).map(Slot::settled).collect();
+            let learning = [Slot::new(first, first + 1, Learning)];
+            for (n, protocol, port, slots, flags) in [
+                (first, TCP, 96, &settled[..], 0),
+                (first + 1, UDP, 96, &settled[..], 0),
+                (first + 2, TCP, 97, &learning[..], 0),
+                (first + 3, TCP, 98, &settled[..], Endpoint::TRACKED),
+            ] {
+                let at = format!("{vip}:{port}");
+                self.listener_of(n, protocol, &at, slots, OPEN, Endpoint::BY_SOURCE | flags);
+            }
+        }
     }
 
     /// Listeners 50 to 53, more than fit into the one bucket that they belong in.

@@ -29,7 +29,11 @@ pub fn select<I: Ip, T: Tables>(
     listener: &Found,
     recall: &mut Recall,
 ) -> Result<Selected, Stop> {
-    let hash = tables.keys().flow(&packet.flow(transport.ports));
+    let hash = if listener.has(Endpoint::BY_SOURCE) {
+        tables.keys().source(packet.source)
+    } else {
+        tables.keys().flow(&packet.flow(transport.ports))
+    };
     let chosen = flow::slot(hash, tables.ring_size());
     let slot = slot(tables, listener.index, chosen)?;
     let is_tracked = listener.has(Endpoint::TRACKED);

@@ -36,8 +36,13 @@ use reload::{Source, Watch};
 
 /// How often time passes for the state: slots age, draining ends.
 const TICK: Duration = Duration::from_secs(1);
+/// How long the health events of one burst are gathered before the tables follow: short beside the
+/// shortest check, long beside a change of all rings.
+const GATHER: Duration = Duration::from_millis(20);
 /// Time between two walks over the flow table, while slots wait for one.
 const WALK: Duration = Duration::from_secs(30);
+/// The same while flows are counted for `targets`.
+const COUNT: Duration = Duration::from_secs(10);
 
 /// Runs the agent until it is told to end.
 ///
@@ -105,15 +110,20 @@ impl Agent {
     async fn follow(&mut self, events: &mut Events) {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        let mut gathered = None;
         loop {
             tokio::select! {
                 Some(event) = events.network.recv() => self.on_network(event).await,
                 Some(event) = events.health.recv() => {
                     self.on_health(event);
-                    // A thousand first checks conclude at about the same time.
                     while let Ok(event) = events.health.try_recv() {
                         self.on_health(event);
                     }
+                    // A thousand checks conclude at about the same time, not at the same time.
+                    gathered = gathered.or_else(|| Some(tokio::time::Instant::now() + GATHER));
+                }
+                () = until(gathered) => {
+                    gathered = None;
                     self.reconcile();
                 }
                 Some(ApiRequest::Snapshot(reply)) = events.api.recv() => match self.snapshot() {
@@ -157,7 +167,7 @@ impl Agent {
         let target = std::net::SocketAddr::new(key.address, key.port);
         let reason = health.description.as_deref().unwrap_or_default();
         info!(%target, group = %key.target_group, state = %health.state, reason, "target");
-        self.state.set_health(event);
+        self.state.set_health(event, Instant::now());
     }
 
     async fn on_tick(&mut self) {
@@ -178,13 +188,17 @@ impl Agent {
         {
             match walk.await {
                 Ok(findings) => {
-                    self.state.settle(&findings.settled);
-                    self.reconcile();
+                    self.state.set_flows(findings.flows);
+                    if !findings.settled.is_empty() {
+                        self.state.settle(&findings.settled);
+                        self.reconcile();
+                    }
                 }
                 Err(error) => error!("the walk over the flow table ended early: {error}"),
             }
         }
-        if self.walk.is_none() && now.duration_since(self.last_walk) >= WALK {
+        let pause = if self.state.counts_flows() { COUNT } else { WALK };
+        if self.walk.is_none() && now.duration_since(self.last_walk) >= pause {
             self.last_walk = now;
             self.start_walk();
         }
@@ -194,7 +208,8 @@ impl Agent {
         let pinned = self.state.pinned();
         // What is over makes room for others only when somebody takes it out.
         let is_half_full = |table: &FlowTableUsage| table.entries > u64::from(table.size / 2);
-        if pinned.is_empty() && !self.flow_tables.iter().any(is_half_full) {
+        let is_full = self.flow_tables.iter().any(is_half_full);
+        if pinned.is_empty() && !is_full && !self.state.counts_flows() {
             return;
         }
         match self.dataplane.flow_tables() {
@@ -353,6 +368,14 @@ impl Agent {
         if let Err(error) = self.vlan_offload.restore() {
             warn!("rxvlan stays off: {error}");
         }
+    }
+}
+
+/// Waits for a moment; without one, for ever.
+async fn until(moment: Option<tokio::time::Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment).await,
+        None => std::future::pending().await,
     }
 }
 

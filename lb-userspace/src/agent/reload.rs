@@ -1,5 +1,6 @@
 //! Where the configuration comes from, and when it is read again.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -79,11 +80,47 @@ impl Source {
                 running.load_balancers.len()
             );
         }
+        refuse_another_hash(running, &parsed.config)?;
         parsed.warnings.iter().for_each(|warning| warn!("{warning}"));
         let mut config = parsed.config;
         keep_what_is_fixed(&mut config.agent, &running.agent);
         Ok(Some(config))
     }
+}
+
+/// A listener that gets or loses stickiness would look for its flows by another hash than the one
+/// that placed them: unless it remembers every one, they would go astray.
+fn refuse_another_hash(running: &Config, new: &Config) -> anyhow::Result<()> {
+    let listeners = |config: &Config| -> BTreeMap<_, _> {
+        let balancers = config.load_balancers.values();
+        let listeners = balancers.flat_map(|balancer| {
+            let addresses = balancer.addresses.iter();
+            addresses.flat_map(|address| balancer.listeners.iter().map(move |it| (*address, it)))
+        });
+        let hashes = listeners.map(|(address, listener)| {
+            let groups = listener.target_groups.iter();
+            let groups: Vec<_> =
+                groups.filter_map(|group| config.target_groups.get(&group.name)).collect();
+            let stickiness = groups.first().map(|group| group.stickiness);
+            let tracks = groups.iter().any(|group| group.track_every_flow);
+            ((address, listener.protocol, listener.port), (stickiness, tracks))
+        });
+        hashes.collect()
+    };
+    let before = listeners(running);
+    for ((address, protocol, port), (stickiness, tracks)) in listeners(new) {
+        let Some((had, tracked)) = before.get(&(address, protocol, port)) else { continue };
+        if *had != stickiness && !(tracks && *tracked) {
+            bail!(
+                "the {protocol} listener on {} cannot get or lose `stickiness` while it runs: its \
+                 established connections would go to other targets. Restart the agent, or set \
+                 flow_tracking = \"always\" in its target groups first, let it run for as long as \
+                 the oldest connection may be silent (350 s), then change the stickiness",
+                std::net::SocketAddr::new(address, port)
+            );
+        }
+    }
+    Ok(())
 }
 
 /// What cannot change while the program is loaded keeps its value, and the log says so.
@@ -262,6 +299,7 @@ mod tests {
             scheme: config::Scheme::Internal,
             addresses: vec!["10.0.0.1".parse().unwrap()],
             security_groups: None,
+            cross_zone: true,
             listeners: Vec::new(),
         };
         running.load_balancers.insert("web".into(), balancer);
@@ -271,6 +309,31 @@ mod tests {
         assert_eq!(source.read_again(false, &running).unwrap(), None);
         std::fs::write(&path, "# none\n").unwrap();
         assert_eq!(source.read_again(false, &running).unwrap(), Some(Config::default()));
+    }
+
+    #[test]
+    fn a_live_listener_keeps_its_hash_unless_it_tracks_every_flow() {
+        let config = |group: &str, port: u16| {
+            let text = format!(
+                "[target_group.web]\n{group}\n[load_balancer.web]\naddresses = [\"10.0.0.1\"]\n\
+                 listener = [{{ port = {port}, target_group = \"web\" }}]\n"
+            );
+            config::parse("lb.toml", &text).unwrap().config
+        };
+        let sticky = "stickiness = { type = \"source_ip\" }";
+        let always = "flow_tracking = \"always\"";
+        let both = format!("{sticky}\n{always}");
+        let plain = config("", 80);
+        for (running, new) in [("", sticky), (sticky, ""), ("", &both), (always, sticky)] {
+            let refused = refuse_another_hash(&config(running, 80), &config(new, 80));
+            let error = refused.expect_err(new).to_string();
+            assert!(error.contains("the tcp listener on 10.0.0.1:80 cannot"), "{error}");
+        }
+        for (running, new) in [("", always), (sticky, &both), (always, &both), (&both, always)] {
+            refuse_another_hash(&config(running, 80), &config(new, 80)).unwrap();
+        }
+        refuse_another_hash(&plain, &config(sticky, 81)).unwrap();
+        refuse_another_hash(&Config::default(), &config(sticky, 80)).unwrap();
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use comfy_table::{Cell, Color};
 
 use super::output::{self, Column, Style, bytes, count};
-use crate::api::snapshot::{Agent, AttachMode, FlowTable, LoadBalancer, Status};
+use crate::api::snapshot::{Agent, AttachMode, FlowTable, Listener, LoadBalancer, Status};
 
 /// The text for this moment and this stdout.
 pub(super) fn render_now(status: &Status) -> String {
@@ -87,7 +87,7 @@ fn listeners(load_balancer: &LoadBalancer, style: Style) -> String {
     let rows = load_balancer.listeners.iter().map(|listener| {
         vec![
             Cell::new(format!("{} {}", listener.protocol, listener.port)),
-            Cell::new(&listener.target_group),
+            Cell::new(target_groups(listener)),
             Cell::new(count(listener.new_flows)),
             Cell::new(count(listener.packets)),
             Cell::new(bytes(listener.bytes)),
@@ -96,6 +96,18 @@ fn listeners(load_balancer: &LoadBalancer, style: Style) -> String {
         ]
     });
     output::table(style, &columns, rows.collect())
+}
+
+/// The one group, or all with their weights.
+fn target_groups(listener: &Listener) -> String {
+    match listener.target_groups.as_slice() {
+        [] | [_] => listener.target_group.clone(),
+        groups => {
+            let groups: Vec<_> =
+                groups.iter().map(|group| format!("{} ({})", group.name, group.weight)).collect();
+            groups.join(", ")
+        }
+    }
 }
 
 fn flow_tables(tables: &[FlowTable], style: Style) -> String {

@@ -28,7 +28,7 @@ pub use agent::DEFAULT_API_SOCKET;
 pub use diagnostic::{ConfigErrors, Diagnostic, Severity};
 pub use file::{LoadError, load};
 pub use model::*;
-pub use references::{MAX_ENDPOINTS, MAX_TARGET_GROUP_USES, MAX_TARGETS};
+pub use references::{MAX_ENDPOINTS, MAX_FORWARD_ACTIONS, MAX_TARGETS};
 
 use diagnostic::Report;
 use reader::Table;
@@ -80,6 +80,7 @@ fn read<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
         .map(|section| (section.name, security_group::read(section.table)))
         .collect();
     let sections = Sections {
+        availability_zone: agent.availability_zone.clone(),
         security_groups: security_groups.keys().copied().collect(),
         target_groups: root
             .sections("target_group")
@@ -95,17 +96,13 @@ fn read<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
     root.not_supported_yet(&["dns"]);
     root.finish();
     references::check(report, &sections);
+    let Sections { target_groups, load_balancers, .. } = sections;
     Config {
         agent,
         security_groups: owned(security_groups),
-        target_groups: owned(
-            sections.target_groups.into_iter().map(|(name, draft)| (name, draft.group)),
-        ),
+        target_groups: owned(target_groups.into_iter().map(|(name, draft)| (name, draft.group))),
         load_balancers: owned(
-            sections
-                .load_balancers
-                .into_iter()
-                .map(|(name, draft)| (name, draft.into_load_balancer())),
+            load_balancers.into_iter().map(|(name, draft)| (name, draft.into_load_balancer())),
         ),
     }
 }

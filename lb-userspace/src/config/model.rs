@@ -31,7 +31,7 @@ pub struct Agent {
     pub interfaces: Vec<String>,
     /// How the program is attached.
     pub xdp_mode: XdpMode,
-    /// The zone this agent stands in, for information.
+    /// The zone this agent stands in; see [`LoadBalancer::cross_zone`].
     pub availability_zone: Option<String>,
     /// Whether the agent adds the listener addresses to the machine.
     pub manage_addresses: bool,
@@ -148,6 +148,15 @@ impl Forwarding {
     }
 }
 
+/// What the flows have in common that go to one target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stickiness {
+    /// Nothing but that each stays where it is.
+    None,
+    /// The client's address.
+    SourceIp,
+}
+
 /// A target group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TargetGroup {
@@ -165,6 +174,11 @@ pub struct TargetGroup {
     pub unhealthy_connection_termination: bool,
     /// Whether every flow is remembered, not only those that a change could break.
     pub track_every_flow: bool,
+    /// What the flows have in common that go to one target.
+    pub stickiness: Stickiness,
+    /// How long the share of a target grows that joins others, 30 to 900 s; zero: it is full at
+    /// once.
+    pub slow_start: Duration,
     /// Its targets, in the file's order; (address, port) is unique.
     pub targets: Vec<Target>,
     /// How their health is found out.
@@ -180,7 +194,7 @@ pub struct Target {
     pub port: u16,
     /// Its share relative to the group's other targets, 0 to 999; 0 takes no new flows. 1 by default.
     pub weight: u16,
-    /// The zone it stands in, for information.
+    /// The zone it stands in; `None`: in every one.
     pub availability_zone: Option<String>,
 }
 
@@ -230,6 +244,8 @@ pub struct LoadBalancer {
     pub addresses: Vec<IpAddr>,
     /// Names of the attached security groups; `None`: open to all.
     pub security_groups: Option<Vec<String>>,
+    /// Whether targets of other zones than the agent's take new flows while one in its zone could.
+    pub cross_zone: bool,
     /// Its listeners; (protocol, port) is unique.
     pub listeners: Vec<Listener>,
 }
@@ -246,12 +262,21 @@ pub enum Scheme {
 /// A listener.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listener {
-    /// What it accepts; equal to its target group's.
+    /// What it accepts; equal to its target groups'.
     pub protocol: Protocol,
     /// The port, 1 to 65535.
     pub port: u16,
-    /// Name of the target group it forwards to.
-    pub target_group: String,
+    /// Where it forwards to: at least one, names are unique, not every weight is 0.
+    pub target_groups: Vec<WeightedTargetGroup>,
     /// How long a silent flow is remembered: whole seconds, 60 to 6000 for TCP, 10 to 6000 for UDP.
     pub idle_timeout: Duration,
+}
+
+/// A target group of a listener.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct WeightedTargetGroup {
+    /// Its name.
+    pub name: String,
+    /// Its share relative to the listener's other groups, 0 to 999; 0 takes no new flows.
+    pub weight: u16,
 }

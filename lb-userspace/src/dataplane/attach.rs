@@ -1,8 +1,8 @@
 //! Putting the program on a NIC, and saying what to do where that is impossible.
 
 use anyhow::{Context as _, anyhow, bail};
-use aya::programs::links::FdLink;
-use aya::programs::{ProgramError, Xdp, XdpMode as AyaMode};
+use aya::programs::links::{FdLink, LinkInfo, LinkType};
+use aya::programs::{ProgramError, Xdp, XdpMode as AyaMode, loaded_links};
 use nix::errno::Errno;
 use tracing::warn;
 
@@ -37,11 +37,11 @@ pub fn attach(program: &mut Xdp, nic: &Interface, mode: XdpMode) -> anyhow::Resu
         );
     }
     if let Some(foreign) = &nic.xdp {
+        let id = foreign.program_id;
         bail!(
-            "{name} already has an XDP program (id {}) that is not lb's; lb does not replace it. \
-             See it with `ip link show {name}`, remove it with `ip link set {name} xdp off`, \
-             or end the agent that attached it",
-            foreign.program_id
+            "{name} already has an XDP program (id {id}) that is not lb's; lb does not replace it. \
+             See it with `ip link show {name}`. {}",
+            removal(name, &links_of(id))
         );
     }
     let (link, is_native) = match mode {
@@ -65,6 +65,34 @@ pub fn attach(program: &mut Xdp, nic: &Interface, mode: XdpMode) -> anyhow::Resu
         },
     };
     Ok(Attachment { ifindex: nic.index, name: name.clone(), is_native, _link: link })
+}
+
+/// The BPF links that hold a program on interfaces. None can also mean that the kernel does not say.
+fn links_of(program_id: u32) -> Vec<u32> {
+    let is_its = |link: &LinkInfo| {
+        link.program_id() == program_id && matches!(link.link_type(), Ok(LinkType::Xdp))
+    };
+    loaded_links().filter_map(Result::ok).filter(is_its).map(|link| link.id()).collect()
+}
+
+/// How to get rid of a program that is on an interface. What holds it by a BPF link cannot be
+/// removed by name, only by that link.
+fn removal(name: &str, links: &[u32]) -> String {
+    let by_link =
+        "End the agent that attached it, which did so by a BPF link (`xdp off` does not help)";
+    match links {
+        [] => format!(
+            "Remove it with `ip link set {name} xdp off`, or end the agent that attached it"
+        ),
+        [id] => format!("{by_link}, or detach that with `bpftool link detach id {id}`"),
+        several => {
+            let ids = several.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
+            format!(
+                "{by_link}, or detach that with `bpftool link detach id N`: N is one of {ids}, \
+                 `bpftool link show` says which is on {name}"
+            )
+        }
+    }
 }
 
 fn link_generic(program: &mut Xdp, nic: &Interface) -> anyhow::Result<FdLink> {
@@ -145,4 +173,21 @@ pub fn check_privileges() -> anyhow::Result<()> {
         );
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_advice_is_what_helps() {
+        assert!(removal("eth0", &[]).contains("`ip link set eth0 xdp off`"));
+        let one = removal("eth0", &[7]);
+        assert!(
+            one.contains("`bpftool link detach id 7`") && !one.contains("ip link set"),
+            "{one}"
+        );
+        let several = removal("eth0", &[7, 9]);
+        assert!(several.contains("one of 7, 9") && several.contains("on eth0"), "{several}");
+    }
 }

@@ -3,29 +3,24 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use lb_common::flow;
-use lb_common::maglev::{self, Candidate};
 use lb_common::tables::{
-    self, Endpoint, EndpointKey, Listener, MAX_RINGS, NO_LISTENER, NO_RING, OPEN, Target,
+    self, Endpoint, EndpointKey, Listener, NO_LISTENER, NO_RING, OPEN, Target,
 };
 use lb_common::wire::eth::Macs;
 use lb_common::wire::{Address, Be16};
 
-use crate::config::{self, Config, Forwarding, Protocol, TargetGroup};
+use crate::config::{self, Config, Forwarding, Stickiness, TargetGroup};
 use crate::health::HealthState;
 use crate::netlink::NextHop;
 use crate::reconcile::{Desired, Prefix};
 
+use super::actions::Candidates;
 use super::admission::{Service, admitted};
-use super::rings::{Periods, Ring};
 use super::tunnels::{mode, too_narrow};
-use super::{RingKey, State, TargetKey, key_of, listener_keys, protocol_number};
-
-/// The kernel's tables are written a little after a change is known here, and flows note their
-/// last packet to the second.
-const SWITCHING: Duration = Duration::from_secs(2);
+use super::{ListenerKey, State, TargetKey, listener_keys, protocol_number};
 
 /// Admitted sources by load balancer, service and family (IPv4 or not); `None`: everybody.
 pub type Admissions = BTreeMap<(String, Service, bool), Admission>;
@@ -44,8 +39,8 @@ impl State {
         self.put_targets(&mut desired);
         self.put_addresses(&mut desired);
         self.put_listeners(&mut desired);
-        for (number, ring) in self.rings.values() {
-            desired.rings.insert(*number, ring.slots().clone());
+        for (number, ring) in self.rings.iter() {
+            desired.rings.insert(number, ring.slots().clone());
         }
         desired
     }
@@ -68,7 +63,7 @@ impl State {
         let idle = listeners.map(|listener| listener.idle_timeout).max().unwrap_or_default();
         self.targets.remember_for(idle);
         self.listeners.remember_for(idle);
-        let targets: BTreeSet<_> = self.registered().chain(self.draining.keys().cloned()).collect();
+        let targets: BTreeSet<_> = self.known.iter().chain(self.draining.keys()).cloned().collect();
         self.targets.retain(&targets, now);
         for key in &targets {
             if self.targets.number(key, now).is_none() {
@@ -91,109 +86,13 @@ impl State {
         }
     }
 
-    /// Makes the ring of every target group in use, or gives its slots to other targets.
-    fn turn_rings(&mut self, now: Instant) {
-        let keys: BTreeSet<RingKey> = listener_keys(&self.config)
-            .map(|(key, listener, _)| RingKey {
-                target_group: listener.target_group.as_str().into(),
-                is_v4: key.address.is_ipv4(),
-            })
-            .collect();
-        // A number that this turn sets free may still be what a listener names: until the tables are
-        // as wanted, its slots stay as they are.
-        let mut taken: BTreeSet<u32> = self.rings.values().map(|(number, _)| *number).collect();
-        let mut free_ring = || (0..MAX_RINGS).find(|number| taken.insert(*number));
-        self.rings.retain(|key, _| keys.contains(key));
-        for key in keys {
-            let candidates = self.candidates(&key);
-            let periods = self.periods(&key);
-            if candidates.is_empty() && !self.keeps_flows(&key) {
-                self.rings.remove(&key);
-            } else if let Some((number, ring)) = self.rings.get_mut(&key) {
-                ring.set_periods(periods);
-                let before = Arc::clone(ring.slots());
-                ring.change(candidates, now);
-                if !Arc::ptr_eq(&before, ring.slots()) {
-                    // A whole new ring beside the old one, shown to each listener in one store.
-                    match free_ring() {
-                        Some(free) => *number = free,
-                        None => tracing::debug!(number, "no spare ring: slots change in place"),
-                    }
-                }
-            } else if !candidates.is_empty()
-                && self.is_ring_settled(&key)
-                && let Some(number) = free_ring()
-            {
-                let ring = Ring::new(candidates, self.ring_size, periods, now);
-                self.rings.insert(key, (number, ring));
-            }
-        }
-    }
-
-    /// How long the slots of a ring learn: by the idle timeouts of the listeners that use it.
-    fn periods(&self, key: &RingKey) -> Periods {
-        let of = |protocol: Option<Protocol>| {
-            let listeners = self.config.load_balancers.values().flat_map(|lb| &lb.listeners);
-            let matching = listeners.filter(|listener| {
-                listener.target_group == *key.target_group
-                    && protocol.is_none_or(|protocol| listener.protocol == protocol)
-            });
-            matching.map(|listener| listener.idle_timeout).max().unwrap_or_default() + SWITCHING
-        };
-        Periods { learning: of(None), learning_udp: of(Some(Protocol::Udp)) }
-    }
-
-    /// Whether targets that take no new flows may still have some.
-    fn keeps_flows(&self, key: &RingKey) -> bool {
-        self.all_targets().any(|(target, _)| {
-            target.target_group == key.target_group && target.address.is_ipv4() == key.is_v4
-        })
-    }
-
-    /// The targets that take new flows: the healthy ones, or all of them if none is healthy. Who
-    /// comes to a ring that is there already waits until the way to it is known.
-    fn candidates(&self, key: &RingKey) -> Vec<Candidate> {
-        let Some(group) = self.config.target_groups.get(&*key.target_group) else {
-            return Vec::new();
-        };
-        let registered = group
-            .targets
-            .iter()
-            .filter(|target| key.takes(group, target) && target.weight > 0)
-            .map(|target| (key_of(&key.target_group, target), target));
-        let healthy = |(key, _): &(TargetKey, _)| {
-            self.health.get(key).is_some_and(|health| health.state == HealthState::Healthy)
-        };
-        let fails_open = !registered.clone().any(|target| healthy(&target));
-        let (mut candidates, mut newcomers) = (Vec::new(), Vec::new());
-        let ring = self.rings.get(key).map(|(_, ring)| ring);
-        for (key, target) in registered.filter(|target| fails_open || healthy(target)) {
-            let Some(number) = self.targets.get(&key) else { continue };
-            let identity = maglev::identity(target.address.into(), Be16::new(target.port));
-            let candidate = Candidate { target: number, identity, weight: target.weight.into() };
-            let is_known = ring.is_none_or(|ring| ring.has_candidate(number));
-            let can_be_reached = is_known || self.hop(target.address).is_ok();
-            if can_be_reached { &mut candidates } else { &mut newcomers }.push(candidate);
-        }
-        // Nothing else is there: their packets are what has the way looked for.
-        if candidates.is_empty() { newcomers } else { candidates }
-    }
-
-    /// Whether all is known that a first ring needs: whoever joined it later would get no datagram
-    /// of an unknown flow for two minutes.
-    fn is_ring_settled(&self, key: &RingKey) -> bool {
-        let group = self.config.target_groups.get(&*key.target_group);
-        group.is_none_or(|group| {
-            let mut takes = group.targets.iter().filter(|target| key.takes(group, target));
-            takes.all(|target| self.is_settled(&key_of(&key.target_group, target)))
-        })
-    }
-
     fn put_targets(&mut self, desired: &mut Desired) {
         let mut warnings = Vec::new();
+        let in_ring: BTreeSet<u32> =
+            self.rings.iter().flat_map(|(_, ring)| ring.members()).copied().collect();
         for (key, target) in self.all_targets() {
             let (Some(number), Some(group)) =
-                (self.targets.get(&key), self.config.target_groups.get(&*key.target_group))
+                (self.targets.get(key), self.config.target_groups.get(&*key.target_group))
             else {
                 continue;
             };
@@ -212,12 +111,12 @@ impl State {
                 address: target.address.into(),
                 port: Be16::new(target.port),
                 mode: mode(group.forwarding),
-                flags: self.flags(&key, group),
+                flags: self.flags(key, in_ring.contains(&number), group),
                 hop,
                 ..Target::default()
             };
             let entry = self.through_tunnel(entry, target.address, group);
-            if let Some(warning) = too_narrow(&entry, &key, group) {
+            if let Some(warning) = too_narrow(&entry, key, group) {
                 warnings.push(warning);
             }
             desired.targets.insert(number, entry);
@@ -226,24 +125,15 @@ impl State {
     }
 
     /// Registered and draining targets.
-    pub(super) fn all_targets(&self) -> impl Iterator<Item = (TargetKey, &config::Target)> {
-        let registered = self.config.target_groups.iter().flat_map(|(name, group)| {
-            group.targets.iter().map(move |target| (key_of(name, target), target))
-        });
-        registered
-            .chain(self.draining.iter().map(|(key, draining)| (key.clone(), &draining.target)))
+    pub(super) fn all_targets(&self) -> impl Iterator<Item = (&TargetKey, &config::Target)> {
+        let registered = self.registered.values().flatten().map(|(key, target)| (key, target));
+        registered.chain(self.draining.iter().map(|(key, draining)| (key, &draining.target)))
     }
 
-    /// Whether a target takes new flows: it is in the ring. And whether packets of the flows that
-    /// it has still go to it: it is in the ring, draining, of weight 0, or unhealthy while
-    /// connection termination is off.
-    fn flags(&self, key: &TargetKey, group: &TargetGroup) -> u8 {
-        let in_ring = self.targets.get(key).is_some_and(|number| {
-            [true, false].into_iter().any(|is_v4| {
-                let ring = RingKey { target_group: key.target_group.clone(), is_v4 };
-                self.rings.get(&ring).is_some_and(|(_, ring)| ring.has_candidate(number))
-            })
-        });
+    /// Whether a target takes new flows: it is in a ring. And whether packets of the flows that it
+    /// has still go to it: it is in a ring, draining, of weight 0, or unhealthy while connection
+    /// termination is off.
+    fn flags(&self, key: &TargetKey, in_ring: bool, group: &TargetGroup) -> u8 {
         let is_unhealthy =
             self.health.get(key).is_some_and(|health| health.state == HealthState::Unhealthy);
         let serves = in_ring || !is_unhealthy || !group.unhealthy_connection_termination;
@@ -282,10 +172,13 @@ impl State {
     fn put_listeners(&mut self, desired: &mut Desired) {
         let mut classes = Classes { old: std::mem::take(&mut self.classes), new: Vec::new() };
         let ways_back = self.ways_back();
-        for (key, listener, balancer) in listener_keys(&self.config) {
-            let Some(group) = self.config.target_groups.get(&listener.target_group) else {
-                continue;
-            };
+        let sharing: BTreeSet<u32> = ways_back
+            .values()
+            .filter(|ways| ways.len() > 1)
+            .flat_map(|ways| ways.iter().map(|(listener, _)| *listener))
+            .collect();
+        let mut uncounted = BTreeSet::new();
+        for (key, listener, balancer, _) in listener_keys(&self.config) {
             let Some(number) = self.listeners.get(&key) else { continue };
             let address = Address::from(key.address);
             let protocol = protocol_number(key.protocol);
@@ -300,34 +193,36 @@ impl State {
                 },
             );
             let is_v4 = key.address.is_ipv4();
-            let ring = RingKey { target_group: listener.target_group.as_str().into(), is_v4 };
-            let ring_number = self.rings.get(&ring).map(|(number, _)| *number);
-            if ring_number.is_none() && !self.candidates(&ring).is_empty() {
+            let ring_number = self.rings.of(&key).map(|(number, _)| number);
+            if ring_number.is_none() && self.waits(&key) {
                 // Its first ring comes with its targets' first checks.
                 continue;
             }
             let service = Service::Port(key.protocol, key.port);
             let admission = self.admissions.get(&(balancer.clone(), service, is_v4));
             let class = classes.number(admission, &mut self.next_class);
-            let is_shared = ways_back
-                .values()
-                .any(|ways| ways.len() > 1 && ways.iter().any(|(listener, _)| *listener == number));
-            let is_tracked = group.track_every_flow || is_shared;
-            let was_tracked = if is_tracked {
+            let is_tracked =
+                sharing.contains(&number) || self.any_group(listener, |g| g.track_every_flow);
+            if is_tracked {
                 self.tracked.insert(number);
-                false
             } else {
-                self.tracked.remove(&number)
-            };
-            if was_tracked && let Some((_, ring)) = self.rings.get_mut(&ring) {
-                ring.unsettle();
+                uncounted.extend(listener.target_groups.iter().map(|group| group.name.as_str()));
+                if self.tracked.remove(&number)
+                    && let Some(ring) = self.rings.of_mut(&key)
+                {
+                    ring.unsettle();
+                }
             }
-            let tracked = if is_tracked { Endpoint::TRACKED } else { 0 };
+            let by_source =
+                self.any_group(listener, |group| group.stickiness == Stickiness::SourceIp);
+            let flag = |is_set: bool, flag: u8| if is_set { flag } else { 0 };
             let endpoint = Endpoint {
                 address,
                 port: Be16::new(key.port),
                 protocol,
-                kind: Endpoint::LISTENER | tracked,
+                kind: Endpoint::LISTENER
+                    | flag(is_tracked, Endpoint::TRACKED)
+                    | flag(by_source, Endpoint::BY_SOURCE),
                 listener: number,
                 index: ring_number.unwrap_or(NO_RING),
                 class,
@@ -348,6 +243,10 @@ impl State {
                 desired.endpoints.insert(guard.key(), guard);
             }
         }
+        let names = self.registered.keys();
+        let is_counted =
+            |name: &&Arc<str>| self.used.contains(&***name) && !uncounted.contains(&***name);
+        self.counted = names.filter(is_counted).cloned().collect();
         self.put_ways_back(ways_back, desired);
         desired.classes = classes.new.iter().cloned().collect();
         self.classes = classes.new;
@@ -356,24 +255,51 @@ impl State {
     /// Which (listener, target) a packet from a target's address and port can be a reply of.
     fn ways_back(&self) -> BTreeMap<EndpointKey, Vec<(u32, u32)>> {
         let mut ways: BTreeMap<EndpointKey, Vec<(u32, u32)>> = BTreeMap::new();
-        for (key, listener, _) in listener_keys(&self.config) {
-            let name = &listener.target_group;
+        let draining = self.draining.iter().map(|(key, draining)| (key, &draining.target));
+        let mut draining_of: BTreeMap<&str, Vec<_>> = BTreeMap::new();
+        for (key, target) in draining {
+            draining_of.entry(&*key.target_group).or_default().push((key, target));
+        }
+        let named = listener_keys(&self.config).flat_map(|(key, listener, ..)| {
+            let groups = listener.target_groups.iter();
+            groups.map(move |group| (key.clone(), group.name.as_str()))
+        });
+        let leaving = self.leaving.keys().map(|(key, name)| (key.clone(), name.as_str()));
+        for (key, name) in named.chain(leaving) {
             let Some(group) = self.config.target_groups.get(name) else { continue };
             let Some(number) = self.listeners.get(&key) else { continue };
             if group.forwarding != Forwarding::Nat {
                 continue;
             }
-            let draining = self.draining.iter().filter(|(key, _)| *key.target_group == **name);
-            let targets =
-                group.targets.iter().chain(draining.map(|(_, draining)| &draining.target));
-            for target in targets.filter(|t| t.address.is_ipv4() == key.address.is_ipv4()) {
-                let Some(target_number) = self.targets.get(&key_of(name, target)) else { continue };
+            let registered = self.registered.get(name).into_iter().flatten();
+            let registered = registered.map(|(key, target)| (key, target));
+            let draining = draining_of.get(name).into_iter().flatten().copied();
+            let is_v4 = key.address.is_ipv4();
+            for (target_key, target) in
+                registered.chain(draining).filter(|(_, target)| target.address.is_ipv4() == is_v4)
+            {
+                let Some(target_number) = self.targets.get(target_key) else { continue };
                 let protocol = protocol_number(key.protocol);
                 let way = EndpointKey::new(target.address.into(), Be16::new(target.port), protocol);
                 ways.entry(way).or_default().push((number, target_number));
             }
         }
         ways
+    }
+
+    /// Whether a listener without a ring is to get one.
+    fn waits(&self, key: &ListenerKey) -> bool {
+        let Some(action) = self.actions.get(key) else { return false };
+        match self.candidates(action, None) {
+            Candidates::Are(candidates) => !candidates.is_empty(),
+            Candidates::Unknown => true,
+            Candidates::Nobody => false,
+        }
+    }
+
+    fn any_group(&self, listener: &config::Listener, is: impl Fn(&TargetGroup) -> bool) -> bool {
+        let groups = &self.config.target_groups;
+        listener.target_groups.iter().any(|group| groups.get(&group.name).is_some_and(&is))
     }
 
     fn put_ways_back(

@@ -11,7 +11,7 @@ use lb_common::tables::{Slot, SlotState};
 
 /// How long a changed slot learns which flows it has: until every flow that is silent for longer
 /// is over anyway.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Periods {
     /// The longest idle timeout of all flows, and a little more.
     pub learning: Duration,
@@ -29,6 +29,8 @@ pub struct Ring {
     /// When each learning slot began to, as time since `epoch`.
     since: Vec<Duration>,
     epoch: Instant,
+    /// Whether a slot learns.
+    learns: bool,
     periods: Periods,
 }
 
@@ -39,12 +41,22 @@ impl Ring {
             maglev::ring(&candidates, size).into_iter().map(Slot::settled).collect();
         let since = vec![Duration::ZERO; slots.len()];
         let members = members(&candidates);
-        Self { candidates, members, slots, since, epoch: now, periods }
+        Self { candidates, members, slots, since, epoch: now, learns: false, periods }
     }
 
     /// The slots.
     pub fn slots(&self) -> &Arc<[Slot]> {
         &self.slots
+    }
+
+    /// Whether the hash alone decides on every slot.
+    pub fn is_settled(&self) -> bool {
+        self.slots.iter().all(|slot| slot.is_settled())
+    }
+
+    /// Numbers of the targets that take new flows.
+    pub fn members(&self) -> &BTreeSet<u32> {
+        &self.members
     }
 
     /// Whether a target takes new flows.
@@ -74,13 +86,20 @@ impl Ring {
                 }
                 slot
             });
-        self.slots = changed.collect();
+        let slots: Arc<[Slot]> = changed.collect();
+        if slots != self.slots {
+            self.slots = slots;
+            self.learns = true;
+        }
         self.members = members(&candidates);
         self.candidates = candidates;
     }
 
     /// Lets time pass; whether a slot changed.
     pub fn tick(&mut self, now: Instant) -> bool {
+        if !self.learns {
+            return false;
+        }
         let now = now.duration_since(self.epoch);
         let periods = self.periods;
         let aged: Vec<Slot> = self
@@ -91,6 +110,9 @@ impl Ring {
             .collect();
         let changed = aged != *self.slots;
         if changed {
+            let learns =
+                |slot: &Slot| matches!(slot.state(), SlotState::Learning | SlotState::LearningTcp);
+            self.learns = aged.iter().any(learns);
             self.slots = aged.into();
         }
         changed

@@ -44,6 +44,10 @@ pub struct About {
     pub warnings: Vec<String>,
 }
 
+fn weighted(group: &config::WeightedTargetGroup) -> snapshot::WeightedTargetGroup {
+    snapshot::WeightedTargetGroup { name: group.name.clone(), weight: group.weight }
+}
+
 impl State {
     /// Everything a reader may ask for.
     ///
@@ -64,7 +68,7 @@ impl State {
             target_groups: self.config.target_groups.keys().cloned().collect(),
             targets: self
                 .all_targets()
-                .map(|(key, target)| self.target(&key, target, counters))
+                .map(|(key, target)| self.target(key, target, counters))
                 .collect::<anyhow::Result<_>>()?,
         })
     }
@@ -112,7 +116,11 @@ impl State {
         Ok(snapshot::Listener {
             protocol: listener.protocol.to_string(),
             port: listener.port,
-            target_group: listener.target_group.clone(),
+            target_group: listener
+                .target_groups
+                .first()
+                .map_or_else(String::new, |g| g.name.clone()),
+            target_groups: listener.target_groups.iter().map(weighted).collect(),
             packets: sum.packets,
             bytes: sum.bytes,
             new_flows: sum.new_flows,
@@ -143,6 +151,7 @@ impl State {
                 Ok(hop) => self.describe(&hop),
                 Err(problem) => problem,
             },
+            flows: self.flows_of(key),
             packets: traffic.packets,
             bytes: traffic.bytes,
             reply_packets: traffic.reply_packets,

@@ -1,3 +1,5 @@
+mod selection;
+
 use std::time::Duration;
 
 use lb_common::tables::{NO_LISTENER, Slot, SlotState, Target};
@@ -74,7 +76,7 @@ impl World {
         let port = if group == "api" { 9090 } else { 8080 };
         let key = CheckKey { target_group: group.into(), address: [10, 0, 2, last].into(), port };
         let health = Health { state, reason: None, description: None };
-        self.state.set_health(HealthEvent { key, health });
+        self.state.set_health(HealthEvent { key, health }, self.now);
     }
 
     fn check_all(&mut self, state: HealthState) {
@@ -124,7 +126,7 @@ fn tunnels_lead_to_targets_of_either_family() {
     for address in [IpAddr::from([10, 0, 2, 11]), v6] {
         let key = CheckKey { target_group: "web".into(), address, port: 80 };
         let health = Health { state: HealthState::Healthy, reason: None, description: None };
-        world.state.set_health(HealthEvent { key, health });
+        world.state.set_health(HealthEvent { key, health }, Instant::now());
     }
     let desired = world.desired();
     for vip in ["10.0.1.100", "fd00::100"] {

@@ -39,7 +39,7 @@ pub struct Findings {
     /// Pinned slots without a flow that the hash would send elsewhere.
     pub settled: Slots,
     /// Live flows by target.
-    pub flows: BTreeMap<u32, u32>,
+    pub flows: BTreeMap<u32, u64>,
 }
 
 /// What a remembered flow means for its slot.

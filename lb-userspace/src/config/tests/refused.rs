@@ -144,7 +144,18 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("deregistration_delay_unit", target_group!("deregistration_delay = \"300\"")),
     ("deregistration_delay_range", target_group!("deregistration_delay = \"2h\"")),
     ("termination_integer", target_group!("unhealthy_connection_termination = 1")),
-    ("stickiness", target_group!("stickiness = { type = \"source_ip\" }")),
+    ("stickiness_no_table", target_group!("stickiness = \"source_ip\"")),
+    ("stickiness_without_type", target_group!("stickiness = {}")),
+    ("stickiness_type", target_group!("stickiness = { type = \"source-ip\" }")),
+    ("stickiness_type_later", target_group!("stickiness = { type = \"lb_cookie\" }")),
+    (
+        "stickiness_duration",
+        target_group!("stickiness = { type = \"source_ip\", duration = \"1h\" }"),
+    ),
+    ("stickiness_unknown_key", target_group!("stickiness = { type = \"source_ip\", ttl = 1 }")),
+    ("slow_start_integer", target_group!("slow_start = 30")),
+    ("slow_start_too_short", target_group!("slow_start = \"29s\"")),
+    ("slow_start_too_long", target_group!("slow_start = \"901s\"")),
     ("flow_tracking", target_group!("flow_tracking = \"never\"")),
     ("target_group_security_group", target_group!("security_group = \"web-target\"")),
     ("snat_addresses", target_group!("snat_addresses = [\"10.0.0.7\"]")),
@@ -188,7 +199,8 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ),
     ("load_balancer_type", load_balancer!("type = \"gateway\"\naddresses = [\"192.0.2.1\"]")),
     ("load_balancer_scheme", load_balancer!("scheme = \"public\"\naddresses = [\"192.0.2.1\"]")),
-    ("cross_zone", load_balancer!("addresses = [\"192.0.2.1\"]\ncross_zone = false")),
+    ("cross_zone_string", load_balancer!("addresses = [\"192.0.2.1\"]\ncross_zone = \"no\"")),
+    ("cross_zone_without_zone", load_balancer!("addresses = [\"192.0.2.1\"]\ncross_zone = false")),
     ("addresses_missing", load_balancer!("")),
     ("addresses_empty", load_balancer!("addresses = []")),
     ("addresses_twice", load_balancer!("addresses = [\"192.0.2.1\", \"192.0.2.1\"]")),
@@ -250,8 +262,39 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("listener_target_group_unknown", listener!("port = 80\ntarget_group = \"wbe\"")),
     ("listener_target_group_list", listener!("port = 80\ntarget_group = [\"web\"]")),
     (
-        "listener_two_target_groups",
+        "listener_target_groups_unknown",
         listener!("port = 80\ntarget_groups = [{ name = \"web\", weight = 90 }, { name = \"b\" }]"),
+    ),
+    (
+        "listener_target_groups_twice",
+        listener!("target_groups = [{ name = \"web\", weight = 90 }, { name = \"web\" }]"),
+    ),
+    (
+        "listener_target_groups_without_name",
+        listener!("target_groups = [{ name = \"web\" }, { weight = 10 }]"),
+    ),
+    ("listener_target_groups_strings", listener!("target_groups = [\"web\"]")),
+    (
+        "listener_target_groups_differ_in_stickiness",
+        listener!(
+            "target_groups = [{ name = \"web\" }, { name = \"sticky\" }]\n\
+             [target_group.sticky]\nstickiness = { type = \"source_ip\" }"
+        ),
+    ),
+    (
+        "listener_target_groups_differ_in_protocol",
+        listener!(
+            "target_groups = [{ name = \"web\" }, { name = \"dns\" }]\n\
+             [target_group.dns]\nprotocol = \"udp\""
+        ),
+    ),
+    (
+        "listener_target_groups_dsr_l2_port",
+        listener!(
+            "target_groups = [{ name = \"web\" }, { name = \"direct\" }]\n\
+             [target_group.direct]\nport = 8080\nforwarding = \"dsr_l2\"\n\
+             targets = [\"10.0.2.21\"]"
+        ),
     ),
     ("listener_no_target_groups", listener!("port = 80\ntarget_groups = []")),
     (
@@ -260,6 +303,10 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ),
     (
         "listener_target_groups_weight",
+        listener!("port = 80\ntarget_groups = [{ name = \"web\", weight = 1000 }]"),
+    ),
+    (
+        "listener_target_groups_weights_0",
         listener!("port = 80\ntarget_groups = [{ name = \"web\", weight = 0 }]"),
     ),
     ("listener_certificates", listener!("port = 80\ntarget_group = \"web\"\ncertificates = []")),
