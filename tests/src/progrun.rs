@@ -262,7 +262,7 @@ impl<'a> World<'a> {
     fn tell_route(&mut self, destination: IpAddr) {
         let hop = self.network.device_to(destination).and_then(|device| {
             let interface = self.desired.interfaces.get(&device)?;
-            let macs = Macs { destination: gateway_mac(device), source: device_mac(device) };
+            let macs = Macs::new(gateway_mac(device), device_mac(device));
             let (ifindex, vlan, mtu) = (interface.ifindex, interface.vlan, interface.mtu);
             Some(NextHop { ifindex, macs, vlan, mtu })
         });

@@ -79,7 +79,7 @@ impl Scene {
     /// A target that takes traffic; returns its number.
     pub fn target(&mut self, number: u32, mode: u8, at: &str, way: Way) -> u32 {
         let at: SocketAddr = at.parse().expect("an address and a port");
-        let macs = Macs { destination: target_mac(number), source: device_mac(way.device) };
+        let macs = Macs::new(target_mac(number), device_mac(way.device));
         let target = Target {
             address: at.ip().into(),
             port: Be16::new(at.port()),

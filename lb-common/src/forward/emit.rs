@@ -4,7 +4,8 @@ use crate::flow::UDP;
 use crate::tables::NextHop;
 use crate::verdict::{DropReason, Verdict};
 use crate::wire::checksum::Sum;
-use crate::wire::{Address, Be16, EtherType, VlanTag};
+use crate::wire::eth::Macs;
+use crate::wire::{Address, Be16, EtherType, Tcp, Udp, VlanTag};
 
 use super::Frame;
 use super::ip::{End, Ip};
@@ -31,26 +32,43 @@ pub fn translate<I: Ip, F: Frame>(
         End::Source => (packet.source, source, Ports { source: port, destination }),
         End::Destination => (packet.destination, destination, Ports { source, destination: port }),
     };
-    I::rewrite(frame, packet.l3, &packet.header, end, address)?;
-    frame.write(packet.l4, ports).ok_or(DropReason::Malformed)?;
-    let has_checksum = packet.protocol != UDP || transport.checksum.raw() != 0;
-    if has_checksum {
-        let sum = Sum::of(transport.checksum).replace16(old_port, port);
-        let mut checksum = I::replace_address(sum, old_address, address).checksum();
-        if packet.protocol == UDP && checksum.raw() == 0 {
-            // Zero would say that there is none (RFC 768).
-            checksum = Be16::from_raw(0xffff);
-        }
-        frame.write(transport.checksum_at, checksum).ok_or(DropReason::Malformed)?;
+    let difference = I::replace_address(Sum::default(), old_address, address);
+    I::rewrite(frame, packet.l3, &packet.header, end, address, difference)?;
+    let sum = Sum::of(transport.checksum).plus(difference).replace16(old_port, port);
+    let written = if packet.protocol == UDP {
+        let checksum = udp_checksum(transport.checksum, sum);
+        frame.write_pair::<{ Udp::CHECKSUM_AT }, _, _>(packet.l4, ports, checksum)
+    } else {
+        frame.write_pair::<{ Tcp::CHECKSUM_AT }, _, _>(packet.l4, ports, sum.checksum())
+    };
+    written.ok_or(DropReason::Malformed)
+}
+
+/// Zero says that there is none (RFC 768): then it stays so, and no other becomes zero.
+#[inline(always)]
+fn udp_checksum(old: Be16, sum: Sum) -> Be16 {
+    let checksum = sum.checksum();
+    if old.raw() == 0 {
+        old
+    } else if checksum.raw() == 0 {
+        Be16::from_raw(0xffff)
+    } else {
+        checksum
     }
-    Ok(())
+}
+
+/// Writes the beginning of the Ethernet header.
+#[inline(always)]
+fn write_macs<F: Frame>(frame: &mut F, macs: Macs) -> Result<(), DropReason> {
+    let (first, last) = macs.parts();
+    frame.write_pair::<{ size_of::<u64>() }, _, _>(0, first, last).ok_or(DropReason::Malformed)
 }
 
 /// Gives the frame its next hop's MAC addresses and VLAN tag.
 #[inline(always)]
 pub fn send<F: Frame>(frame: &mut F, link: &Link, hop: &NextHop) -> Result<Verdict, DropReason> {
     if link.tags == 0 && hop.vlan == 0 {
-        frame.write(0, hop.macs).ok_or(DropReason::Malformed)?;
+        write_macs(frame, hop.macs)?;
     } else {
         retag(frame, link, hop)?;
     }
@@ -70,7 +88,7 @@ fn retag<F: Frame>(frame: &mut F, link: &Link, hop: &NextHop) -> Result<(), Drop
     if missing != 0 {
         frame.grow_front(missing * TAG).ok_or(DropReason::NoHeadroom)?;
     }
-    frame.write(0, hop.macs).ok_or(DropReason::Malformed)?;
+    write_macs(frame, hop.macs)?;
     if wanted == 0 {
         return frame.write(Link::ETHER_TYPE_AT, link.ether_type).ok_or(DropReason::Malformed);
     }

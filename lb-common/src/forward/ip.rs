@@ -5,7 +5,7 @@ use crate::verdict::DropReason;
 use crate::wire::checksum::Sum;
 use crate::wire::icmp::Icmp;
 use crate::wire::ipv6::{Extension, FragmentHeader};
-use crate::wire::{Address, Ipv4, Ipv6};
+use crate::wire::{Address, EtherType, Ethernet, Ipv4, Ipv6};
 
 use super::Frame;
 use super::parse::whole;
@@ -19,19 +19,27 @@ pub trait Ip: Sized {
     /// The header without options.
     type Header: bytemuck::Pod;
 
-    /// Reads the headers at `l3`; `None` for what is no packet of this version.
-    fn parse<F: Frame>(frame: &F, l3: usize) -> Option<Parsed<Self::Header>>;
+    /// Its EtherType.
+    const ETHER_TYPE: EtherType;
 
-    /// Decrements TTL or hop limit, as a router does.
+    /// Whether the transport header of an untagged frame is where it mostly is.
+    fn is_plain<F: Frame>(frame: &F) -> bool;
+
+    /// Reads the headers at `l3`; `None` for what is no packet of this version, or not of the shape.
+    fn parse<const SHAPE: bool, F: Frame>(frame: &F, l3: usize) -> Option<Parsed<Self::Header>>;
+
+    /// Replaces an address and decrements TTL or hop limit, as a router does. `difference` is what
+    /// the address changes in a checksum's sum.
     ///
     /// # Errors
-    /// [`DropReason::TtlExceeded`] if it is used up; [`DropReason::Malformed`] beyond the packet.
+    /// [`DropReason::Malformed`] beyond the packet.
     fn rewrite<F: Frame>(
         frame: &mut F,
         l3: usize,
         header: &Self::Header,
         end: End,
         new: Address,
+        difference: Sum,
     ) -> Result<(), DropReason>;
 
     /// The hops that the packet may still go.
@@ -46,6 +54,12 @@ pub trait Ip: Sized {
     /// Corrects a transport checksum's sum for a changed address.
     fn replace_address(sum: Sum, old: Address, new: Address) -> Sum;
 }
+
+/// Shape of a packet: without VLAN tags, IP options or extension headers, so that all offsets are
+/// constants.
+pub const PLAIN: bool = true;
+/// Any shape.
+pub const ANY: bool = false;
 
 /// Which address of a packet is rewritten.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,14 +87,28 @@ pub struct Parsed<H> {
 /// IP version 4.
 pub struct V4;
 
+const SOURCE_AFTER_TTL: usize = Ipv4::SOURCE_AT - Ipv4::TTL_AT;
+const DESTINATION_AFTER_TTL: usize = Ipv4::DESTINATION_AT - Ipv4::TTL_AT;
+
 impl Ip for V4 {
     const ICMP: u8 = ICMP;
     const ECHO_REQUEST: u8 = Icmp::ECHO_REQUEST;
     type Header = Ipv4;
 
+    const ETHER_TYPE: EtherType = EtherType::IPV4;
+
     #[inline(always)]
-    fn parse<F: Frame>(frame: &F, l3: usize) -> Option<Parsed<Ipv4>> {
+    fn is_plain<F: Frame>(frame: &F) -> bool {
+        frame.read::<u8>(size_of::<Ethernet>()) == Some(PLAIN_VERSION_IHL)
+    }
+
+    #[inline(always)]
+    fn parse<const SHAPE: bool, F: Frame>(frame: &F, l3: usize) -> Option<Parsed<Ipv4>> {
         let header: Ipv4 = frame.read(l3)?;
+        // Known already. So that the compiler knows the length too.
+        if SHAPE == PLAIN && header.version_ihl != PLAIN_VERSION_IHL {
+            return None;
+        }
         let header_length = header.header_length();
         if header.version_ihl >> 4 != 4 || header_length < size_of::<Ipv4>() {
             return None;
@@ -102,20 +130,18 @@ impl Ip for V4 {
         header: &Ipv4,
         end: End,
         new: Address,
+        difference: Sum,
     ) -> Result<(), DropReason> {
-        let (at, old) = match end {
-            End::Source => (Ipv4::SOURCE_AT, header.source),
-            End::Destination => (Ipv4::DESTINATION_AT, header.destination),
-        };
+        let mut ttl = header.ttl;
+        ttl.ttl = ttl.ttl.wrapping_sub(1);
+        ttl.checksum = Sum::of(ttl.checksum).decrement_upper().plus(difference).checksum();
+        let at = l3 + Ipv4::TTL_AT;
         let new = new.low32();
-        let mut words = header.ttl;
-        words.ttl = words.ttl.wrapping_sub(1);
-        // The TTL shares its 16-bit word with the protocol.
-        let (before, after) = (first_word(&header.ttl), first_word(&words));
-        words.checksum =
-            Sum::of(words.checksum).replace16(before, after).replace32(old, new).checksum();
-        frame.write(l3 + Ipv4::TTL_AT, words).ok_or(DropReason::Malformed)?;
-        frame.write(l3 + at, new).ok_or(DropReason::Malformed)
+        let written = match end {
+            End::Source => frame.write_pair::<SOURCE_AFTER_TTL, _, _>(at, ttl, new),
+            End::Destination => frame.write_pair::<DESTINATION_AFTER_TTL, _, _>(at, ttl, new),
+        };
+        written.ok_or(DropReason::Malformed)
     }
 
     #[inline(always)]
@@ -139,13 +165,14 @@ impl Ip for V4 {
     }
 }
 
-#[inline(always)]
-fn first_word(words: &crate::wire::ipv4::TtlProtocolChecksum) -> crate::wire::Be16 {
-    crate::wire::Be16::new((words.ttl as u16) << 8 | words.protocol as u16)
-}
+/// First byte of a header without options.
+const PLAIN_VERSION_IHL: u8 = 0x45;
 
 /// IP version 6.
 pub struct V6;
+
+const SOURCE_AFTER_HOPS: usize = Ipv6::SOURCE_AT - Ipv6::HOP_LIMIT_AT;
+const DESTINATION_AFTER_HOPS: usize = Ipv6::DESTINATION_AT - Ipv6::HOP_LIMIT_AT;
 
 /// What follows IPv6's extension headers. In half words, which the verifier does not track in
 /// memory: so it looks at what comes after the extension headers once, not once for every way
@@ -214,8 +241,16 @@ impl Ip for V6 {
     const ECHO_REQUEST: u8 = Icmp::V6_ECHO_REQUEST;
     type Header = Ipv6;
 
+    const ETHER_TYPE: EtherType = EtherType::IPV6;
+
     #[inline(always)]
-    fn parse<F: Frame>(frame: &F, l3: usize) -> Option<Parsed<Ipv6>> {
+    fn is_plain<F: Frame>(frame: &F) -> bool {
+        let next_header = frame.read::<u8>(size_of::<Ethernet>() + Ipv6::NEXT_HEADER_AT);
+        next_header.is_some_and(|protocol| !is_extension(protocol))
+    }
+
+    #[inline(always)]
+    fn parse<const SHAPE: bool, F: Frame>(frame: &F, l3: usize) -> Option<Parsed<Ipv6>> {
         let header: Ipv6 = frame.read(l3)?;
         let (source, destination) = Self::addresses(&header);
         // IPv4 addresses in an IPv6 header are not for the wire (RFC 4942 section 2.2): here they
@@ -225,7 +260,7 @@ impl Ip for V6 {
         }
         let l4 = (l3 + Ipv6::LENGTH) as u16;
         let mut upper = Upper { l4, fragment: 0, protocol: header.next_header, is_first: 1 };
-        if is_extension(header.next_header) {
+        if SHAPE == ANY && is_extension(header.next_header) {
             skip_extensions(frame, l3, &mut upper);
         }
         Some(Parsed {
@@ -244,14 +279,18 @@ impl Ip for V6 {
         header: &Ipv6,
         end: End,
         new: Address,
+        _difference: Sum,
     ) -> Result<(), DropReason> {
-        let at = match end {
-            End::Source => Ipv6::SOURCE_AT,
-            End::Destination => Ipv6::DESTINATION_AT,
-        };
         let hop_limit = header.hop_limit.wrapping_sub(1);
-        frame.write(l3 + Ipv6::HOP_LIMIT_AT, hop_limit).ok_or(DropReason::Malformed)?;
-        frame.write(l3 + at, new.quarters()).ok_or(DropReason::Malformed)
+        let at = l3 + Ipv6::HOP_LIMIT_AT;
+        let new = new.quarters();
+        let written = match end {
+            End::Source => frame.write_pair::<SOURCE_AFTER_HOPS, _, _>(at, hop_limit, new),
+            End::Destination => {
+                frame.write_pair::<DESTINATION_AFTER_HOPS, _, _>(at, hop_limit, new)
+            }
+        };
+        written.ok_or(DropReason::Malformed)
     }
 
     #[inline(always)]

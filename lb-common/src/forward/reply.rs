@@ -24,7 +24,9 @@ pub fn handle<I: Ip, F: Frame, T: Tables>(
     if super::is_local(tables, packet.destination) {
         return Ok(Verdict::Pass);
     }
-    if tables.has_direct_flows(target.index) && is_direct::<I, F, T>(frame, tables, &packet.place())
+    let registered = tables.target(target.index).ok_or(DropReason::TableInconsistent)?;
+    if tables.has_direct_flows(target.index, registered)
+        && is_direct::<I, F, T>(frame, tables, &packet.place())
     {
         return Ok(Verdict::Pass);
     }

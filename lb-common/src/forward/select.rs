@@ -10,7 +10,7 @@ use crate::wire::Tcp;
 
 use super::ip::Ip;
 use super::parse::{Packet, Place, Transport};
-use super::{Found, Frame, Recall, Selected, Step, Stop};
+use super::{Found, Frame, Next, Recall, Selected, Step, Stop};
 
 /// Slots that a new connection tries when its 4-tuple is taken at a target: of two targets, both
 /// are among them but once in 32,768 cases.
@@ -19,13 +19,14 @@ const ATTEMPTS: u32 = 16;
 /// Chooses the target of a packet's flow, by the hash alone where its slot is settled.
 ///
 /// # Errors
-/// [`Stop::Recall`] where it is not, or every flow is tracked.
+/// [`Stop::Recall`] where it is not, or every flow is tracked: then `recall` says what is asked.
 #[inline(always)]
 pub fn select<I: Ip, T: Tables>(
     tables: &T,
     packet: &Packet<I>,
     transport: &Transport,
     listener: &Found,
+    recall: &mut Recall,
 ) -> Result<Selected, Stop> {
     let hash = tables.keys().flow(&packet.flow(transport.ports));
     let chosen = flow::slot(hash, tables.ring_size());
@@ -35,7 +36,8 @@ pub fn select<I: Ip, T: Tables>(
         return Ok(Selected { index: slot.current, is_new: transport.is_syn() as u32 });
     }
     let (ring, listener) = (listener.index, listener.listener);
-    Err(Stop::Recall(Recall { slot, chosen, ring, listener, is_tracked: is_tracked as u32 }))
+    *recall = Recall { slot, chosen, ring, listener, is_tracked: is_tracked as u32 };
+    Err(Stop::Recall)
 }
 
 /// A client that talked to the target's own address talks to the listener now, from the same
@@ -46,8 +48,9 @@ pub fn forget_direct<I: Ip, F: Frame, T: Tables>(
     tables: &T,
     packet: &Packet<I>,
     index: u32,
+    target: &Target,
 ) {
-    if tables.has_direct_flows(index) {
+    if tables.has_direct_flows(index, target) {
         forget_direct_flow::<I, F, T>(frame, tables, &packet.place(), index);
     }
 }
@@ -81,17 +84,16 @@ pub fn serving<T: Tables>(tables: &T, index: u32) -> Option<&Target> {
 /// Recalls the flow, and remembers it if it must: it may be older than the slot's last change, or
 /// is tracked anyway.
 #[inline(never)]
-pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step) {
-    let Some((key, transport)) = step.place.flow::<I, F>(frame) else { return };
+pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step) -> u64 {
+    let Some((key, transport)) = step.place.flow::<I, F>(frame) else {
+        return Next::with(Next::PASS, 0);
+    };
     match remember(tables, &key, &transport, &step.recall) {
         Ok(selected) => {
             step.selected = selected;
-            step.action = Step::DELIVER;
+            Next::with(Next::DELIVER, 0)
         }
-        Err(reason) => {
-            step.action = Step::ANSWER;
-            step.argument = reason as u32;
-        }
+        Err(reason) => Next::with(Next::ANSWER, reason as u32),
     }
 }
 
