@@ -14,13 +14,14 @@ use lb_common::wire::eth::Macs;
 use lb_common::wire::{Address, Be16};
 
 use crate::config::{self, Config, Forwarding, TargetGroup};
-use crate::health::HealthState;
-use crate::netlink::NextHop;
+use crate::health::{Health, HealthState};
+use crate::netlink::{NextHop, Unresolved};
 use crate::reconcile::{Desired, Prefix};
 
 use super::admission::{Service, admitted};
+use super::registry::QUARANTINE;
 use super::rings::Ring;
-use super::{RingKey, State, TargetKey, key_of, listener_keys, protocol_number};
+use super::{ListenerKey, RingKey, State, TargetKey, key_of, listener_keys, protocol_number};
 
 /// Admitted sources by load balancer, service and family (IPv4 or not); `None`: everybody.
 pub type Admissions = BTreeMap<(String, Service, bool), Admission>;
@@ -32,6 +33,7 @@ impl State {
     /// called once for every change.
     pub fn desired(&mut self, now: Instant) -> Desired {
         self.warnings.clear();
+        self.alerts.clear();
         let mut desired = Desired::default();
         self.put_interfaces(&mut desired);
         self.number(now);
@@ -61,24 +63,18 @@ impl State {
     fn number(&mut self, now: Instant) {
         let targets: BTreeSet<_> = self.registered().chain(self.draining.keys().cloned()).collect();
         self.targets.retain(&targets, now);
-        for key in &targets {
-            if self.targets.number(key, now).is_none() {
-                self.warnings.push(format!(
-                    "target {}:{} of {} is left out: too many targets came and went lately",
-                    key.address, key.port, key.target_group
-                ));
-            }
-        }
+        let name = |key: &TargetKey| {
+            format!("{} of {}", SocketAddr::new(key.address, key.port), key.target_group)
+        };
+        let left_out = targets.iter().filter(|key| self.targets.number(key, now).is_none());
+        self.alerts.extend(left_out_of("targets", left_out.map(name).collect()));
         let listeners: BTreeSet<_> = listener_keys(&self.config).map(|(key, ..)| key).collect();
         self.listeners.retain(&listeners, now);
-        for key in &listeners {
-            if self.listeners.number(key, now).is_none() {
-                self.warnings.push(format!(
-                    "listener {} {} port {} is left out: too many listeners came and went lately",
-                    key.address, key.protocol, key.port
-                ));
-            }
-        }
+        let name =
+            |key: &ListenerKey| format!("{} port {} {}", key.address, key.port, key.protocol);
+        let left_out = listeners.iter().filter(|key| self.listeners.number(key, now).is_none());
+        self.alerts.extend(left_out_of("listeners", left_out.map(name).collect()));
+        self.warnings.extend(self.alerts.iter().cloned());
     }
 
     /// Makes the ring of every target group in use, or gives its slots to other targets.
@@ -118,7 +114,7 @@ impl State {
     }
 
     /// The targets that take new flows: the healthy ones, or all of them if none is healthy. Who
-    /// comes to a ring that is there already waits until the way to it is known.
+    /// is not in the ring waits until the way to it is known; who cannot be reached leaves it.
     fn candidates(&self, key: &RingKey) -> Vec<Candidate> {
         let Some(group) = self.config.target_groups.get(&*key.target_group) else {
             return Vec::new();
@@ -138,8 +134,11 @@ impl State {
             let Some(number) = self.targets.get(&key) else { continue };
             let identity = maglev::identity(target.address.into(), Be16::new(target.port));
             let candidate = Candidate { target: number, identity, weight: target.weight.into() };
-            let is_known = ring.is_none_or(|ring| ring.has_candidate(number));
-            let can_be_reached = is_known || self.hop(target.address).is_ok();
+            let can_be_reached = match self.hop(target.address) {
+                Ok(_) => true,
+                Err(no_way) if no_way.is_lasting => false,
+                Err(_) => ring.is_some_and(|ring| ring.has_candidate(number)),
+            };
             if can_be_reached { &mut candidates } else { &mut newcomers }.push(candidate);
         }
         // Nothing else is there: their packets are what has the way looked for.
@@ -157,7 +156,7 @@ impl State {
     }
 
     fn put_targets(&mut self, desired: &mut Desired) {
-        let mut warnings = Vec::new();
+        let (mut warnings, mut alerts) = (Vec::new(), Vec::new());
         for (key, target) in self.all_targets() {
             let (Some(number), Some(group)) =
                 (self.targets.get(&key), self.config.target_groups.get(&*key.target_group))
@@ -166,12 +165,18 @@ impl State {
             };
             let hop = match self.hop(target.address) {
                 Ok(hop) => hop,
-                Err(problem) => {
-                    warnings.push(format!(
-                        "target {} of {}: {problem}",
+                Err(no_way) => {
+                    let warning = format!(
+                        "target {} of {}: {}",
                         SocketAddr::new(target.address, target.port),
-                        key.target_group
-                    ));
+                        key.target_group,
+                        no_way.problem
+                    );
+                    let is_healthy = |health: &Health| health.state == HealthState::Healthy;
+                    if no_way.is_lasting && self.health.get(&key).is_some_and(is_healthy) {
+                        alerts.push(warning.clone());
+                    }
+                    warnings.push(warning);
                     tables::NextHop::default()
                 }
             };
@@ -189,6 +194,7 @@ impl State {
             desired.targets.insert(number, entry);
         }
         self.warnings.append(&mut warnings);
+        self.alerts.append(&mut alerts);
     }
 
     /// Registered and draining targets.
@@ -214,18 +220,46 @@ impl State {
     }
 
     /// The way to a target, or why there is none.
-    pub(super) fn hop(&self, address: IpAddr) -> Result<tables::NextHop, String> {
+    pub(super) fn hop(&self, address: IpAddr) -> Result<tables::NextHop, NoWay> {
+        let lasting = |problem| NoWay { problem, is_lasting: true };
+        let passing = |problem| NoWay { problem, is_lasting: false };
+        let name = |ifindex: u32| {
+            self.network.interfaces.get(&ifindex).map_or("?", |nic| nic.name.as_str())
+        };
         let hop = match self.network.next_hops.get(&address) {
             Some(Ok(hop)) => hop,
-            Some(Err(unresolved)) => return Err(format!("{unresolved}")),
-            None => return Err("its next hop is not known yet".into()),
+            None => return Err(passing("its next hop is not known yet".into())),
+            Some(Err(unresolved)) => {
+                return Err(match *unresolved {
+                    Unresolved::NoNeighbour { .. } => passing(unresolved.to_string()),
+                    Unresolved::Local => lasting(
+                        "it is an address of the balancer itself, which lb does not forward to: \
+                         use a server on another machine, or in a namespace or container of its own"
+                            .into(),
+                    ),
+                    Unresolved::NoRoute => {
+                        lasting("no route leads there: add one with `ip route add`".into())
+                    }
+                    Unresolved::LinkDown { ifindex } => {
+                        let name = name(ifindex);
+                        lasting(format!(
+                            "{name}, which it is behind, is down or has no carrier: \
+                             `ip link set {name} up`, or look after the cable"
+                        ))
+                    }
+                    Unresolved::UnsupportedLink { ifindex } => lasting(format!(
+                        "{}, which it is behind, carries no plain or once-tagged Ethernet frames: \
+                         have a route through another interface",
+                        name(ifindex)
+                    )),
+                });
+            }
         };
         if !self.attached.contains(&hop.ifindex) {
-            let name =
-                self.network.interfaces.get(&hop.ifindex).map_or("?", |nic| nic.name.as_str());
-            return Err(format!(
+            let name = name(hop.ifindex);
+            return Err(lasting(format!(
                 "it is behind {name}, which lb is not attached to: add --iface {name}"
-            ));
+            )));
         }
         let NextHop { ifindex, vlan, source_mac, destination_mac, mtu } = *hop;
         let macs = Macs::new(destination_mac, source_mac);
@@ -355,6 +389,29 @@ impl State {
             desired.endpoints.insert(key, endpoint);
         }
     }
+}
+
+/// Why packets cannot be sent to a target.
+pub struct NoWay {
+    /// The reason, and what helps.
+    pub problem: String,
+    /// Whether somebody has to do something about it; else it is about to pass, or the target is
+    /// down.
+    pub is_lasting: bool,
+}
+
+fn left_out_of(kind: &str, names: Vec<String>) -> Option<String> {
+    const SHOWN: usize = 5;
+    let count = names.len();
+    let more = if count > SHOWN { format!(" and {} more", count - SHOWN) } else { String::new() };
+    (count > 0).then(|| {
+        format!(
+            "{count} {kind} are left out, as too many came and went lately: a place in the table \
+             rests {} s before another takes it, then they follow by themselves. Left out: {}{more}",
+            QUARANTINE.as_secs(),
+            names[..count.min(SHOWN)].join(", ")
+        )
+    })
 }
 
 /// Admission classes while they are given out: equal contents get equal numbers, and keep them.

@@ -70,6 +70,8 @@ pub struct State {
     /// The one listener that a target was of before others came to share it.
     first_owners: BTreeMap<EndpointKey, (u32, u32)>,
     warnings: Vec<String>,
+    /// Those of [`Self::warnings`] that should be acted on.
+    alerts: Vec<String>,
 }
 
 impl State {
@@ -91,6 +93,7 @@ impl State {
             next_class: OPEN + 1,
             first_owners: BTreeMap::new(),
             warnings: Vec::new(),
+            alerts: Vec::new(),
         }
     }
 
@@ -196,13 +199,20 @@ impl State {
 
     /// Lets time pass: slots age, drained targets go. Whether anything changed.
     pub fn tick(&mut self, now: Instant) -> bool {
+        let came_free = self.targets.has_come_free(now) || self.listeners.has_come_free(now);
         let before = self.draining.len();
         self.draining.retain(|_, draining| draining.until > now);
-        let mut changed = self.draining.len() != before;
+        let mut changed = came_free || self.draining.len() != before;
         for (_, ring) in self.rings.values_mut() {
             changed |= ring.tick(now);
         }
         changed
+    }
+
+    /// What of the last [`Self::desired`] does not forward and will not without somebody's help,
+    /// or not for minutes.
+    pub fn alerts(&self) -> &[String] {
+        &self.alerts
     }
 
     /// The health of a target as the world is told it.

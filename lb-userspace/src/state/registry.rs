@@ -7,7 +7,7 @@ use lb_common::flow::TCP_IDLE;
 
 /// A number given back is not given out again for this long: until then a flow may be remembered
 /// that names it. An entry past the longest idle timeout is no entry.
-const QUARANTINE: Duration = Duration::from_nanos(TCP_IDLE + TCP_IDLE / 10);
+pub const QUARANTINE: Duration = Duration::from_nanos(TCP_IDLE + TCP_IDLE / 10);
 
 /// Gives each key a number that stays while the key is in use.
 #[derive(Debug)]
@@ -16,12 +16,14 @@ pub struct Registry<K> {
     returned: VecDeque<(Instant, u32)>,
     next: u32,
     end: u32,
+    /// Whether a key went without a number since the others' were taken back.
+    is_short: bool,
 }
 
 impl<K: Ord + Clone> Registry<K> {
     /// Numbers from 1 to `end` - 1.
     pub fn new(end: u32) -> Self {
-        Self { numbers: BTreeMap::new(), returned: VecDeque::new(), next: 1, end }
+        Self { numbers: BTreeMap::new(), returned: VecDeque::new(), next: 1, end, is_short: false }
     }
 
     /// The key's number, a new one if it has none; `None` if all are taken.
@@ -29,9 +31,12 @@ impl<K: Ord + Clone> Registry<K> {
         if let Some(number) = self.numbers.get(key) {
             return Some(*number);
         }
-        let number = self.free(now)?;
-        self.numbers.insert(key.clone(), number);
-        Some(number)
+        let number = self.free(now);
+        match number {
+            Some(number) => drop(self.numbers.insert(key.clone(), number)),
+            None => self.is_short = true,
+        }
+        number
     }
 
     /// The key's number, if it has one.
@@ -41,6 +46,7 @@ impl<K: Ord + Clone> Registry<K> {
 
     /// Takes back the numbers of all other keys.
     pub fn retain(&mut self, in_use: &BTreeSet<K>, now: Instant) {
+        self.is_short = false;
         self.numbers.retain(|key, number| {
             let stays = in_use.contains(key);
             if !stays {
@@ -50,9 +56,14 @@ impl<K: Ord + Clone> Registry<K> {
         });
     }
 
+    /// Whether a key that went without a number can have one now.
+    pub fn has_come_free(&self, now: Instant) -> bool {
+        self.is_short && self.returned.front().is_some_and(|(at, _)| has_rested(*at, now))
+    }
+
     fn free(&mut self, now: Instant) -> Option<u32> {
         if let Some((returned, number)) = self.returned.front().copied()
-            && now.duration_since(returned) >= QUARANTINE
+            && has_rested(returned, now)
         {
             self.returned.pop_front();
             return Some(number);
@@ -63,6 +74,10 @@ impl<K: Ord + Clone> Registry<K> {
         self.next += 1;
         Some(self.next - 1)
     }
+}
+
+fn has_rested(returned: Instant, now: Instant) -> bool {
+    now.duration_since(returned) >= QUARANTINE
 }
 
 #[cfg(test)]
@@ -79,6 +94,8 @@ mod tests {
         assert_eq!(registry.number(&"c", start), None);
         registry.retain(&BTreeSet::from(["b"]), start);
         assert_eq!(registry.number(&"c", start + QUARANTINE / 2), None);
+        assert!(!registry.has_come_free(start + QUARANTINE / 2));
+        assert!(registry.has_come_free(start + QUARANTINE));
         assert_eq!(registry.number(&"c", start + QUARANTINE), Some(1));
         assert_eq!(registry.get(&"b"), Some(2));
         assert_eq!(registry.get(&"a"), None);
