@@ -1,5 +1,4 @@
 //! The documentation names tests as proofs; they must exist.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::{
     collections::{BTreeMap, BTreeSet},

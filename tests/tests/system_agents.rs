@@ -139,8 +139,9 @@ fn who_cannot_be_reached_gets_no_traffic() {
         HttpServer::start(&site.topology.balancer, address).unwrap()
     };
     let right = site.config.to_string();
-    let (before, after) = right.split_once("targets = [").unwrap();
-    let home = Home::new(&format!("{before}targets = [\"{own}\", {after}")).unwrap();
+    let (before, web) = right.split_once("[target_group.web]").unwrap();
+    let web = web.replacen("targets = [", &format!("targets = [\"{own}\", "), 1);
+    let home = Home::new(&format!("{before}[target_group.web]{web}")).unwrap();
     site.agent.stop().unwrap();
     site.agent =
         Agent::start_in(home, &site.topology.balancer, site.topology.interfaces, &[]).unwrap();

@@ -83,7 +83,10 @@ impl Source {
 
 /// What can be compared with the next reading.
 fn remembered(content: &Result<Vec<u8>, LoadError>) -> Result<Vec<u8>, String> {
-    content.as_ref().map(Clone::clone).map_err(ToString::to_string)
+    match content {
+        Ok(bytes) => Ok(bytes.clone()),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// What cannot change while the program is loaded keeps its value, and the log says so.

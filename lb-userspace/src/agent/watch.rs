@@ -127,10 +127,11 @@ impl Watch {
     fn look(&mut self) {
         self.look_at = Instant::now() + LOOK;
         let place = Place::of(&self.path);
-        if place == self.place && self.watcher.is_some() == !place.directories.is_empty() {
+        let has_moved = place != self.place;
+        let can_be_watched = !place.directories.is_empty();
+        if !has_moved && self.watcher.is_some() == can_be_watched {
             return;
         }
-        let has_moved = place != self.place;
         self.place = place;
         self.establish();
         if has_moved && self.watcher.is_some() {
