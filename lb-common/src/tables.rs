@@ -6,7 +6,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::flow::{Flow, FlowKey, Keys, ReturnFlow};
+use crate::flow::{Flow, FlowKey, FlowTable, Keys, ReturnFlow};
 use crate::wire::eth::Macs;
 use crate::wire::{Address, Be16};
 
@@ -143,7 +143,7 @@ impl EndpointKey {
     }
 }
 
-/// What a reply is rewritten to.
+/// A listener: what a reply is rewritten to, and what its flows are remembered by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
 #[repr(C)]
 pub struct Listener {
@@ -154,7 +154,9 @@ pub struct Listener {
     /// IP protocol number.
     pub protocol: u8,
     /// Zero.
-    pub zero: [u8; 5],
+    pub zero: u8,
+    /// A flow that is silent for longer is over, seconds.
+    pub idle: u32,
 }
 
 /// A way out.
@@ -200,6 +202,8 @@ impl Target {
     /// Flag: it takes packets of the flows it has: it is in the ring, draining, or unhealthy while
     /// connection termination is off.
     pub const SERVES: u8 = 1;
+    /// Flag: it takes new flows.
+    pub const IN_RING: u8 = 2;
 
     /// Whether packets of its flows still go to it.
     #[inline(always)]
@@ -312,6 +316,16 @@ pub struct Traffic {
     pub zero: [u64; 3],
 }
 
+/// Changes of a table of flows since the program was loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct FlowChanges {
+    /// Entries made.
+    pub created: u64,
+    /// Entries taken out, other than by eviction.
+    pub removed: u64,
+}
+
 /// The lookups, for the kernel and for the host.
 ///
 /// Methods take `&self`: in the kernel, all tables are shared with other CPUs anyway.
@@ -339,12 +353,14 @@ pub trait Tables {
     /// Whether the class admits the source address.
     fn admits(&self, class: u32, source: Address) -> bool;
 
-    /// What is remembered of a flow; the time of its last packet is not checked.
-    fn flow(&self, key: &FlowKey) -> Option<Flow>;
-    /// Remembers a flow.
-    fn remember(&self, key: &FlowKey, flow: &Flow);
+    /// What a table remembers of a flow; the time of its last packet is not checked.
+    fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow>;
+    /// Remembers a flow; replaces what was there.
+    fn remember(&self, table: FlowTable, key: &FlowKey, flow: &Flow);
+    /// Brings the time and the end of a remembered flow up to date; nothing if it is gone.
+    fn refresh(&self, table: FlowTable, key: &FlowKey, flow: &Flow);
     /// Forgets a flow.
-    fn forget(&self, key: &FlowKey);
+    fn forget(&self, table: FlowTable, key: &FlowKey);
     /// Which listener a target's flow came by; the time of its last packet is not checked.
     fn return_flow(&self, key: &FlowKey) -> Option<ReturnFlow>;
     /// Remembers which listener a target's flow came by; replaces what was there.
@@ -377,6 +393,7 @@ const _: () = {
     assert!(size_of::<Endpoint>() == 32);
     assert!(size_of::<Bucket>() == 64);
     assert!(size_of::<Target>() == 64);
+    assert!(size_of::<Listener>() == 24);
     assert!(size_of::<Slot>() == 8);
     assert!(BUCKETS.is_power_of_two());
     assert!(NEXT_HOP_CACHE.is_power_of_two());

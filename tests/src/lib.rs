@@ -12,6 +12,7 @@ pub mod clients;
 pub mod ecmp;
 pub mod frames;
 pub mod generate;
+pub mod history;
 pub mod netns;
 pub mod packets;
 pub mod programs;

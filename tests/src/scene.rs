@@ -7,7 +7,7 @@ use std::{
 };
 
 use lb_common::{
-    flow::{HashKeys, ICMP, ICMPV6, TCP, UDP},
+    flow::{HashKeys, ICMP, ICMPV6, TCP, TCP_IDLE, UDP, UDP_IDLE},
     tables::{
         Endpoint, EndpointKey, Interface, Listener, NO_LISTENER, NO_RING, NextHop, OPEN, Slot,
         Target,
@@ -22,8 +22,14 @@ use lb_userspace::{
 use crate::progrun::device_mac;
 
 /// What the program is loaded with: small rings, the same hash on every run.
-pub const OPTIONS: LoadOptions =
-    LoadOptions { hash_seed: 0x5eed, ring_size: 61, flow_table_size: 1 << 16, log: false };
+pub const OPTIONS: LoadOptions = LoadOptions {
+    hash_seed: 0x5eed,
+    ring_size: 61,
+    flow_table_size: 1 << 16,
+    half_open_table_size: 1 << 16,
+    once_seen_table_size: 1 << 16,
+    log: false,
+};
 
 /// A balancer to be, in readable steps.
 #[derive(Clone, Debug, Default)]
@@ -84,7 +90,7 @@ impl Scene {
             address: at.ip().into(),
             port: Be16::new(at.port()),
             mode,
-            flags: Target::SERVES,
+            flags: Target::SERVES | Target::IN_RING,
             hop: NextHop { ifindex: way.device, macs, vlan: way.vlan, mtu: way.mtu },
             ..Target::default()
         };
@@ -95,6 +101,11 @@ impl Scene {
     /// A target stops serving.
     pub fn fail(&mut self, number: u32) {
         self.desired.targets.get_mut(&number).expect("a target").flags = 0;
+    }
+
+    /// A target only keeps the flows it has.
+    pub fn drain(&mut self, number: u32) {
+        self.desired.targets.get_mut(&number).expect("a target").flags = Target::SERVES;
     }
 
     /// A listener whose ring has these slots in turn, and the way back from their targets that are
@@ -116,7 +127,8 @@ impl Scene {
         let at: SocketAddr = at.parse().expect("an address and a port");
         let (address, port) = (Address::from(at.ip()), Be16::new(at.port()));
         let ring = if slots.is_empty() { NO_RING } else { number };
-        let listener = Listener { address, port, protocol, ..Listener::default() };
+        let idle = if protocol == TCP { TCP_IDLE } else { UDP_IDLE };
+        let listener = Listener { address, port, protocol, idle, ..Listener::default() };
         self.desired.listeners.insert(number, listener);
         self.endpoint(Endpoint {
             address,

@@ -2,15 +2,15 @@
 
 use crate::flow::TCP;
 use crate::tables::Tables;
-use crate::verdict::{DropReason, Verdict};
+use crate::verdict::DropReason;
 use crate::wire::checksum::Sum;
 use crate::wire::eth::Macs;
 use crate::wire::icmp::Icmp;
 use crate::wire::{Address, Be16, Be32, Ethernet, Ipv4, Ipv6, Tcp, Udp, VlanTag};
 
-use super::Frame;
 use super::ip::{Ip, V4, V6};
 use super::parse::{Link, Packet, Place, whole};
+use super::{Frame, Next, Step};
 
 /// TTL or hop limit of our own packets.
 const HOPS: u8 = 64;
@@ -19,12 +19,8 @@ const HOPS: u8 = 64;
 /// that must not be answered (a reset, a header with options where it would have to be quoted)
 /// is dropped for the same reason.
 #[inline(always)]
-pub fn answer<I: Answer, F: Frame, T: Tables>(
-    frame: &mut F,
-    tables: &T,
-    place: &Place,
-    reason: u32,
-) -> Verdict {
+pub fn answer<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &Step) -> u64 {
+    let (place, reason) = (&step.place, step.argument);
     let refusal = if place.protocol == TCP as u32 {
         reset::<I, F>(frame, place)
     } else {
@@ -33,12 +29,11 @@ pub fn answer<I: Answer, F: Frame, T: Tables>(
     match refusal {
         Refusal::Written => {
             tables.count_drop(reason);
-            return Verdict::Transmit;
+            Next::with(Next::TRANSMIT, 0)
         }
-        Refusal::None => tables.count_drop(reason),
-        Refusal::NoRoom => tables.count_drop(DropReason::NoHeadroom as u32),
+        Refusal::None => Next::with(Next::DROP, reason),
+        Refusal::NoRoom => Next::with(Next::DROP, DropReason::NoHeadroom as u32),
     }
-    Verdict::Drop
 }
 
 /// What became of a refusal.

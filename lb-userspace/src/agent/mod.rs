@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use lb_common::flow::HashKeys;
+use lb_common::flow::{FlowTable, HashKeys};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -26,13 +26,13 @@ use crate::api::server::ApiRequest;
 use crate::api::snapshot::{self, AttachMode, Snapshot};
 use crate::cli::AgentOptions;
 use crate::config::{Config, Forwarding};
-use crate::dataplane::Dataplane;
+use crate::dataplane::{Dataplane, FlowTableUsage};
 use crate::health::{Checker, HealthEvent};
 use crate::netlink::{
     AddressManager, IpFamily, Netlink, NetworkEvent, StateDirectory, missing_forwarding,
 };
 use crate::reconcile::{self, Desired};
-use crate::state::{About, State};
+use crate::state::{About, Findings, State, Walk};
 
 use nics::Nics;
 use reload::Source;
@@ -88,7 +88,9 @@ struct Agent {
     state_directory: StateDirectory,
     api: JoinHandle<()>,
 
-    walk: Option<JoinHandle<flows::Settled>>,
+    walk: Option<JoinHandle<Findings>>,
+    flow_tables: [FlowTableUsage; FlowTable::ALL.len()],
+    watchman: flows::Watchman,
     last_walk: Instant,
     started: u64,
     is_ready: bool,
@@ -192,12 +194,19 @@ impl Agent {
             self.netlink.want(self.state.destinations());
             self.reconcile();
         }
+        match self.dataplane.flow_table_usage() {
+            Ok(usage) => {
+                self.watchman.look(&usage, now);
+                self.flow_tables = usage;
+            }
+            Err(error) => error!("the flows cannot be counted: {error:#}"),
+        }
         if self.walk.as_ref().is_some_and(JoinHandle::is_finished)
             && let Some(walk) = self.walk.take()
         {
             match walk.await {
-                Ok(settled) => {
-                    self.state.settle(&settled);
+                Ok(findings) => {
+                    self.state.settle(&findings.settled);
                     self.reconcile();
                 }
                 Err(error) => error!("the walk over the flow table ended early: {error}"),
@@ -211,19 +220,20 @@ impl Agent {
 
     fn start_walk(&mut self) {
         let pinned = self.state.pinned();
-        if pinned.is_empty() {
+        // What is over makes room for others only when somebody takes it out.
+        let is_half_full = |table: &FlowTableUsage| table.entries > u64::from(table.size / 2);
+        if pinned.is_empty() && !self.flow_tables.iter().any(is_half_full) {
             return;
         }
-        match self.dataplane.flow_table() {
-            Ok(table) => {
-                let walk = flows::Walk {
-                    table,
+        match self.dataplane.flow_tables() {
+            Ok(flows) => {
+                let walk = Walk {
                     tables: self.current.clone(),
                     keys: self.keys,
                     ring_size: self.ring_size,
                     pinned,
                 };
-                self.walk = Some(tokio::task::spawn_blocking(move || walk.run()));
+                self.walk = Some(tokio::task::spawn_blocking(move || flows::walk(walk, flows)));
             }
             Err(error) => error!("no walk over the flow table: {error:#}"),
         }
@@ -359,6 +369,7 @@ impl Agent {
                 reload_error: self.reload_error.clone(),
             },
             interfaces: interfaces.collect(),
+            flow_tables: flows::in_status(&self.flow_tables),
             warnings: self
                 .nics
                 .problems()

@@ -99,6 +99,8 @@ fn keep_what_is_fixed(new: &mut Agent, running: &Agent) {
         hash_seed,
         maglev_table_size,
         flow_table_size,
+        half_open_table_size,
+        once_seen_table_size,
         api_socket,
     } = new;
     keep("interfaces", interfaces, &running.interfaces);
@@ -106,6 +108,8 @@ fn keep_what_is_fixed(new: &mut Agent, running: &Agent) {
     keep("hash_seed", hash_seed, &running.hash_seed);
     keep("maglev_table_size", maglev_table_size, &running.maglev_table_size);
     keep("flow_table_size", flow_table_size, &running.flow_table_size);
+    keep("half_open_table_size", half_open_table_size, &running.half_open_table_size);
+    keep("once_seen_table_size", once_seen_table_size, &running.once_seen_table_size);
     keep("api_socket", api_socket, &running.api_socket);
 }
 

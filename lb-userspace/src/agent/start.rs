@@ -52,6 +52,8 @@ impl Agent {
             hash_seed,
             ring_size,
             flow_table_size: config.agent.flow_table_size,
+            half_open_table_size: config.agent.half_open_table_size,
+            once_seen_table_size: config.agent.once_seen_table_size,
             log: tracing::enabled!(target: "lb_ebpf", Level::DEBUG),
         })?;
         kernel_log::follow_messages(&mut dataplane)?;
@@ -92,6 +94,8 @@ impl Agent {
                 server.serve(api_requests).await;
             }),
             walk: None,
+            flow_tables: Default::default(),
+            watchman: Default::default(),
             last_walk: Instant::now(),
             started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
             is_ready: false,

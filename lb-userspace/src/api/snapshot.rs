@@ -31,6 +31,9 @@ pub struct Status {
     pub interfaces: Vec<Interface>,
     /// Load balancers by name.
     pub load_balancers: Vec<LoadBalancer>,
+    /// The tables that remember flows; an agent before 0.2 does not say.
+    #[serde(default)]
+    pub flow_tables: Vec<FlowTable>,
     /// Dropped packets by reason; a reason that never occurred may be 0 or absent.
     pub drops: BTreeMap<String, u64>,
     /// What an operator should know: sentences, the gravest first.
@@ -52,6 +55,19 @@ pub struct Agent {
     pub generation: u64,
     /// Why the latest reload was refused; `None`: what the file says is what runs.
     pub reload_error: Option<String>,
+}
+
+/// A table that remembers flows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlowTable {
+    /// `flows`, `half-open` or `once-seen`.
+    pub name: String,
+    /// Entries that it can hold.
+    pub size: u32,
+    /// Entries that it holds; those that are over stay until they are swept.
+    pub entries: u64,
+    /// Entries that had to make room for others.
+    pub evictions: u64,
 }
 
 /// A NIC that the program is attached to.
@@ -212,6 +228,14 @@ pub(crate) mod fixture {
                         ],
                     },
                 ],
+                flow_tables: [("flows", 1_048_576, 4711, 0), ("half-open", 262_144, 262_144, 33)]
+                    .map(|(name, size, entries, evictions)| FlowTable {
+                        name: name.into(),
+                        size,
+                        entries,
+                        evictions,
+                    })
+                    .into(),
                 drops: BTreeMap::from([
                     ("NoListener".into(), 3),
                     ("SecurityGroupDenied".into(), 1500),

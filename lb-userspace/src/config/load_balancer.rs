@@ -1,6 +1,9 @@
 //! `[load_balancer.NAME]`: where packets come in.
 
 use std::net::IpAddr;
+use std::time::Duration;
+
+use lb_common::flow::{MAX_IDLE, TCP_IDLE, UDP_IDLE};
 
 use super::address::{ADDRESS_HELP, host_address};
 use super::model::{Listener, LoadBalancer, Protocol, Scheme};
@@ -20,6 +23,7 @@ pub(super) struct ListenerDraft<'a> {
     pub(super) protocol: Option<Protocol>,
     pub(super) port: Option<u16>,
     pub(super) target_group: Option<(Value<'a>, &'a str)>,
+    pub(super) idle_timeout: Duration,
 }
 
 impl Draft<'_> {
@@ -28,7 +32,12 @@ impl Draft<'_> {
         let complete = |draft: ListenerDraft<'_>| {
             let (_, target_group) = draft.target_group?;
             let target_group = target_group.to_owned();
-            Some(Listener { protocol: draft.protocol?, port: draft.port?, target_group })
+            Some(Listener {
+                protocol: draft.protocol?,
+                port: draft.port?,
+                target_group,
+                idle_timeout: draft.idle_timeout,
+            })
         };
         LoadBalancer {
             scheme: self.scheme,
@@ -140,7 +149,34 @@ fn listener<'a>(table: &mut Table<'a>) -> ListenerDraft<'a> {
     };
     let target_group = target_group(table);
     table.not_supported_yet(&["certificates", "rule"]);
-    ListenerDraft { protocol, port, target_group }
+    let idle_timeout = idle_timeout(table, protocol);
+    ListenerDraft { protocol, port, target_group, idle_timeout }
+}
+
+/// The key that is for the listener's protocol.
+fn idle_timeout(table: &mut Table<'_>, protocol: Option<Protocol>) -> Duration {
+    // AWS's bounds of tcp.idle_timeout.seconds; its UDP timeout cannot be changed.
+    let keys = [
+        ("tcp_idle_timeout", Protocol::Tcp, 60, TCP_IDLE),
+        ("udp_idle_timeout", Protocol::Udp, 10, UDP_IDLE),
+    ];
+    let mut timeout = Duration::from_secs(TCP_IDLE.into());
+    for (key, of, least, default) in keys {
+        let value = table.optional(key);
+        if protocol.is_some_and(|protocol| protocol != of) {
+            if let Some(value) = value {
+                value.error(
+                    format!("`{key}` is for {of} listeners, this one is none"),
+                    "leave it out",
+                );
+            }
+            continue;
+        }
+        let range = Duration::from_secs(least)..=Duration::from_secs(MAX_IDLE.into());
+        let whole = value.and_then(|value| value.whole_seconds(range));
+        timeout = whole.unwrap_or(Duration::from_secs(default.into()));
+    }
+    timeout
 }
 
 /// `target_group = NAME`, or the one entry of `target_groups`.

@@ -41,6 +41,10 @@ pub struct Agent {
     pub maglev_table_size: u32,
     /// Capacity of the flow table, in entries.
     pub flow_table_size: u32,
+    /// Capacity of the table of half-open flows, in entries.
+    pub half_open_table_size: u32,
+    /// Capacity of the table of flows seen once, in entries.
+    pub once_seen_table_size: u32,
     /// Where the API listens.
     pub api_socket: PathBuf,
 }
@@ -218,4 +222,6 @@ pub struct Listener {
     pub port: u16,
     /// Name of the target group it forwards to.
     pub target_group: String,
+    /// How long a silent flow is remembered: whole seconds, 60 to 6000 for TCP, 10 to 6000 for UDP.
+    pub idle_timeout: Duration,
 }

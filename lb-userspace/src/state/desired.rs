@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use lb_common::flow;
 use lb_common::maglev::{self, Candidate};
@@ -13,15 +13,18 @@ use lb_common::tables::{
 use lb_common::wire::eth::Macs;
 use lb_common::wire::{Address, Be16};
 
-use crate::config::{self, Config, Forwarding, TargetGroup};
+use crate::config::{self, Config, Forwarding, Protocol, TargetGroup};
 use crate::health::{Health, HealthState};
 use crate::netlink::{NextHop, Unresolved};
 use crate::reconcile::{Desired, Prefix};
 
 use super::admission::{Service, admitted};
-use super::registry::QUARANTINE;
-use super::rings::Ring;
+use super::rings::{Periods, Ring};
 use super::{ListenerKey, RingKey, State, TargetKey, key_of, listener_keys, protocol_number};
+
+/// The kernel's tables are written a little after a change is known here, and flows note their
+/// last packet to the second.
+const SWITCHING: Duration = Duration::from_secs(2);
 
 /// Admitted sources by load balancer, service and family (IPv4 or not); `None`: everybody.
 pub type Admissions = BTreeMap<(String, Service, bool), Admission>;
@@ -61,19 +64,25 @@ impl State {
 
     /// Gives every target and listener its number, and takes back those of others.
     fn number(&mut self, now: Instant) {
+        let listeners = self.config.load_balancers.values().flat_map(|lb| &lb.listeners);
+        let idle = listeners.map(|listener| listener.idle_timeout).max().unwrap_or_default();
+        self.targets.remember_for(idle);
+        self.listeners.remember_for(idle);
+        let rest = self.targets.quarantine();
         let targets: BTreeSet<_> = self.registered().chain(self.draining.keys().cloned()).collect();
         self.targets.retain(&targets, now);
         let name = |key: &TargetKey| {
             format!("{} of {}", SocketAddr::new(key.address, key.port), key.target_group)
         };
         let left_out = targets.iter().filter(|key| self.targets.number(key, now).is_none());
-        self.alerts.extend(left_out_of("targets", left_out.map(name).collect()));
+        self.alerts.extend(left_out_of("targets", left_out.map(name).collect(), rest));
         let listeners: BTreeSet<_> = listener_keys(&self.config).map(|(key, ..)| key).collect();
         self.listeners.retain(&listeners, now);
+        self.tracked.retain(|number| self.listeners.has(*number));
         let name =
             |key: &ListenerKey| format!("{} port {} {}", key.address, key.port, key.protocol);
         let left_out = listeners.iter().filter(|key| self.listeners.number(key, now).is_none());
-        self.alerts.extend(left_out_of("listeners", left_out.map(name).collect()));
+        self.alerts.extend(left_out_of("listeners", left_out.map(name).collect(), rest));
         self.warnings.extend(self.alerts.iter().cloned());
     }
 
@@ -92,9 +101,11 @@ impl State {
         self.rings.retain(|key, _| keys.contains(key));
         for key in keys {
             let candidates = self.candidates(&key);
-            if candidates.is_empty() {
+            let periods = self.periods(&key);
+            if candidates.is_empty() && !self.keeps_flows(&key) {
                 self.rings.remove(&key);
             } else if let Some((number, ring)) = self.rings.get_mut(&key) {
+                ring.set_periods(periods);
                 let before = Arc::clone(ring.slots());
                 ring.change(candidates, now);
                 if !Arc::ptr_eq(&before, ring.slots()) {
@@ -104,13 +115,34 @@ impl State {
                         None => tracing::debug!(number, "no spare ring: slots change in place"),
                     }
                 }
-            } else if self.is_ring_settled(&key)
+            } else if !candidates.is_empty()
+                && self.is_ring_settled(&key)
                 && let Some(number) = free_ring()
             {
-                let ring = Ring::new(candidates, self.ring_size, now);
+                let ring = Ring::new(candidates, self.ring_size, periods, now);
                 self.rings.insert(key, (number, ring));
             }
         }
+    }
+
+    /// How long the slots of a ring learn: by the idle timeouts of the listeners that use it.
+    fn periods(&self, key: &RingKey) -> Periods {
+        let of = |protocol: Option<Protocol>| {
+            let listeners = self.config.load_balancers.values().flat_map(|lb| &lb.listeners);
+            let matching = listeners.filter(|listener| {
+                listener.target_group == *key.target_group
+                    && protocol.is_none_or(|protocol| listener.protocol == protocol)
+            });
+            matching.map(|listener| listener.idle_timeout).max().unwrap_or_default() + SWITCHING
+        };
+        Periods { learning: of(None), learning_udp: of(Some(Protocol::Udp)) }
+    }
+
+    /// Whether targets that take no new flows may still have some.
+    fn keeps_flows(&self, key: &RingKey) -> bool {
+        self.all_targets().any(|(target, _)| {
+            target.target_group == key.target_group && target.address.is_ipv4() == key.is_v4
+        })
     }
 
     /// The targets that take new flows: the healthy ones, or all of them if none is healthy. Who
@@ -187,7 +219,7 @@ impl State {
                     Forwarding::Nat => Target::NAT,
                     Forwarding::DsrL2 => Target::DSR_L2,
                 },
-                flags: if self.serves(&key, target, group) { Target::SERVES } else { 0 },
+                flags: self.flags(&key, target, group),
                 hop,
                 ..Target::default()
             };
@@ -206,9 +238,10 @@ impl State {
             .chain(self.draining.iter().map(|(key, draining)| (key.clone(), &draining.target)))
     }
 
-    /// Whether packets of the flows that a target has still go to it: it is in the ring, draining,
-    /// of weight 0, or unhealthy while connection termination is off.
-    fn serves(&self, key: &TargetKey, target: &config::Target, group: &TargetGroup) -> bool {
+    /// Whether a target takes new flows: it is in the ring. And whether packets of the flows that
+    /// it has still go to it: it is in the ring, draining, of weight 0, or unhealthy while
+    /// connection termination is off.
+    fn flags(&self, key: &TargetKey, target: &config::Target, group: &TargetGroup) -> u8 {
         let ring =
             RingKey { target_group: key.target_group.clone(), is_v4: target.address.is_ipv4() };
         let in_ring = self.targets.get(key).is_some_and(|number| {
@@ -216,7 +249,8 @@ impl State {
         });
         let is_unhealthy =
             self.health.get(key).is_some_and(|health| health.state == HealthState::Unhealthy);
-        in_ring || !is_unhealthy || !group.unhealthy_connection_termination
+        let serves = in_ring || !is_unhealthy || !group.unhealthy_connection_termination;
+        u8::from(serves) * Target::SERVES | u8::from(in_ring) * Target::IN_RING
     }
 
     /// The way to a target, or why there is none.
@@ -288,7 +322,13 @@ impl State {
             let protocol = protocol_number(key.protocol);
             desired.listeners.insert(
                 number,
-                Listener { address, port: Be16::new(key.port), protocol, zero: [0; 5] },
+                Listener {
+                    address,
+                    port: Be16::new(key.port),
+                    protocol,
+                    zero: 0,
+                    idle: u32::try_from(listener.idle_timeout.as_secs()).unwrap_or(u32::MAX),
+                },
             );
             let is_v4 = key.address.is_ipv4();
             let ring = RingKey { target_group: listener.target_group.as_str().into(), is_v4 };
@@ -303,7 +343,17 @@ impl State {
             let is_shared = ways_back
                 .values()
                 .any(|ways| ways.len() > 1 && ways.iter().any(|(listener, _)| *listener == number));
-            let tracked = if group.track_every_flow || is_shared { Endpoint::TRACKED } else { 0 };
+            let is_tracked = group.track_every_flow || is_shared;
+            let was_tracked = if is_tracked {
+                self.tracked.insert(number);
+                false
+            } else {
+                self.tracked.remove(&number)
+            };
+            if was_tracked && let Some((_, ring)) = self.rings.get_mut(&ring) {
+                ring.unsettle();
+            }
+            let tracked = if is_tracked { Endpoint::TRACKED } else { 0 };
             let endpoint = Endpoint {
                 address,
                 port: Be16::new(key.port),
@@ -400,7 +450,7 @@ pub struct NoWay {
     pub is_lasting: bool,
 }
 
-fn left_out_of(kind: &str, names: Vec<String>) -> Option<String> {
+fn left_out_of(kind: &str, names: Vec<String>, rest: Duration) -> Option<String> {
     const SHOWN: usize = 5;
     let count = names.len();
     let more = if count > SHOWN { format!(" and {} more", count - SHOWN) } else { String::new() };
@@ -408,7 +458,7 @@ fn left_out_of(kind: &str, names: Vec<String>) -> Option<String> {
         format!(
             "{count} {kind} are left out, as too many came and went lately: a place in the table \
              rests {} s before another takes it, then they follow by themselves. Left out: {}{more}",
-            QUARANTINE.as_secs(),
+            rest.as_secs(),
             names[..count.min(SHOWN)].join(", ")
         )
     })

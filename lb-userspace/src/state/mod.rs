@@ -6,6 +6,7 @@ mod desired;
 mod registry;
 mod rings;
 mod snapshot;
+mod walk;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -25,6 +26,7 @@ use registry::Registry;
 use rings::Ring;
 
 pub use snapshot::{About, Counters};
+pub use walk::{Findings, FlowStore, Slots, Walk};
 
 /// A target of a target group.
 pub type TargetKey = CheckKey;
@@ -67,6 +69,8 @@ pub struct State {
     admissions: Admissions,
     classes: Vec<(u32, Arc<BTreeSet<Prefix>>)>,
     next_class: u32,
+    /// Listeners that track every flow, by number.
+    tracked: BTreeSet<u32>,
     /// The one listener that a target was of before others came to share it.
     first_owners: BTreeMap<EndpointKey, (u32, u32)>,
     warnings: Vec<String>,
@@ -91,6 +95,7 @@ impl State {
             admissions: BTreeMap::new(),
             classes: Vec::new(),
             next_class: OPEN + 1,
+            tracked: BTreeSet::new(),
             first_owners: BTreeMap::new(),
             warnings: Vec::new(),
             alerts: Vec::new(),
@@ -202,7 +207,14 @@ impl State {
         let came_free = self.targets.has_come_free(now) || self.listeners.has_come_free(now);
         let before = self.draining.len();
         self.draining.retain(|_, draining| draining.until > now);
-        let mut changed = came_free || self.draining.len() != before;
+        let is_over = self.draining.len() != before;
+        if is_over {
+            // Should it come back, its first check decides anew.
+            let registered: BTreeSet<_> = self.registered().collect();
+            let draining = &self.draining;
+            self.health.retain(|key, _| registered.contains(key) || draining.contains_key(key));
+        }
+        let mut changed = came_free || is_over;
         for (_, ring) in self.rings.values_mut() {
             changed |= ring.tick(now);
         }

@@ -38,6 +38,8 @@ pub struct About {
     pub agent: Agent,
     /// What it is attached to.
     pub interfaces: Vec<Interface>,
+    /// The tables that remember flows.
+    pub flow_tables: Vec<snapshot::FlowTable>,
     /// What an operator should know, beside what the state has to say.
     pub warnings: Vec<String>,
 }
@@ -48,7 +50,7 @@ impl State {
     /// # Errors
     /// Counters that cannot be read.
     pub fn snapshot(&self, about: About, counters: &dyn Counters) -> anyhow::Result<Snapshot> {
-        let About { agent, interfaces, mut warnings } = about;
+        let About { agent, interfaces, flow_tables, mut warnings } = about;
         warnings.extend(self.warnings.iter().cloned());
         let balancers = self.config.load_balancers.iter();
         let load_balancers = balancers
@@ -58,7 +60,7 @@ impl State {
         let drops =
             drops.into_iter().map(|(reason, count)| (reason.name().into(), count)).collect();
         Ok(Snapshot {
-            status: Status { agent, interfaces, load_balancers, drops, warnings },
+            status: Status { agent, interfaces, load_balancers, flow_tables, drops, warnings },
             target_groups: self.config.target_groups.keys().cloned().collect(),
             targets: self
                 .all_targets()

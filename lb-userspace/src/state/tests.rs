@@ -380,7 +380,7 @@ fn as_many_listeners_as_check_allows_and_all_of_them_replaced() {
     assert!(alert.starts_with("1 listeners are left out"), "{alert}");
     assert!(alert.ends_with("10.0.1.100 port 16384 tcp"), "{alert}");
     assert!(!world.state.tick(world.now));
-    world.now += registry::QUARANTINE;
+    world.now += world.state.listeners.quarantine();
     assert!(world.state.tick(world.now));
     assert_eq!(all_forward(&mut world, first), config::MAX_ENDPOINTS);
     assert!(world.state.alerts().is_empty());

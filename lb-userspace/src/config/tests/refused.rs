@@ -96,6 +96,8 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("flow_table_size_negative", "[agent]\nflow_table_size = -1"),
     ("flow_table_size_huge", "[agent]\nflow_table_size = 99999999999999999999"),
     ("flow_table_size_float", "[agent]\nflow_table_size = 1e6"),
+    ("half_open_table_size_range", "[agent]\nhalf_open_table_size = 1000"),
+    ("once_seen_table_size_range", "[agent]\nonce_seen_table_size = 16777217"),
     ("api_socket_relative", "[agent]\napi_socket = \"lb.sock\""),
     ("metrics_listen", "[agent]\nmetrics_listen = \"127.0.0.1:9901\""),
     ("dns", "[dns]\nlisten = \"10.0.0.53:53\"\nzone = \"elb.internal\""),
@@ -219,6 +221,18 @@ const ONE_ERROR: &[(&str, &str)] = &[
     (
         "listener_protocol_differs",
         listener!("protocol = \"udp\"\nport = 80\ntarget_group = \"web\""),
+    ),
+    (
+        "listener_idle_timeout_range",
+        listener!("target_group = \"web\"\ntcp_idle_timeout = \"59s\""),
+    ),
+    (
+        "listener_idle_timeout_fraction",
+        listener!("target_group = \"web\"\ntcp_idle_timeout = \"60500ms\""),
+    ),
+    (
+        "listener_idle_timeout_protocol",
+        listener!("target_group = \"web\"\nudp_idle_timeout = \"60s\""),
     ),
     ("listener_port_range", listener!("port = 65536\ntarget_group = \"web\"")),
     ("listener_without_target_group", listener!("port = 80")),
