@@ -26,5 +26,6 @@ pub mod model;
 pub mod flow;
 pub mod forward;
 pub mod tables;
+pub mod tunnel;
 pub mod verdict;
 pub mod wire;

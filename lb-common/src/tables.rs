@@ -7,6 +7,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use crate::flow::{Flow, FlowKey, FlowTable, Keys, ReturnFlow};
+use crate::tunnel::Tunnel;
 use crate::wire::eth::Macs;
 use crate::wire::{Address, Be16};
 
@@ -179,16 +180,16 @@ pub struct NextHop {
 pub struct Target {
     /// Its address.
     pub address: Address,
-    /// Its port.
+    /// Its port; [`Self::DSR_GUE`]: the UDP port that its tunnel ends at.
     pub port: Be16,
     /// How packets reach it: one of the modes.
     pub mode: u8,
     /// See [`Self::SERVES`].
     pub flags: u8,
-    /// How to get there.
+    /// How to get there. Its MTU is that of packets before encapsulation.
     pub hop: NextHop,
-    /// Zero.
-    pub zero: [u8; 16],
+    /// [`Self::DSR_IPIP`], [`Self::DSR_GUE`]: what the outer header is made of.
+    pub tunnel: Tunnel,
     /// 1 once some client talked to it directly, through us. The kernel's word, which the agent
     /// clears with the rest but never overwrites.
     pub is_direct: u64,
@@ -199,6 +200,10 @@ impl Target {
     pub const NAT: u8 = 1;
     /// Mode: rewrite the MAC addresses only.
     pub const DSR_L2: u8 = 2;
+    /// Mode: put one more IP header in front. This and the modes beyond are tunnels.
+    pub const DSR_IPIP: u8 = 4;
+    /// Mode: put an IP and a UDP header in front.
+    pub const DSR_GUE: u8 = 5;
     /// Flag: it takes packets of the flows it has: it is in the ring, draining, or unhealthy while
     /// connection termination is off.
     pub const SERVES: u8 = 1;

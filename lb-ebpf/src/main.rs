@@ -42,6 +42,12 @@ pub fn lb_answer(ctx: XdpContext) -> u32 {
     later(&ctx, Stage::Answer)
 }
 
+/// Sends a packet to its target through a tunnel.
+#[xdp]
+pub fn lb_encapsulate(ctx: XdpContext) -> u32 {
+    later(&ctx, Stage::Encapsulate)
+}
+
 /// A stage that another program has handed over to.
 #[inline(always)]
 fn later(ctx: &XdpContext, stage: Stage) -> u32 {

@@ -119,6 +119,7 @@ impl<'a> Maps<'a> {
                     Stage::Recall => STAGES.tail_call(ctx, Stage::Recall as u32),
                     Stage::Deliver => STAGES.tail_call(ctx, Stage::Deliver as u32),
                     Stage::Answer => STAGES.tail_call(ctx, Stage::Answer as u32),
+                    Stage::Encapsulate => STAGES.tail_call(ctx, Stage::Encapsulate as u32),
                 };
             }
         }

@@ -224,7 +224,7 @@ impl Balancer {
 
     /// Pins what the agent has learn: a stand-in for a timer that is too fast.
     fn shorten_learning(&mut self) {
-        let is_late = self.now.as_secs() % 60 == 0;
+        let is_late = self.now.as_secs().is_multiple_of(60);
         let slots = self.model.rings.values_mut().flatten();
         for slot in slots.filter(|slot| is_late && slot.state() == SlotState::Learning) {
             *slot = Slot::new(slot.current, slot.previous(), SlotState::Pinned);

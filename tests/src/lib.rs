@@ -22,6 +22,7 @@ pub mod servers;
 pub mod site;
 pub mod topology;
 pub mod transfers;
+pub mod tunnels;
 
 use std::{
     thread,

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
 };
 
@@ -30,6 +30,12 @@ pub const OPTIONS: LoadOptions = LoadOptions {
     once_seen_table_size: 1 << 16,
     log: false,
 };
+
+/// Sources of tunnels: 172.16.0.0/16 and 100::/64.
+const TUNNEL_SOURCES: (Ipv4Addr, Ipv6Addr) =
+    (Ipv4Addr::new(172, 16, 0, 0), Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 0));
+/// UDP port of tunnels.
+pub const GUE_PORT: u16 = 6080;
 
 /// A balancer to be, in readable steps.
 #[derive(Clone, Debug, Default)]
@@ -93,6 +99,11 @@ impl Scene {
             flags: Target::SERVES | Target::IN_RING,
             hop: NextHop { ifindex: way.device, macs, vlan: way.vlan, mtu: way.mtu },
             ..Target::default()
+        };
+        let target = match at {
+            _ if !target.is_tunnelled() => target,
+            SocketAddr::V4(_) => target.through_v4(TUNNEL_SOURCES.0, 16, GUE_PORT),
+            SocketAddr::V6(_) => target.through_v6(TUNNEL_SOURCES.1, GUE_PORT),
         };
         self.desired.targets.insert(number, target);
         number
@@ -251,6 +262,7 @@ impl Scene {
         scene.unsettled_listeners();
         scene.tracked_listeners();
         scene.overflowing_listeners();
+        scene.tunnel_listeners();
         scene
     }
 
@@ -337,6 +349,31 @@ impl Scene {
         }
         self.share(40, TCP, 30);
         self.share(41, TCP, NO_LISTENER);
+    }
+
+    /// Listeners 60 to 67: each family in each, by both kinds of tunnel, TCP and (with 20 more) UDP.
+    /// Then ways of a special kind.
+    fn tunnel_listeners(&mut self) {
+        use lb_common::tables::SlotState::{Learning, Settled};
+        let by11 = Way::by(11);
+        let mut tunnel = |n: u32, protocol, vip: usize, mode, v6: bool, way, state| {
+            let at = if v6 { format!("[fd00:11::{n:x}]:80") } else { format!("10.0.11.{n}:80") };
+            self.target(n, mode, &at, way);
+            let vip = SocketAddr::new(ip(VIPS[vip]), 40 + n as u16);
+            self.listener(n, protocol, &vip.to_string(), &[Slot::new(n, 0, state)]);
+        };
+        for n in 60..68 {
+            let mode = if n % 2 == 0 { Target::DSR_IPIP } else { Target::DSR_GUE };
+            let (vip, is_v6) = ((n as usize - 60) / 4, n % 4 >= 2);
+            tunnel(n, TCP, vip, mode, is_v6, by11, Settled);
+            tunnel(n + 20, UDP, vip, mode, is_v6, by11, Settled);
+        }
+        tunnel(70, TCP, 0, Target::DSR_IPIP, false, Way { vlan: 200, ..by11 }, Settled);
+        tunnel(71, TCP, 1, Target::DSR_GUE, true, Way { vlan: 200, ..by11 }, Settled);
+        tunnel(72, TCP, 0, Target::DSR_GUE, true, Way::by(10), Settled);
+        tunnel(73, TCP, 0, Target::DSR_IPIP, false, by11, Learning);
+        tunnel(74, UDP, 1, Target::DSR_GUE, false, by11, Learning);
+        tunnel(75, TCP, 0, Target::DSR_IPIP, true, Way::by(0), Settled);
     }
 
     /// Listeners 50 to 53, more than fit into the one bucket that they belong in.

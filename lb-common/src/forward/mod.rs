@@ -13,6 +13,7 @@ mod reply;
 mod request;
 mod select;
 mod stage;
+mod tunnel;
 
 use bytemuck::Pod;
 
@@ -69,6 +70,10 @@ enum Stop {
     Answer(DropReason),
     /// Its target is a matter of what is remembered of its flow: [`Step::recall`].
     Recall,
+    /// Larger than the way to [`Step::selected`] carries; the client hears of it.
+    TooBig,
+    /// It is to go through a tunnel to [`Step::selected`].
+    Encapsulate,
 }
 
 impl From<DropReason> for Stop {
@@ -142,6 +147,8 @@ pub fn go_on<F: Frame, T: Tables>(
         (Stage::Deliver, false) => deliver::<V6, F, T>(frame, tables, step),
         (Stage::Answer, true) => reject::answer::<V4, F, T>(frame, tables, step),
         (Stage::Answer, false) => reject::answer::<V6, F, T>(frame, tables, step),
+        (Stage::Encapsulate, true) => tunnel::encapsulate::<V4, F, T>(frame, tables, step),
+        (Stage::Encapsulate, false) => tunnel::encapsulate::<V6, F, T>(frame, tables, step),
     })
 }
 
@@ -185,8 +192,8 @@ fn deliver<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut
     let Some(link) = Link::parse(frame) else { return pass };
     let Some(packet) = step.place.read::<I, F>(frame) else { return pass };
     let Some(transport) = &packet.transport else { return pass };
-    let (selected, listener) = (step.selected, step.recall.listener);
-    let outcome = request::deliver(frame, tables, &link, &packet, transport, listener, selected);
+    let selected = (step.recall.listener, step.selected);
+    let outcome = request::deliver(frame, tables, &link, &packet, transport, selected, step);
     step.conclude(outcome, packet.place())
 }
 

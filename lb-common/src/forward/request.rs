@@ -31,7 +31,7 @@ pub fn handle<I: Ip, F: Frame, T: Tables>(
         return Err(Stop::Answer(DropReason::NoTarget));
     }
     let selected = select(tables, packet, transport, listener, &mut step.recall)?;
-    deliver(frame, tables, link, packet, transport, listener.listener, selected)
+    deliver(frame, tables, link, packet, transport, (listener.listener, selected), step)
 }
 
 /// Sends the packet to its target.
@@ -42,10 +42,10 @@ pub fn deliver<I: Ip, F: Frame, T: Tables>(
     link: &Link,
     packet: &Packet<I>,
     transport: &Transport,
-    listener: u32,
-    selected: Selected,
+    (listener, selected): (u32, Selected),
+    step: &mut Step,
 ) -> Outcome {
-    let Selected { index, is_new } = selected;
+    let Selected { index, is_new, .. } = selected;
     let Some(target) = serving(tables, index) else {
         return Err(Stop::Answer(without_target(index)));
     };
@@ -55,11 +55,15 @@ pub fn deliver<I: Ip, F: Frame, T: Tables>(
         return Err(DropReason::NextHopUnresolved.into());
     }
     if packet.length > target.hop.mtu as usize {
-        return Err(DropReason::TooBig.into());
+        step.selected = selected;
+        return Err(Stop::TooBig);
     }
     if target.mode == Target::NAT {
         let (address, port) = (target.address, target.port);
         emit::translate(frame, packet, transport, End::Destination, address, port)?;
+    } else if target.is_tunnelled() {
+        (step.recall.listener, step.selected) = (listener, selected);
+        return Err(Stop::Encapsulate);
     }
     let verdict = emit::send(frame, link, &target.hop)?;
     tables.count_request(listener, index, packet.length as u64, is_new);

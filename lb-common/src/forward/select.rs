@@ -34,10 +34,12 @@ pub fn select<I: Ip, T: Tables>(
     let slot = slot(tables, listener.index, chosen)?;
     let is_tracked = listener.has(Endpoint::TRACKED);
     if slot.is_settled() && !is_tracked {
-        return Ok(Selected { index: slot.current, is_new: transport.is_syn() as u32 });
+        let is_new = transport.is_syn() as u32;
+        return Ok(Selected { index: slot.current, is_new, hash: hash as u32 });
     }
     let (ring, listener) = (listener.index, listener.listener);
-    *recall = Recall { slot, chosen, ring, listener, is_tracked: is_tracked as u32 };
+    let (is_tracked, hash) = (is_tracked as u32, hash as u32);
+    *recall = Recall { slot, chosen, ring, listener, is_tracked, hash };
     Err(Stop::Recall)
 }
 
@@ -112,7 +114,7 @@ fn remember<T: Tables>(tables: &T, asked: &Asked, recall: &Recall) -> Result<Sel
     let mut index = 0;
     let outcome = go_on(tables, asked, recall, &mut index);
     if outcome == KNOWN {
-        return Ok(Selected { index, is_new: 0 });
+        return Ok(Selected { index, is_new: 0, hash: recall.hash });
     }
     if outcome == REFUSED {
         return Err(DropReason::TargetDown);
@@ -135,7 +137,7 @@ fn remember<T: Tables>(tables: &T, asked: &Asked, recall: &Recall) -> Result<Sel
         }
     }
     let is_new = note(tables, asked, recall, index);
-    Ok(Selected { index, is_new })
+    Ok(Selected { index, is_new, hash: recall.hash })
 }
 
 /// What a packet says of its flow, in memory.

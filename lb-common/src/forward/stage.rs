@@ -8,7 +8,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use crate::tables::{Slot, Tables};
-use crate::verdict::Verdict;
+use crate::verdict::{DropReason, Verdict};
 
 use super::parse::Place;
 use super::{Outcome, Stop};
@@ -23,11 +23,13 @@ pub enum Stage {
     Deliver = 1,
     /// Refuses a packet so that the client hears of it.
     Answer = 2,
+    /// Sends a packet to its target through a tunnel.
+    Encapsulate = 3,
 }
 
 impl Stage {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 3] = [Self::Recall, Self::Deliver, Self::Answer];
+    pub const ALL: [Self; 4] = [Self::Recall, Self::Deliver, Self::Answer, Self::Encapsulate];
 
     /// The name of its program.
     pub const fn program(self) -> &'static str {
@@ -35,6 +37,7 @@ impl Stage {
             Self::Recall => "lb_recall",
             Self::Deliver => "lb_deliver",
             Self::Answer => "lb_answer",
+            Self::Encapsulate => "lb_encapsulate",
         }
     }
 }
@@ -44,7 +47,7 @@ impl Stage {
 #[derive(Clone, Copy)]
 pub struct Next {
     action: u32,
-    /// By action: an interface, a [`DropReason`](crate::verdict::DropReason).
+    /// By action: an interface, a [`DropReason`].
     argument: u32,
 }
 
@@ -58,6 +61,7 @@ impl Next {
     const STAGES: u32 = 8;
     pub(super) const DELIVER: u32 = Self::STAGES + Stage::Deliver as u32;
     pub(super) const ANSWER: u32 = Self::STAGES + Stage::Answer as u32;
+    const ENCAPSULATE: u32 = Self::STAGES + Stage::Encapsulate as u32;
     const RECALL: u32 = Self::STAGES + Stage::Recall as u32;
 
     #[inline(always)]
@@ -77,6 +81,7 @@ impl Next {
             Self::RECALL => Some(Stage::Recall),
             Self::DELIVER => Some(Stage::Deliver),
             Self::ANSWER => Some(Stage::Answer),
+            Self::ENCAPSULATE => Some(Stage::Encapsulate),
             _ => None,
         }
     }
@@ -113,7 +118,7 @@ pub struct Step {
     pub(super) recall: Recall,
     pub(super) place: Place,
     pub(super) selected: Selected,
-    /// By stage: a [`DropReason`](crate::verdict::DropReason).
+    /// By stage: a [`DropReason`].
     pub(super) argument: u32,
     zero: u32,
 }
@@ -132,6 +137,8 @@ pub struct Recall {
     pub listener: u32,
     /// Not 0 if the listener tracks every flow.
     pub is_tracked: u32,
+    /// See [`Selected::hash`].
+    pub hash: u32,
 }
 
 /// A flow's target.
@@ -142,6 +149,8 @@ pub struct Selected {
     pub index: u32,
     /// Not 0 for a flow that is new, as far as can be told.
     pub is_new: u32,
+    /// Half of the flow's hash, the one that does not choose the slot.
+    pub hash: u32,
 }
 
 impl Step {
@@ -173,6 +182,14 @@ impl Step {
             Err(Stop::Recall) => {
                 self.place = place;
                 Next::with(Next::RECALL, 0)
+            }
+            Err(Stop::TooBig) => {
+                self.place = place;
+                Next::with(Next::ANSWER, DropReason::TooBig as u32)
+            }
+            Err(Stop::Encapsulate) => {
+                self.place = place;
+                Next::with(Next::ENCAPSULATE, 0)
             }
         }
     }

@@ -102,6 +102,7 @@ fn keep_what_is_fixed(new: &mut Agent, running: &Agent) {
         half_open_table_size,
         once_seen_table_size,
         api_socket,
+        tunnel_sources: _,
     } = new;
     keep("interfaces", interfaces, &running.interfaces);
     keep("xdp_mode", xdp_mode, &running.xdp_mode);

@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use super::model::{Agent, XdpMode};
+use super::model::{Agent, TunnelSources, XdpMode};
 use super::reader::{Table, Value, Wrong};
+use super::tunnel_sources;
 
 /// Where the API listens unless the file says otherwise.
 pub const DEFAULT_API_SOCKET: &str = "/run/lb/lb.sock";
@@ -21,6 +22,7 @@ impl Default for Agent {
             half_open_table_size: 262_144,
             once_seen_table_size: 262_144,
             api_socket: PathBuf::from(DEFAULT_API_SOCKET),
+            tunnel_sources: TunnelSources::default(),
         }
     }
 }
@@ -55,6 +57,10 @@ pub(super) fn read(mut table: Table<'_>) -> Agent {
         once_seen_table_size: flow_table_size(table.optional("once_seen_table_size"))
             .unwrap_or(default.once_seen_table_size),
         api_socket: table.optional("api_socket").and_then(api_socket).unwrap_or(default.api_socket),
+        tunnel_sources: table
+            .optional("tunnel_sources")
+            .map(tunnel_sources::read)
+            .unwrap_or_default(),
     };
     table.not_supported_yet(&["metrics_listen"]);
     table.finish();

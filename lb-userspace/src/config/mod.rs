@@ -18,6 +18,7 @@ mod security_group;
 mod target_group;
 #[cfg(test)]
 mod tests;
+mod tunnel_sources;
 
 use std::collections::BTreeMap;
 

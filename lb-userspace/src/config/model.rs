@@ -7,7 +7,7 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 /// A whole configuration file. Names are unique by the maps, every reference resolves.
 ///
@@ -47,6 +47,18 @@ pub struct Agent {
     pub once_seen_table_size: u32,
     /// Where the API listens.
     pub api_socket: PathBuf,
+    /// Sources of tunnels' outer headers; host bits are zero.
+    pub tunnel_sources: TunnelSources,
+}
+
+/// The networks that sources of outer headers are taken from, by the target's family. The last
+/// bits are the flow's, so that receivers spread their load.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TunnelSources {
+    /// Of tunnels to IPv4 addresses, /8 to /32.
+    pub v4: Ipv4Net,
+    /// Of tunnels to IPv6 addresses, /16 to /96; or an address whose last 32 bits are not all 0.
+    pub v6: Ipv6Net,
 }
 
 /// How an XDP program is attached.
@@ -118,6 +130,22 @@ pub enum Forwarding {
     Nat,
     /// Rewrite the MAC address only; replies go straight to the client.
     DsrL2,
+    /// Put one more IP header in front; replies go straight to the client.
+    DsrIpip,
+    /// Put an IP and a UDP header in front; replies go straight to the client.
+    DsrGue,
+}
+
+impl Forwarding {
+    /// Whether packets are encapsulated, so that target and client may be of different families.
+    pub fn is_tunnel(self) -> bool {
+        matches!(self, Self::DsrIpip | Self::DsrGue)
+    }
+
+    /// Whether a listener address can use a target's.
+    pub fn can_lead(self, listener: IpAddr, target: IpAddr) -> bool {
+        self.is_tunnel() || listener.is_ipv4() == target.is_ipv4()
+    }
 }
 
 /// A target group.
@@ -129,6 +157,8 @@ pub struct TargetGroup {
     pub port: u16,
     /// How packets reach its targets.
     pub forwarding: Forwarding,
+    /// UDP port that [`Forwarding::DsrGue`] sends to, 1 to 65535.
+    pub gue_port: u16,
     /// How long a removed target keeps its established flows, 0 to 3600 s.
     pub deregistration_delay: Duration,
     /// Whether an unhealthy target loses its established flows at once.

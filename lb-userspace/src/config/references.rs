@@ -7,7 +7,7 @@ use lb_common::tables;
 
 use super::diagnostic::Report;
 use super::load_balancer::{self, ListenerDraft};
-use super::model::Forwarding;
+use super::model::{Forwarding, Target};
 use super::reader::{Value, did_you_mean};
 use super::target_group::{self, UNKNOWN_PORT};
 
@@ -80,11 +80,8 @@ fn check_listener(listener: &ListenerDraft<'_>, groups: &BTreeMap<&str, &target_
             "use a target group of the listener's protocol",
         );
     }
-    if group.forwarding == Some(Forwarding::DsrL2)
-        && let Some(port) = listener.port
-        && let Some(other) = group.group.targets.iter().find(|target| target.port != port)
-        && other.port != UNKNOWN_PORT
-    {
+    let Some((port, other)) = other_port(listener, group) else { return };
+    if group.forwarding == Some(Forwarding::DsrL2) {
         let message = format!(
             "{} forwards by dsr_l2, which cannot rewrite port {port} to {} of target {}",
             value.quote(),
@@ -93,11 +90,41 @@ fn check_listener(listener: &ListenerDraft<'_>, groups: &BTreeMap<&str, &target_
         );
         let help = format!("give its targets port {port}, or use forwarding = \"nat\"");
         value.error(message, help);
+    } else if group.forwarding.is_some_and(Forwarding::is_tunnel) && checks_own_port(group) {
+        value.warning(
+            format!(
+                "packets keep port {port} on their way through the tunnel to {}; port {} of target \
+                 {} is for its health checks alone",
+                value.quote(),
+                other.port,
+                other.address
+            ),
+            format!(
+                "give its targets port {port}, or say port = {} in \
+                 [target_group.{name}.health_check]",
+                other.port
+            ),
+        );
     }
 }
 
-/// A packet keeps its family on the way to a target, so an address without targets of its own
-/// family answers like one without targets.
+/// The listener's port, and a target of the group that has another.
+fn other_port<'a>(
+    listener: &ListenerDraft<'_>,
+    group: &'a target_group::Draft<'_>,
+) -> Option<(u16, &'a Target)> {
+    let port = listener.port?;
+    let other = group.group.targets.iter().find(|target| target.port != port)?;
+    (other.port != UNKNOWN_PORT).then_some((port, other))
+}
+
+/// Whether health checks go to the targets' own ports.
+fn checks_own_port(group: &target_group::Draft<'_>) -> bool {
+    group.group.health_check.port.is_none()
+}
+
+/// But in a tunnel, a packet keeps its family on the way to a target; so an address without targets
+/// of its own family answers like one without targets.
 fn warn_of_missing_families(
     load_balancer: &load_balancer::Draft<'_>,
     groups: &BTreeMap<&str, &target_group::Draft<'_>>,
@@ -112,7 +139,8 @@ fn warn_of_missing_families(
         for name in &names {
             let Some(group) = groups.get(name) else { continue };
             let targets = &group.group.targets;
-            if !targets.iter().any(|target| target.address.is_ipv4() == address.is_ipv4()) {
+            let forwarding = group.group.forwarding;
+            if !targets.iter().any(|target| forwarding.can_lead(*address, target.address)) {
                 value.warning(
                     format!(
                         "{} has no target: target group \"{name}\" has none with an {family} \

@@ -27,6 +27,8 @@ const TARGET_HELP: &str = "write \"10.0.2.11\", \"10.0.2.12:8081\", \"2001:db8::
 /// Of a port that could not be read.
 pub(super) const UNKNOWN_PORT: u16 = 0;
 const DEFAULT_PORT: u16 = 8080;
+/// GUE's registered port.
+const DEFAULT_GUE_PORT: u16 = 6080;
 const DEFAULT_WEIGHT: u16 = 1;
 /// AWS's bounds of deregistration_delay.timeout_seconds.
 const MAX_DEREGISTRATION_DELAY: Duration = Duration::from_secs(3600);
@@ -45,11 +47,17 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
     };
     let forwarding = match table.optional("forwarding") {
         Some(value) => value.choice(
-            &[("nat", Forwarding::Nat), ("dsr_l2", Forwarding::DsrL2)],
-            &["snat", "dsr_ipip", "dsr_gue"],
+            &[
+                ("nat", Forwarding::Nat),
+                ("dsr_l2", Forwarding::DsrL2),
+                ("dsr_ipip", Forwarding::DsrIpip),
+                ("dsr_gue", Forwarding::DsrGue),
+            ],
+            &["snat"],
         ),
         None => Some(Forwarding::Nat),
     };
+    let gue_port = gue_port(table.optional("gue_port"), forwarding);
     if let Some(algorithm) = table.optional("algorithm") {
         let later =
             ["least_connections", "round_robin", "least_outstanding_requests", "weighted_random"];
@@ -72,7 +80,6 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
     let health_check =
         health_check::read(table.subtable("health_check", format!("{name}.health_check]")));
     table.only_default("snat_ports", "10000-59999");
-    table.only_default("gue_port", "6080");
     table.not_supported_yet(&[
         "stickiness",
         "security_group",
@@ -86,6 +93,7 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
         protocol: protocol.unwrap_or(Protocol::Tcp),
         port,
         forwarding: forwarding.unwrap_or(Forwarding::Nat),
+        gue_port,
         deregistration_delay,
         unhealthy_connection_termination,
         track_every_flow,
@@ -93,6 +101,18 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
         health_check,
     };
     Draft { group, protocol, forwarding, target_values }
+}
+
+fn gue_port(value: Option<Value<'_>>, forwarding: Option<Forwarding>) -> u16 {
+    let Some(value) = value else { return DEFAULT_GUE_PORT };
+    let port = value.port().unwrap_or(DEFAULT_GUE_PORT);
+    if port != DEFAULT_GUE_PORT && forwarding.is_some_and(|it| it != Forwarding::DsrGue) {
+        value.warning(
+            format!("`gue_port = {port}` has no effect"),
+            "leave `gue_port` out, or use forwarding = \"dsr_gue\"",
+        );
+    }
+    port
 }
 
 fn targets<'a>(value: Option<Value<'a>>, group_port: u16) -> Vec<(Value<'a>, Target)> {

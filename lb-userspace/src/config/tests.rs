@@ -110,7 +110,6 @@ fn keys_of_features_to_come_are_accepted_at_their_default() {
         port = 80
         algorithm = "maglev"
         snat_ports = '10000-59999'
-        gue_port = 6080
         [load_balancer.web]
         type = "network"
         addresses = ["192.0.2.1"]
@@ -211,6 +210,49 @@ listener = [
 "#
         )
     );
+}
+
+#[test]
+fn what_looks_wrong_about_tunnels_is_a_warning() {
+    insta::assert_snapshot!(
+        "tunnel_warnings",
+        warnings(
+            r#"[target_group.web]
+port = 8080
+forwarding = "dsr_ipip"
+gue_port = 6666
+targets = ["10.0.2.11"]
+[target_group.checked]
+port = 8080
+forwarding = "dsr_gue"
+targets = ["2001:db8::11"]
+[target_group.checked.health_check]
+port = 8080
+[target_group.none]
+forwarding = "dsr_ipip"
+[load_balancer.web]
+addresses = ["192.0.2.1", "2001:db8::1"]
+listener = [
+  { port = 80, target_group = "web" },
+  { port = 81, target_group = "checked" },
+  { port = 82, target_group = "none" },
+]
+"#
+        )
+    );
+}
+
+#[test]
+fn tunnel_sources_that_are_not_given_keep_their_default() {
+    let sources = |keys: &str| {
+        let text = format!("[agent]\ntunnel_sources = {keys}");
+        let parsed = parse("lb.toml", &text).unwrap_or_else(|errors| panic!("{errors}"));
+        let TunnelSources { v4, v6 } = parsed.config.agent.tunnel_sources;
+        [v4.to_string(), v6.to_string()]
+    };
+    assert_eq!(sources("[]"), ["172.16.0.0/16", "100::/64"]);
+    assert_eq!(sources("[\"192.0.2.7\"]"), ["192.0.2.7/32", "100::/64"]);
+    assert_eq!(sources("[\"fd00::/16\"]"), ["172.16.0.0/16", "fd00::/16"]);
 }
 
 #[test]

@@ -20,6 +20,7 @@ use crate::reconcile::{Desired, Prefix};
 
 use super::admission::{Service, admitted};
 use super::rings::{Periods, Ring};
+use super::tunnels::{mode, too_narrow};
 use super::{ListenerKey, RingKey, State, TargetKey, key_of, listener_keys, protocol_number};
 
 /// The kernel's tables are written a little after a change is known here, and flows note their
@@ -154,7 +155,7 @@ impl State {
         let registered = group
             .targets
             .iter()
-            .filter(|target| target.address.is_ipv4() == key.is_v4 && target.weight > 0)
+            .filter(|target| key.takes(group, target) && target.weight > 0)
             .map(|target| (key_of(&key.target_group, target), target));
         let healthy = |(key, _): &(TargetKey, _)| {
             self.health.get(key).is_some_and(|health| health.state == HealthState::Healthy)
@@ -182,8 +183,8 @@ impl State {
     fn is_ring_settled(&self, key: &RingKey) -> bool {
         let group = self.config.target_groups.get(&*key.target_group);
         group.is_none_or(|group| {
-            let mut family = group.targets.iter().filter(|t| t.address.is_ipv4() == key.is_v4);
-            family.all(|target| self.is_settled(&key_of(&key.target_group, target)))
+            let mut takes = group.targets.iter().filter(|target| key.takes(group, target));
+            takes.all(|target| self.is_settled(&key_of(&key.target_group, target)))
         })
     }
 
@@ -215,14 +216,15 @@ impl State {
             let entry = Target {
                 address: target.address.into(),
                 port: Be16::new(target.port),
-                mode: match group.forwarding {
-                    Forwarding::Nat => Target::NAT,
-                    Forwarding::DsrL2 => Target::DSR_L2,
-                },
-                flags: self.flags(&key, target, group),
+                mode: mode(group.forwarding),
+                flags: self.flags(&key, group),
                 hop,
                 ..Target::default()
             };
+            let entry = self.through_tunnel(entry, target.address, group);
+            if let Some(warning) = too_narrow(&entry, &key, group) {
+                warnings.push(warning);
+            }
             desired.targets.insert(number, entry);
         }
         self.warnings.append(&mut warnings);
@@ -241,16 +243,17 @@ impl State {
     /// Whether a target takes new flows: it is in the ring. And whether packets of the flows that
     /// it has still go to it: it is in the ring, draining, of weight 0, or unhealthy while
     /// connection termination is off.
-    fn flags(&self, key: &TargetKey, target: &config::Target, group: &TargetGroup) -> u8 {
-        let ring =
-            RingKey { target_group: key.target_group.clone(), is_v4: target.address.is_ipv4() };
+    fn flags(&self, key: &TargetKey, group: &TargetGroup) -> u8 {
         let in_ring = self.targets.get(key).is_some_and(|number| {
-            self.rings.get(&ring).is_some_and(|(_, ring)| ring.has_candidate(number))
+            [true, false].into_iter().any(|is_v4| {
+                let ring = RingKey { target_group: key.target_group.clone(), is_v4 };
+                self.rings.get(&ring).is_some_and(|(_, ring)| ring.has_candidate(number))
+            })
         });
         let is_unhealthy =
             self.health.get(key).is_some_and(|health| health.state == HealthState::Unhealthy);
         let serves = in_ring || !is_unhealthy || !group.unhealthy_connection_termination;
-        u8::from(serves) * Target::SERVES | u8::from(in_ring) * Target::IN_RING
+        (u8::from(serves) * Target::SERVES) | (u8::from(in_ring) * Target::IN_RING)
     }
 
     /// The way to a target, or why there is none.

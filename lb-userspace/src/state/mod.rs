@@ -6,6 +6,7 @@ mod desired;
 mod registry;
 mod rings;
 mod snapshot;
+mod tunnels;
 mod walk;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,7 +17,7 @@ use std::time::Instant;
 use lb_common::flow::{self, FlowKey, HashKeys, Keys as _};
 use lb_common::tables::{Endpoint, EndpointKey, MAX_LISTENERS, MAX_TARGETS, NO_RING, OPEN};
 
-use crate::config::{self, Config, Protocol};
+use crate::config::{self, Config, Protocol, TargetGroup};
 use crate::health::{CheckKey, CheckSpec, Health, HealthEvent, HealthState, Reason};
 use crate::netlink::{Network, Unresolved};
 use crate::reconcile::{Desired, Prefix};
@@ -39,11 +40,19 @@ struct ListenerKey {
     port: u16,
 }
 
-/// The targets of one family in a target group share a ring.
+/// The targets that listeners of one family can use share a ring.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct RingKey {
     target_group: Arc<str>,
+    /// Of the listeners' addresses.
     is_v4: bool,
+}
+
+impl RingKey {
+    /// Whether a target of the group can be in the ring.
+    fn takes(&self, group: &TargetGroup, target: &config::Target) -> bool {
+        group.forwarding.is_tunnel() || target.address.is_ipv4() == self.is_v4
+    }
 }
 
 /// A target that was deregistered and still serves the flows it has.

@@ -99,6 +99,79 @@ impl World {
     }
 }
 
+/// Listeners of both families share targets of both families; the way is shorter by the headers.
+#[test]
+fn tunnels_lead_to_targets_of_either_family() {
+    let mut world = World::new(
+        r#"
+        [agent]
+        tunnel_sources = ["172.20.0.0/16", "2001:db8:7::/64"]
+        [target_group.web]
+        port = 80
+        forwarding = "dsr_gue"
+        gue_port = 6666
+        targets = ["10.0.2.11", "fd00::11"]
+        [load_balancer.web]
+        addresses = ["10.0.1.100", "fd00::100"]
+        listener = [{ port = 80, target_group = "web" }]
+        "#,
+    );
+    let mut network = (**world.state.network()).clone();
+    let hop = network.next_hops[&IpAddr::from([10, 0, 2, 11])];
+    let v6: IpAddr = "fd00::11".parse().unwrap();
+    network.next_hops.insert(v6, hop);
+    world.state.set_network(Arc::new(network));
+    for address in [IpAddr::from([10, 0, 2, 11]), v6] {
+        let key = CheckKey { target_group: "web".into(), address, port: 80 };
+        let health = Health { state: HealthState::Healthy, reason: None, description: None };
+        world.state.set_health(HealthEvent { key, health });
+    }
+    let desired = world.desired();
+    for vip in ["10.0.1.100", "fd00::100"] {
+        let vip = Address::from(vip.parse::<IpAddr>().unwrap());
+        let listener = desired.endpoints[&EndpointKey::new(vip, Be16::new(80), flow::TCP)];
+        let mut targets: Vec<u32> =
+            desired.rings[&listener.index].iter().map(|slot| slot.current).collect();
+        targets.sort_unstable();
+        targets.dedup();
+        assert_eq!(targets.len(), 2, "{vip:?}");
+        for (address, source, mtu) in
+            [("10.0.2.11", "172.20.0.0", 1472), ("fd00::11", "2001:db8:7::", 1452)]
+        {
+            let address = address.parse::<IpAddr>().unwrap().into();
+            let mut targets = targets.iter().map(|number| desired.targets[number]);
+            let target = targets.find(|target| target.address == address).expect("in the ring");
+            assert_eq!(target.mode, Target::DSR_GUE);
+            assert!(target.serves());
+            match source.parse().unwrap() {
+                IpAddr::V4(v4) => {
+                    let (fixed, varying, _) = target.tunnel.v4();
+                    assert_eq!(fixed.to_ne_bytes(), v4.octets());
+                    assert_eq!(varying.to_ne_bytes(), [0, 0, 255, 255]);
+                }
+                IpAddr::V6(v6) => {
+                    assert_eq!(target.tunnel.v6(), Address::from(IpAddr::from(v6)).quarters());
+                }
+            }
+            assert_eq!(target.port.get(), 6666);
+            assert_eq!(target.hop.mtu, mtu);
+        }
+    }
+    let replies = desired.endpoints.values().filter(|e| e.kind() == Endpoint::TARGET);
+    assert_eq!(replies.count(), 0, "replies go straight to the client");
+    assert_eq!(world.state.warnings, [""; 0]);
+
+    let mut network = (**world.state.network()).clone();
+    for hop in network.next_hops.values_mut().flatten() {
+        hop.mtu = 1300;
+    }
+    world.state.set_network(Arc::new(network));
+    world.desired();
+    let warnings = &world.state.warnings;
+    assert_eq!(warnings.len(), 2, "{warnings:?}");
+    assert!(warnings[0].contains("carries packets of 1272 bytes"), "{warnings:?}");
+}
+
 fn listener(desired: &Desired, port: u16) -> Option<Endpoint> {
     let address = IpAddr::from([10, 0, 1, 100]).into();
     desired.endpoints.get(&EndpointKey::new(address, Be16::new(port), flow::TCP)).copied()

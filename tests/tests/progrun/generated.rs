@@ -90,7 +90,7 @@ fn change(scene: &mut Scene, generator: &mut Generator) {
         }
     }
     use SlotState::{Learning, LearningTcp, Pinned, Settled};
-    for number in [20, 22, 24, 26, 28, 32, 33, 34, 35] {
+    for number in [20, 22, 24, 26, 28, 32, 33, 34, 35, 73, 74] {
         let ring = desired.rings.get_mut(&number).expect("a ring");
         let choices = [Settled, Learning, LearningTcp, Pinned];
         *ring = ring

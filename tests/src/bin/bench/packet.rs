@@ -19,10 +19,11 @@ use lb_common::{
     tables::{Endpoint, Interface, OPEN, Slot, SlotState, Target},
 };
 use lb_tests::{
-    packets::{Packet, verify_checksums},
+    packets::Packet,
     programs::{Floor, Varying, Wrapper, pin_to_cpu},
     progrun::Network,
     scene::{Scene, Way},
+    tunnels::verify_checksums,
 };
 use lb_userspace::{
     dataplane::{Dataplane, LoadOptions},
@@ -45,9 +46,9 @@ const LOAD: LoadOptions = LoadOptions {
 /// Targets of each listener.
 const TARGETS: u32 = 100;
 /// The listener whose slots all learn: every flow is remembered.
-const LEARNING: &str = "10.0.10.100:85";
+const LEARNING: &str = "10.0.10.100:87";
 /// The listener whose slots are all pinned: every flow is looked up, none is found.
-const PINNED: &str = "10.0.10.100:86";
+const PINNED: &str = "10.0.10.100:88";
 /// The device that program runs come in by.
 const LOOPBACK: u32 = 1;
 /// Prefixes of the security group.
@@ -201,6 +202,10 @@ fn tables() -> Desired {
         (TCP, "10.0.10.100:84", Target::NAT, OPEN, 0, 11),
         (TCP, LEARNING, Target::NAT, OPEN, 0, LOOPBACK),
         (TCP, PINNED, Target::NAT, OPEN, 0, LOOPBACK),
+        (TCP, "10.0.10.100:85", Target::DSR_IPIP, OPEN, 0, LOOPBACK),
+        (TCP, "[fd00:10::100]:85", Target::DSR_IPIP, OPEN, 0, LOOPBACK),
+        (TCP, "10.0.10.100:86", Target::DSR_GUE, OPEN, 0, LOOPBACK),
+        (TCP, "[fd00:10::100]:86", Target::DSR_GUE, OPEN, 0, LOOPBACK),
     ]) {
         let first = listener * TARGETS;
         let mut slots = add_targets(&mut scene, first, mode, at.starts_with('['), device);
@@ -291,6 +296,18 @@ fn rows() -> Vec<Row> {
     rows.extend(ours("nat, request, TCP, IPv6", &to6("[fd00:10::100]:80"), &[one, some, many]));
     rows.extend(ours("dsr_l2, request, TCP, IPv4", &to("10.0.10.100:81"), &[one, some, many]));
     rows.extend(ours("dsr_l2, request, TCP, IPv6", &to6("[fd00:10::100]:81"), &[one, some, many]));
+    for (name, at) in [
+        ("dsr_ipip, request, TCP, IPv4 in IPv4", "10.0.10.100:85"),
+        ("dsr_gue, request, TCP, IPv4 in IPv4", "10.0.10.100:86"),
+    ] {
+        rows.extend(ours(name, &to(at), &[one, some, many]));
+    }
+    for (name, at) in [
+        ("dsr_ipip, request, TCP, IPv6 in IPv6", "[fd00:10::100]:85"),
+        ("dsr_gue, request, TCP, IPv6 in IPv6", "[fd00:10::100]:86"),
+    ] {
+        rows.extend(ours(name, &to6(at), &[one, some, many]));
+    }
     rows.extend(replies.into_iter().map(|row| Row { varying: Varying::Destination, ..row }));
     rows.extend(redirected.into_iter().map(|row| Row { verdict: XDP_REDIRECT, ..row }));
     let group = to("10.0.10.100:82");
