@@ -15,10 +15,12 @@ use crate::wire::{Address, Be16};
 pub const BUCKETS: u32 = 8192;
 /// Endpoints that found their bucket full.
 pub const OVERFLOW_ENDPOINTS: u32 = 8192;
-/// Listeners: pairs of address and listener.
-pub const MAX_LISTENERS: u32 = 4096;
-/// Targets: (target group, address, port); index 0 is never used.
-pub const MAX_TARGETS: u32 = 16384;
+/// Listeners: pairs of address and listener; index 0 is never used. Four times what a configuration
+/// may have, as an index rests for minutes before it is another's.
+pub const MAX_LISTENERS: u32 = 16384;
+/// Targets: (target group, address, port); index 0 is never used. Twice what a configuration may
+/// have.
+pub const MAX_TARGETS: u32 = 32768;
 /// Rings, a few of them spare so that a full table can still be replaced ring by ring.
 pub const MAX_RINGS: u32 = 264;
 /// Prefixes of all admission classes together.

@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     path::Path,
+    process::Command,
 };
 
 /// A link in a table's last cell: the name of a test, and the file in which it is.
@@ -69,4 +70,26 @@ fn every_behaviour_of_the_data_path_has_a_test_that_exists() {
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
     assert!(rows > 50, "the tables are not found: {rows} rows");
+}
+
+/// systemd's own checker, where there is one, with a program that is there.
+#[test]
+fn the_unit_file_is_right() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let unit = fs::read_to_string(root.join("dist/lb.service")).unwrap();
+    let installed = "/usr/local/bin/lb-userspace";
+    assert!(unit.contains(&format!("ExecStart={installed}\n")), "{unit}");
+    assert!(fs::read_to_string(root.join("README.md")).unwrap().contains(installed));
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("lb.service");
+    fs::write(&path, unit.replace(installed, "/bin/true")).unwrap();
+    match Command::new("systemd-analyze").arg("verify").arg(&path).output() {
+        Ok(output) => {
+            let errors = String::from_utf8_lossy(&output.stderr);
+            let about_it: Vec<_> =
+                errors.lines().filter(|line| line.contains("lb.service")).collect();
+            assert!(about_it.is_empty(), "{about_it:#?}");
+        }
+        Err(error) => eprintln!("not checked by systemd-analyze: {error}"),
+    }
 }

@@ -162,5 +162,8 @@ fn an_interface_without_native_xdp() {
     // By default: generic, and it says so.
     let agent = Agent::start_in(home, &balancer, &["eth0"], &[]).unwrap();
     assert_eq!(agent.status().unwrap()["interfaces"][0]["mode"], "generic");
-    assert!(agent.stop().unwrap().contains("falling back to generic mode"));
+    let log = agent.stop().unwrap();
+    for expected in ["falling back to generic mode", "MTU", "ip link set eth0 mtu 1500"] {
+        assert!(log.contains(expected), "no {expected:?} in:\n{log}");
+    }
 }

@@ -3,8 +3,10 @@
 
 mod flows;
 mod kernel_log;
+mod nics;
 mod reload;
 mod start;
+mod watch;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -27,12 +29,14 @@ use crate::config::{Config, Forwarding};
 use crate::dataplane::{Dataplane, FlowTableUsage};
 use crate::health::{Checker, HealthEvent};
 use crate::netlink::{
-    AddressManager, IpFamily, Netlink, NetworkEvent, VlanOffload, missing_forwarding,
+    AddressManager, IpFamily, Netlink, NetworkEvent, StateDirectory, missing_forwarding,
 };
 use crate::reconcile::{self, Desired};
 use crate::state::{About, Findings, State, Walk};
 
-use reload::{Source, Watch};
+use nics::Nics;
+use reload::Source;
+use watch::Watch;
 
 /// How often time passes for the state: slots age, draining ends.
 const TICK: Duration = Duration::from_secs(1);
@@ -77,12 +81,16 @@ struct Agent {
     reload_error: Option<String>,
     warnings: Vec<String>,
     network_problems: Vec<String>,
+    /// What the log has been told of what does not forward.
+    alerts: Vec<String>,
 
     checker: Checker,
     netlink: Netlink,
     network_events: mpsc::Sender<NetworkEvent>,
     addresses: AddressManager,
-    vlan_offload: VlanOffload,
+    nics: Nics,
+    /// Given up last: what is noted in it has been put back by then.
+    state_directory: StateDirectory,
     api: JoinHandle<()>,
 
     walk: Option<JoinHandle<Findings>>,
@@ -100,9 +108,26 @@ struct Events {
     api: mpsc::Receiver<ApiRequest>,
     unresolved: mpsc::Receiver<IpAddr>,
     file: Watch,
+    signals: Signals,
+}
+
+/// Signals that the agent knows.
+struct Signals {
     hangup: Signal,
     terminate: Signal,
     interrupt: Signal,
+}
+
+impl Signals {
+    /// From now on they are kept until somebody looks for them, and end nothing by themselves.
+    fn listen() -> anyhow::Result<Self> {
+        let on = |kind| signal(kind).context("listen for signals");
+        Ok(Self {
+            hangup: on(SignalKind::hangup())?,
+            terminate: on(SignalKind::terminate())?,
+            interrupt: on(SignalKind::interrupt())?,
+        })
+    }
 }
 
 impl Agent {
@@ -133,10 +158,10 @@ impl Agent {
                 },
                 Some(address) = events.unresolved.recv() => self.netlink.resolve_now(address),
                 () = events.file.changed() => self.reload(false).await,
-                _ = events.hangup.recv() => self.reload(true).await,
+                _ = events.signals.hangup.recv() => self.reload(true).await,
                 _ = tick.tick() => self.on_tick().await,
-                _ = events.terminate.recv() => break info!("ending on SIGTERM"),
-                _ = events.interrupt.recv() => break info!("ending on SIGINT"),
+                _ = events.signals.terminate.recv() => break info!("ending on SIGTERM"),
+                _ = events.signals.interrupt.recv() => break info!("ending on SIGINT"),
             }
         }
     }
@@ -146,6 +171,9 @@ impl Agent {
             NetworkEvent::RoutesChanged => self.dataplane.invalidate_next_hops(),
             NetworkEvent::Snapshot(network) => {
                 self.dataplane.invalidate_next_hops();
+                self.nics.follow(&mut self.dataplane, &network);
+                let attached = self.dataplane.attachments().iter().map(|nic| nic.ifindex);
+                self.state.set_attached(attached.collect());
                 self.state.set_network(network);
                 self.manage_addresses().await;
                 self.check_forwarding();
@@ -305,6 +333,7 @@ impl Agent {
     /// Brings the kernel's tables to what should be true now.
     fn reconcile(&mut self) {
         let desired = self.state.desired(Instant::now());
+        self.tell_alerts();
         let plan = reconcile::diff(&self.current, &desired);
         if !plan.steps.is_empty() {
             for step in &plan.steps {
@@ -327,6 +356,17 @@ impl Agent {
         }
     }
 
+    fn tell_alerts(&mut self) {
+        let alerts = self.state.alerts();
+        for alert in alerts.iter().filter(|alert| !self.alerts.contains(alert)) {
+            warn!("{alert}");
+        }
+        for alert in self.alerts.iter().filter(|alert| !alerts.contains(alert)) {
+            info!("no longer so: {alert}");
+        }
+        self.alerts = alerts.to_vec();
+    }
+
     fn snapshot(&mut self) -> anyhow::Result<Snapshot> {
         self.check_forwarding();
         let interfaces = self.dataplane.attachments().iter().map(|nic| snapshot::Interface {
@@ -345,7 +385,13 @@ impl Agent {
             },
             interfaces: interfaces.collect(),
             flow_tables: flows::in_status(&self.flow_tables),
-            warnings: self.warnings.iter().chain(&self.network_problems).cloned().collect(),
+            warnings: self
+                .nics
+                .problems()
+                .chain(&self.warnings)
+                .chain(&self.network_problems)
+                .cloned()
+                .collect(),
         };
         self.state.snapshot(about, &self.dataplane)
     }
@@ -365,9 +411,10 @@ impl Agent {
             Ok(errors) => errors.iter().for_each(|error| warn!("{error}")),
             Err(error) => warn!("addresses stay on the machine: {error}"),
         }
-        if let Err(error) = self.vlan_offload.restore() {
+        if let Err(error) = self.nics.restore() {
             warn!("rxvlan stays off: {error}");
         }
+        drop(self.state_directory);
     }
 }
 
@@ -377,8 +424,4 @@ async fn until(moment: Option<tokio::time::Instant>) {
         Some(moment) => tokio::time::sleep_until(moment).await,
         None => std::future::pending().await,
     }
-}
-
-fn on(kind: SignalKind) -> anyhow::Result<Signal> {
-    signal(kind).context("listen for signals")
 }

@@ -2,27 +2,19 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use anyhow::{Context as _, bail};
-use notify::event::{AccessKind, AccessMode, EventKind, ModifyKind};
-use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
-use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep_until};
-use tracing::{debug, warn};
+use anyhow::bail;
+use tracing::warn;
 
 use crate::config::{self, Agent, Config, LoadError};
 
 /// Where the agent looks without `--config`.
 pub const DEFAULT_PATH: &str = "/etc/lb/lb.toml";
-/// Quiet time after a write before the file is read: editors and copies write in pieces.
-const QUIET: Duration = Duration::from_millis(200);
-
 /// The configuration file.
 pub struct Source {
     path: PathBuf,
-    /// What was read last, whether it was taken over or not.
-    text: Option<String>,
+    /// What was read last, whether it was taken over or not; or why nothing could be read.
+    last: Result<Vec<u8>, String>,
 }
 
 impl Source {
@@ -34,8 +26,9 @@ impl Source {
     pub fn open(named: Option<PathBuf>) -> Result<(Self, Config), LoadError> {
         let is_named = named.is_some();
         let path = named.unwrap_or_else(|| DEFAULT_PATH.into());
-        let text = std::fs::read_to_string(&path).ok();
-        let config = match config::load(&path) {
+        let content = config::read(&path);
+        let last = remembered(&content);
+        let config = match content.and_then(|bytes| config::parse_bytes(&path, bytes)) {
             Ok(parsed) => {
                 parsed.warnings.iter().for_each(|warning| warn!("{warning}"));
                 parsed.config
@@ -43,7 +36,7 @@ impl Source {
             Err(LoadError::Missing(_)) if !is_named => Config::default(),
             Err(error) => return Err(error),
         };
-        Ok((Self { path, text }, config))
+        Ok((Self { path, last }, config))
     }
 
     /// The file.
@@ -53,7 +46,7 @@ impl Source {
 
     /// Whether there is such a file, as far as is known.
     pub fn is_there(&self) -> bool {
-        self.text.is_some()
+        self.last.is_ok()
     }
 
     /// Reads the file again. `None`: it is as before, and nobody asked for it.
@@ -65,13 +58,15 @@ impl Source {
         is_asked: bool,
         running: &Config,
     ) -> anyhow::Result<Option<Config>> {
-        let text = std::fs::read_to_string(&self.path).ok();
-        if text == self.text && !is_asked {
+        let content = config::read(&self.path);
+        let last = remembered(&content);
+        if last == self.last && !is_asked {
             return Ok(None);
         }
-        self.text = text;
-        let parsed = config::load(&self.path)?;
-        let is_empty = self.text.as_ref().is_none_or(|text| text.trim().is_empty());
+        self.last = last;
+        let bytes = content?;
+        let is_empty = bytes.trim_ascii().is_empty();
+        let parsed = config::parse_bytes(&self.path, bytes)?;
         if is_empty && !running.load_balancers.is_empty() {
             bail!(
                 "{} is empty, but {} load balancer(s) run: a half-written file? To end them all, \
@@ -123,6 +118,14 @@ fn refuse_another_hash(running: &Config, new: &Config) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What can be compared with the next reading.
+fn remembered(content: &Result<Vec<u8>, LoadError>) -> Result<Vec<u8>, String> {
+    match content {
+        Ok(bytes) => Ok(bytes.clone()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 /// What cannot change while the program is loaded keeps its value, and the log says so.
 fn keep_what_is_fixed(new: &mut Agent, running: &Agent) {
     let Agent {
@@ -155,139 +158,9 @@ fn keep<T: PartialEq + Clone>(key: &str, new: &mut T, running: &T) {
     }
 }
 
-/// How often a directory is looked for that is not there yet.
-const LOOK: Duration = Duration::from_secs(2);
-
-/// Tells when the file may have changed and has been left alone for a moment.
-pub struct Watch {
-    path: PathBuf,
-    sender: mpsc::UnboundedSender<Touch>,
-    events: mpsc::UnboundedReceiver<Touch>,
-    quiet_at: Option<Instant>,
-    look_at: Instant,
-    watcher: Option<RecommendedWatcher>,
-}
-
-/// What happened to something in the file's directory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Touch {
-    /// It is being written.
-    Began,
-    /// It was closed after writing, or renamed.
-    Ended,
-}
-
-impl Watch {
-    /// Watches the file's directory: an editor replaces the file, a mounted configuration changes
-    /// a link beside it. A directory that is not there yet is looked for now and then.
-    pub fn new(path: &Path) -> Self {
-        let (sender, events) = mpsc::unbounded_channel();
-        let watcher = watch(path, sender.clone());
-        if let Err(error) = &watcher {
-            debug!("{error:#}: looking for it every {LOOK:?}");
-        }
-        let (path, look_at) = (path.to_owned(), Instant::now() + LOOK);
-        Self { path, sender, events, quiet_at: None, look_at, watcher: watcher.ok() }
-    }
-
-    /// Waits until the file may have changed. Can be dropped and called again at any time.
-    pub async fn changed(&mut self) {
-        loop {
-            let wake = match (&self.watcher, self.quiet_at) {
-                (None, _) => Some(self.look_at),
-                (Some(_), quiet_at) => quiet_at,
-            };
-            let quiet = async {
-                match wake {
-                    Some(at) => sleep_until(at).await,
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::select! {
-                touch = self.events.recv() => match touch {
-                    Some(Touch::Ended) => self.quiet_at = Some(Instant::now() + QUIET),
-                    Some(Touch::Began) => self.quiet_at = None,
-                    None => std::future::pending().await,
-                },
-                () = quiet => {
-                    self.quiet_at = None;
-                    if self.watcher.is_none() {
-                        self.look_at = Instant::now() + LOOK;
-                        self.watcher = watch(&self.path, self.sender.clone()).ok();
-                    }
-                    if self.watcher.is_some() {
-                        return;
-                    }
-                }
-            }
-        }
-    }
-}
-
-fn watch(path: &Path, sender: mpsc::UnboundedSender<Touch>) -> anyhow::Result<RecommendedWatcher> {
-    let directory = match path.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    };
-    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-        let touch = match event.map(|event| event.kind) {
-            Ok(EventKind::Access(AccessKind::Close(AccessMode::Write)))
-            | Ok(EventKind::Modify(ModifyKind::Name(_))) => Touch::Ended,
-            Ok(EventKind::Modify(ModifyKind::Data(_)) | EventKind::Create(_)) => Touch::Began,
-            _ => return,
-        };
-        // Nobody listens any more: the agent is ending.
-        let _ = sender.send(touch);
-    })?;
-    watcher
-        .watch(directory, RecursiveMode::NonRecursive)
-        .with_context(|| format!("watch {}", directory.display()))?;
-    Ok(watcher)
-}
-
 #[cfg(test)]
 mod tests {
-    use tokio::time::timeout;
-
     use super::*;
-
-    const WAIT: Duration = Duration::from_secs(5);
-    const SHORT: Duration = Duration::from_millis(600);
-
-    #[tokio::test]
-    async fn a_write_and_a_rename_are_noticed_once_and_an_open_file_is_not() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("lb.toml");
-        let mut watch = Watch::new(&path);
-        std::fs::write(&path, "# one").unwrap();
-        timeout(WAIT, watch.changed()).await.unwrap();
-        timeout(SHORT, watch.changed()).await.unwrap_err();
-
-        let other = directory.path().join("new");
-        std::fs::write(&other, "# two").unwrap();
-        std::fs::rename(&other, &path).unwrap();
-        timeout(WAIT, watch.changed()).await.unwrap();
-
-        use std::io::Write as _;
-        let mut half = std::fs::File::create(&path).unwrap();
-        half.write_all(b"[agent").unwrap();
-        half.flush().unwrap();
-        timeout(SHORT, watch.changed()).await.unwrap_err();
-        drop(half);
-        timeout(WAIT, watch.changed()).await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn a_directory_that_comes_later_is_found() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("lb/lb.toml");
-        let mut watch = Watch::new(&path);
-        timeout(SHORT, watch.changed()).await.unwrap_err();
-        std::fs::create_dir(directory.path().join("lb")).unwrap();
-        timeout(WAIT, watch.changed()).await.unwrap();
-        std::fs::write(&path, "# one").unwrap();
-        timeout(WAIT, watch.changed()).await.unwrap();
-    }
 
     #[test]
     fn an_empty_file_does_not_end_what_runs() {
@@ -347,5 +220,39 @@ mod tests {
         let config = source.read_again(false, &running).unwrap().unwrap();
         assert_eq!(config.agent.maglev_table_size, running.agent.maglev_table_size);
         assert!(!config.agent.manage_addresses);
+    }
+
+    #[test]
+    fn a_first_file_that_cannot_be_read_is_told_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("lb.toml");
+        let mut source = Source { path: path.clone(), last: remembered(&config::read(&path)) };
+        let running = Config::default();
+        assert_eq!(source.read_again(false, &running).unwrap(), None);
+        assert!(!source.is_there());
+        std::fs::write(&path, b"# caf\xe9\n").unwrap();
+        let error = source.read_again(false, &running).unwrap_err();
+        assert!(error.to_string().contains("lb.toml:1: is not UTF-8"), "{error}");
+        assert_eq!(source.read_again(false, &running).unwrap(), None);
+        std::fs::write(&path, b"# caf\xe8\n").unwrap();
+        source.read_again(false, &running).unwrap_err();
+        std::fs::write(&path, "# café\n").unwrap();
+        assert_eq!(source.read_again(false, &running).unwrap(), Some(Config::default()));
+    }
+
+    #[test]
+    fn a_fifo_does_not_hold_the_agent_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("lb.toml");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let error = Source::open(Some(path.clone())).map(|_| ()).unwrap_err();
+        assert!(matches!(error, LoadError::NotAFile(_)), "{error}");
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, "").unwrap();
+        let (mut source, running) = Source::open(Some(path.clone())).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let error = source.read_again(true, &running).unwrap_err();
+        assert!(error.to_string().contains("is not a regular file"), "{error}");
     }
 }

@@ -26,7 +26,7 @@ use toml::de::DeTable;
 
 pub use agent::DEFAULT_API_SOCKET;
 pub use diagnostic::{ConfigErrors, Diagnostic, Severity};
-pub use file::{LoadError, load};
+pub use file::{LoadError, load, parse_bytes, read};
 pub use model::*;
 pub use references::{MAX_ENDPOINTS, MAX_FORWARD_ACTIONS, MAX_TARGETS};
 
@@ -65,13 +65,16 @@ pub fn parse(file_name: &str, text: &str) -> Result<Parsed, ConfigErrors> {
         let message = format!("not valid TOML{place}: {}", error.message());
         report.error(span, message, SYNTAX_HELP);
     }
-    let config =
-        if syntax_errors.is_empty() { read(&report, root.get_ref()) } else { Config::default() };
+    let config = if syntax_errors.is_empty() {
+        read_sections(&report, root.get_ref())
+    } else {
+        Config::default()
+    };
     Ok(Parsed { warnings: report.finish()?, config })
 }
 
 /// Reads the whole file; worth nothing if it notes an error.
-fn read<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
+fn read_sections<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
     let mut root = Table::root(report, root);
     let agent = root.subtable("agent", "[agent]".to_owned()).map(agent::read).unwrap_or_default();
     let security_groups: BTreeMap<&str, SecurityGroup> = root

@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
+use lb_common::tables;
+
 use super::diagnostic::Report;
 use super::load_balancer::{self, GroupDraft, ListenerDraft};
 use super::model::{Forwarding, Stickiness, Target};
@@ -11,6 +13,9 @@ use super::target_group::{self, UNKNOWN_PORT};
 
 /// Most (address, listener) pairs of a configuration: the data plane's listener table is fixed.
 pub const MAX_ENDPOINTS: usize = 4096;
+// Index 0 of both tables is never used, and a reload may replace everything at once.
+const _: () = assert!(2 * MAX_ENDPOINTS < tables::MAX_LISTENERS as usize);
+const _: () = assert!(2 * MAX_TARGETS < tables::MAX_TARGETS as usize);
 /// Most targets of a configuration: the data plane's target table is fixed.
 pub const MAX_TARGETS: usize = 16_000;
 /// Most forward actions: target groups, or weighted lists of them, that listeners forward to.

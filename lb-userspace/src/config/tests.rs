@@ -4,6 +4,8 @@ use std::fs;
 use std::net::IpAddr;
 use std::time::Duration;
 
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 use proptest::prelude::*;
 use proptest::sample::Index;
 
@@ -339,6 +341,10 @@ fn files_that_cannot_be_read() {
     insta::assert_snapshot!(shown("none.toml"), @"DIR/none.toml: there is no such file; create it, or give the path of another");
     fs::create_dir(dir.path().join("dir")).unwrap();
     insta::assert_snapshot!(shown("dir"), @"DIR/dir: is not a regular file; name the configuration file itself, such as /etc/lb/lb.toml");
+    fs::File::create(dir.path().join("large.toml")).unwrap().set_len((64 << 20) + 1).unwrap();
+    insta::assert_snapshot!(shown("large.toml"), @"DIR/large.toml: is larger than 64 MiB, which no configuration is; name the configuration file itself, such as /etc/lb/lb.toml");
+    mkfifo(&dir.path().join("fifo"), Mode::S_IRWXU).unwrap();
+    assert!(shown("fifo").starts_with("DIR/fifo: is not a regular file"));
     fs::write(dir.path().join("latin1.toml"), b"[agent]\navailability_zone = \"\xe9\"\n").unwrap();
     insta::assert_snapshot!(shown("latin1.toml"), @"DIR/latin1.toml:2: is not UTF-8 text, as TOML must be; save it as UTF-8");
     fs::write(dir.path().join("bad.toml"), "x = 1").unwrap();

@@ -157,6 +157,11 @@ impl Dataplane {
         self.attachments.last().context("just attached")
     }
 
+    /// Lets go of NICs, given by index, that are gone.
+    pub fn detach_all_but(&mut self, stays: impl Fn(u32) -> bool) -> Vec<Attachment> {
+        self.attachments.extract_if(.., |attachment| !stays(attachment.ifindex)).collect()
+    }
+
     /// What the program is attached to.
     pub fn attachments(&self) -> &[Attachment] {
         &self.attachments

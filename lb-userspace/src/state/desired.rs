@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use lb_common::flow;
 use lb_common::tables::{
@@ -13,8 +13,8 @@ use lb_common::wire::eth::Macs;
 use lb_common::wire::{Address, Be16};
 
 use crate::config::{self, Config, Forwarding, Stickiness, TargetGroup};
-use crate::health::HealthState;
-use crate::netlink::NextHop;
+use crate::health::{Health, HealthState};
+use crate::netlink::{NextHop, Unresolved};
 use crate::reconcile::{Desired, Prefix};
 
 use super::actions::Candidates;
@@ -32,6 +32,7 @@ impl State {
     /// called once for every change.
     pub fn desired(&mut self, now: Instant) -> Desired {
         self.warnings.clear();
+        self.alerts.clear();
         let mut desired = Desired::default();
         self.put_interfaces(&mut desired);
         self.number(now);
@@ -63,31 +64,26 @@ impl State {
         let idle = listeners.map(|listener| listener.idle_timeout).max().unwrap_or_default();
         self.targets.remember_for(idle);
         self.listeners.remember_for(idle);
+        let rest = self.targets.quarantine();
         let targets: BTreeSet<_> = self.known.iter().chain(self.draining.keys()).cloned().collect();
         self.targets.retain(&targets, now);
-        for key in &targets {
-            if self.targets.number(key, now).is_none() {
-                self.warnings.push(format!(
-                    "target {}:{} of {} is left out: too many targets came and went lately",
-                    key.address, key.port, key.target_group
-                ));
-            }
-        }
+        let name = |key: &TargetKey| {
+            format!("{} of {}", SocketAddr::new(key.address, key.port), key.target_group)
+        };
+        let left_out = targets.iter().filter(|key| self.targets.number(key, now).is_none());
+        self.alerts.extend(left_out_of("targets", left_out.map(name).collect(), rest));
         let listeners: BTreeSet<_> = listener_keys(&self.config).map(|(key, ..)| key).collect();
         self.listeners.retain(&listeners, now);
         self.tracked.retain(|number| self.listeners.has(*number));
-        for key in &listeners {
-            if self.listeners.number(key, now).is_none() {
-                self.warnings.push(format!(
-                    "listener {} {} port {} is left out: too many listeners came and went lately",
-                    key.address, key.protocol, key.port
-                ));
-            }
-        }
+        let name =
+            |key: &ListenerKey| format!("{} port {} {}", key.address, key.port, key.protocol);
+        let left_out = listeners.iter().filter(|key| self.listeners.number(key, now).is_none());
+        self.alerts.extend(left_out_of("listeners", left_out.map(name).collect(), rest));
+        self.warnings.extend(self.alerts.iter().cloned());
     }
 
     fn put_targets(&mut self, desired: &mut Desired) {
-        let mut warnings = Vec::new();
+        let (mut warnings, mut alerts) = (Vec::new(), Vec::new());
         let in_ring: BTreeSet<u32> =
             self.rings.iter().flat_map(|(_, ring)| ring.members()).copied().collect();
         for (key, target) in self.all_targets() {
@@ -98,12 +94,18 @@ impl State {
             };
             let hop = match self.hop(target.address) {
                 Ok(hop) => hop,
-                Err(problem) => {
-                    warnings.push(format!(
-                        "target {} of {}: {problem}",
+                Err(no_way) => {
+                    let warning = format!(
+                        "target {} of {}: {}",
                         SocketAddr::new(target.address, target.port),
-                        key.target_group
-                    ));
+                        key.target_group,
+                        no_way.problem
+                    );
+                    let is_healthy = |health: &Health| health.state == HealthState::Healthy;
+                    if no_way.is_lasting && self.health.get(key).is_some_and(is_healthy) {
+                        alerts.push(warning.clone());
+                    }
+                    warnings.push(warning);
                     tables::NextHop::default()
                 }
             };
@@ -122,6 +124,7 @@ impl State {
             desired.targets.insert(number, entry);
         }
         self.warnings.append(&mut warnings);
+        self.alerts.append(&mut alerts);
     }
 
     /// Registered and draining targets.
@@ -141,18 +144,46 @@ impl State {
     }
 
     /// The way to a target, or why there is none.
-    pub(super) fn hop(&self, address: IpAddr) -> Result<tables::NextHop, String> {
+    pub(super) fn hop(&self, address: IpAddr) -> Result<tables::NextHop, NoWay> {
+        let lasting = |problem| NoWay { problem, is_lasting: true };
+        let passing = |problem| NoWay { problem, is_lasting: false };
+        let name = |ifindex: u32| {
+            self.network.interfaces.get(&ifindex).map_or("?", |nic| nic.name.as_str())
+        };
         let hop = match self.network.next_hops.get(&address) {
             Some(Ok(hop)) => hop,
-            Some(Err(unresolved)) => return Err(format!("{unresolved}")),
-            None => return Err("its next hop is not known yet".into()),
+            None => return Err(passing("its next hop is not known yet".into())),
+            Some(Err(unresolved)) => {
+                return Err(match *unresolved {
+                    Unresolved::NoNeighbour { .. } => passing(unresolved.to_string()),
+                    Unresolved::Local => lasting(
+                        "it is an address of the balancer itself, which lb does not forward to: \
+                         use a server on another machine, or in a namespace or container of its own"
+                            .into(),
+                    ),
+                    Unresolved::NoRoute => {
+                        lasting("no route leads there: add one with `ip route add`".into())
+                    }
+                    Unresolved::LinkDown { ifindex } => {
+                        let name = name(ifindex);
+                        lasting(format!(
+                            "{name}, which it is behind, is down or has no carrier: \
+                             `ip link set {name} up`, or look after the cable"
+                        ))
+                    }
+                    Unresolved::UnsupportedLink { ifindex } => lasting(format!(
+                        "{}, which it is behind, carries no plain or once-tagged Ethernet frames: \
+                         have a route through another interface",
+                        name(ifindex)
+                    )),
+                });
+            }
         };
         if !self.attached.contains(&hop.ifindex) {
-            let name =
-                self.network.interfaces.get(&hop.ifindex).map_or("?", |nic| nic.name.as_str());
-            return Err(format!(
+            let name = name(hop.ifindex);
+            return Err(lasting(format!(
                 "it is behind {name}, which lb is not attached to: add --iface {name}"
-            ));
+            )));
         }
         let NextHop { ifindex, vlan, source_mac, destination_mac, mtu } = *hop;
         let macs = Macs::new(destination_mac, source_mac);
@@ -334,6 +365,29 @@ impl State {
             desired.endpoints.insert(key, endpoint);
         }
     }
+}
+
+/// Why packets cannot be sent to a target.
+pub struct NoWay {
+    /// The reason, and what helps.
+    pub problem: String,
+    /// Whether somebody has to do something about it; else it is about to pass, or the target is
+    /// down.
+    pub is_lasting: bool,
+}
+
+fn left_out_of(kind: &str, names: Vec<String>, rest: Duration) -> Option<String> {
+    const SHOWN: usize = 5;
+    let count = names.len();
+    let more = if count > SHOWN { format!(" and {} more", count - SHOWN) } else { String::new() };
+    (count > 0).then(|| {
+        format!(
+            "{count} {kind} are left out, as too many came and went lately: a place in the table \
+             rests {} s before another takes it, then they follow by themselves. Left out: {}{more}",
+            rest.as_secs(),
+            names[..count.min(SHOWN)].join(", ")
+        )
+    })
 }
 
 /// Admission classes while they are given out: equal contents get equal numbers, and keep them.

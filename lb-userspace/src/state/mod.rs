@@ -87,6 +87,8 @@ pub struct State {
     /// Remembered flows by target, once counted.
     flows: Option<BTreeMap<u32, u64>>,
     warnings: Vec<String>,
+    /// Those of [`Self::warnings`] that should be acted on.
+    alerts: Vec<String>,
 }
 
 impl State {
@@ -117,6 +119,7 @@ impl State {
             counted: BTreeSet::new(),
             flows: None,
             warnings: Vec::new(),
+            alerts: Vec::new(),
         }
     }
 
@@ -258,20 +261,28 @@ impl State {
 
     /// Lets time pass: slots age, drained targets go, shares grow. Whether anything changed.
     pub fn tick(&mut self, now: Instant) -> bool {
+        let came_free = self.targets.has_come_free(now) || self.listeners.has_come_free(now);
         let before = self.draining.len() + self.leaving.len();
         self.draining.retain(|_, draining| draining.until > now);
         self.leaving.retain(|_, until| *until > now);
-        let mut changed = self.draining.len() + self.leaving.len() != before;
-        if changed {
+        let is_over = self.draining.len() + self.leaving.len() != before;
+        if is_over {
             // Should it come back, its first check decides anew.
             let (known, draining) = (&self.known, &self.draining);
             self.health.retain(|key, _| known.contains(key) || draining.contains_key(key));
         }
+        let mut changed = came_free || is_over;
         changed |= self.slow_start.tick(now);
         for (_, ring) in self.rings.iter_mut() {
             changed |= ring.tick(now);
         }
         changed
+    }
+
+    /// What of the last [`Self::desired`] does not forward and will not without somebody's help,
+    /// or not for minutes.
+    pub fn alerts(&self) -> &[String] {
+        &self.alerts
     }
 
     /// The health of a target as the world is told it.

@@ -11,6 +11,8 @@ pub struct Registry<K> {
     next: u32,
     end: u32,
     quarantine: Duration,
+    /// Whether a key went without a number since the others' were taken back.
+    is_short: bool,
 }
 
 impl<K: Ord + Clone> Registry<K> {
@@ -22,6 +24,7 @@ impl<K: Ord + Clone> Registry<K> {
             next: 1,
             end,
             quarantine: Duration::ZERO,
+            is_short: false,
         }
     }
 
@@ -37,9 +40,12 @@ impl<K: Ord + Clone> Registry<K> {
         if let Some(number) = self.numbers.get(key) {
             return Some(*number);
         }
-        let number = self.free(now)?;
-        self.numbers.insert(key.clone(), number);
-        Some(number)
+        let number = self.free(now);
+        match number {
+            Some(number) => drop(self.numbers.insert(key.clone(), number)),
+            None => self.is_short = true,
+        }
+        number
     }
 
     /// The key's number, if it has one.
@@ -54,6 +60,7 @@ impl<K: Ord + Clone> Registry<K> {
 
     /// Takes back the numbers of all other keys.
     pub fn retain(&mut self, in_use: &BTreeSet<K>, now: Instant) {
+        self.is_short = false;
         self.numbers.retain(|key, number| {
             let stays = in_use.contains(key);
             if !stays {
@@ -63,9 +70,23 @@ impl<K: Ord + Clone> Registry<K> {
         });
     }
 
+    /// How long a number rests.
+    pub fn quarantine(&self) -> Duration {
+        self.quarantine
+    }
+
+    fn has_rested(&self, returned: Instant, now: Instant) -> bool {
+        now.duration_since(returned) >= self.quarantine
+    }
+
+    /// Whether a key that went without a number can have one now.
+    pub fn has_come_free(&self, now: Instant) -> bool {
+        self.is_short && self.returned.front().is_some_and(|(at, _)| self.has_rested(*at, now))
+    }
+
     fn free(&mut self, now: Instant) -> Option<u32> {
         if let Some((returned, number)) = self.returned.front().copied()
-            && now.duration_since(returned) >= self.quarantine
+            && self.has_rested(returned, now)
         {
             self.returned.pop_front();
             return Some(number);
@@ -95,6 +116,8 @@ mod tests {
         assert_eq!(registry.number(&"c", start), None);
         registry.retain(&BTreeSet::from(["b"]), start);
         assert_eq!(registry.number(&"c", start + quarantine / 2), None);
+        assert!(!registry.has_come_free(start + quarantine / 2));
+        assert!(registry.has_come_free(start + quarantine));
         assert_eq!(registry.number(&"c", start + quarantine), Some(1));
         assert_eq!(registry.get(&"b"), Some(2));
         assert_eq!(registry.get(&"a"), None);

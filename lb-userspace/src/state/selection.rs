@@ -116,13 +116,18 @@ impl State {
         };
         let member = |(key, target): &(TargetKey, config::Target)| {
             let number = self.targets.get(key)?;
-            // Who comes to a ring that is there already waits until the way to it is known.
-            let is_known = ring.is_none_or(|ring| ring.has_candidate(number));
+            // Who is not in the ring waits until the way to it is known; who cannot be reached
+            // leaves it.
+            let is_reachable = match self.hop(target.address) {
+                Ok(_) => true,
+                Err(no_way) if no_way.is_lasting => false,
+                Err(_) => ring.is_some_and(|ring| ring.has_candidate(number)),
+            };
             Some(Member {
                 target: number,
                 identity: maglev::identity(target.address.into(), Be16::new(target.port)),
                 weight: u64::from(target.weight) * u64::from(self.slow_start.share(key)),
-                is_reachable: is_known || self.hop(target.address).is_ok(),
+                is_reachable,
             })
         };
         chosen.into_iter().filter_map(member).collect()

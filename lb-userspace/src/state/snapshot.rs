@@ -149,7 +149,7 @@ impl State {
             description,
             next_hop: match self.hop(target.address) {
                 Ok(hop) => self.describe(&hop),
-                Err(problem) => problem,
+                Err(no_way) => no_way.problem,
             },
             flows: self.flows_of(key),
             packets: traffic.packets,
