@@ -17,6 +17,8 @@ extern crate std;
 #[cfg(any(test, feature = "std"))]
 pub mod endpoints;
 #[cfg(any(test, feature = "std"))]
+pub mod lru;
+#[cfg(any(test, feature = "std"))]
 pub mod maglev;
 #[cfg(any(test, feature = "std"))]
 pub mod model;

@@ -9,8 +9,10 @@
 
 pub mod agent;
 pub mod clients;
+pub mod ecmp;
 pub mod frames;
 pub mod generate;
+pub mod history;
 pub mod netns;
 pub mod packets;
 pub mod programs;
@@ -20,6 +22,7 @@ pub mod servers;
 pub mod site;
 pub mod target_world;
 pub mod topology;
+pub mod transfers;
 pub mod tunnels;
 
 use std::{

@@ -7,7 +7,7 @@ use std::{
 };
 
 use lb_common::{
-    flow::{HashKeys, ICMP, ICMPV6, TCP, UDP},
+    flow::{HashKeys, ICMP, ICMPV6, TCP, TCP_IDLE, UDP, UDP_IDLE},
     tables::{
         Endpoint, EndpointKey, Interface, Listener, NO_LISTENER, NO_RING, NextHop, OPEN, Slot,
         Target,
@@ -22,8 +22,14 @@ use lb_userspace::{
 use crate::progrun::device_mac;
 
 /// What the program is loaded with: small rings, the same hash on every run.
-pub const OPTIONS: LoadOptions =
-    LoadOptions { hash_seed: 0x5eed, ring_size: 61, flow_table_size: 1 << 16, log: false };
+pub const OPTIONS: LoadOptions = LoadOptions {
+    hash_seed: 0x5eed,
+    ring_size: 61,
+    flow_table_size: 1 << 16,
+    half_open_table_size: 1 << 16,
+    once_seen_table_size: 1 << 16,
+    log: false,
+};
 
 /// Sources of tunnels: 172.16.0.0/16 and 100::/64.
 const TUNNEL_SOURCES: (Ipv4Addr, Ipv6Addr) =
@@ -90,7 +96,7 @@ impl Scene {
             address: at.ip().into(),
             port: Be16::new(at.port()),
             mode,
-            flags: Target::SERVES,
+            flags: Target::SERVES | Target::IN_RING,
             hop: NextHop { ifindex: way.device, macs, vlan: way.vlan, mtu: way.mtu },
             ..Target::default()
         };
@@ -106,6 +112,11 @@ impl Scene {
     /// A target stops serving.
     pub fn fail(&mut self, number: u32) {
         self.desired.targets.get_mut(&number).expect("a target").flags = 0;
+    }
+
+    /// A target only keeps the flows it has.
+    pub fn drain(&mut self, number: u32) {
+        self.desired.targets.get_mut(&number).expect("a target").flags = Target::SERVES;
     }
 
     /// A listener whose ring has these slots in turn, and the way back from their targets that are
@@ -127,7 +138,8 @@ impl Scene {
         let at: SocketAddr = at.parse().expect("an address and a port");
         let (address, port) = (Address::from(at.ip()), Be16::new(at.port()));
         let ring = if slots.is_empty() { NO_RING } else { number };
-        let listener = Listener { address, port, protocol, ..Listener::default() };
+        let idle = if protocol == TCP { TCP_IDLE } else { UDP_IDLE };
+        let listener = Listener { address, port, protocol, idle, ..Listener::default() };
         self.desired.listeners.insert(number, listener);
         self.endpoint(Endpoint {
             address,
@@ -260,6 +272,7 @@ impl Scene {
         scene.tracked_listeners();
         scene.overflowing_listeners();
         scene.tunnel_listeners();
+        scene.sticky_listeners();
         scene
     }
 
@@ -371,6 +384,30 @@ impl Scene {
         tunnel(73, TCP, 0, Target::DSR_IPIP, false, by11, Learning);
         tunnel(74, UDP, 1, Target::DSR_GUE, false, by11, Learning);
         tunnel(75, TCP, 0, Target::DSR_IPIP, true, Way::by(0), Settled);
+    }
+
+    /// Listeners 100 to 107 choose by the source address among targets 100 to 103, or 104 to 107 in
+    /// IPv6:
+    /// settled ones for TCP and UDP, one that learns, one that tracks.
+    fn sticky_listeners(&mut self) {
+        use lb_common::tables::SlotState::Learning;
+        for n in 100..104 {
+            self.target(n, Target::NAT, &format!("10.0.11.{}:8080", 120 + n), Way::by(11));
+            self.target(n + 4, Target::NAT, &format!("[fd00:11::{n}]:8080"), Way::by(11));
+        }
+        for (first, vip) in [(100, VIPS[0]), (104, "[fd00:10::100]")] {
+            let settled: Vec<_> = (first..first + 4).map(Slot::settled).collect();
+            let learning = [Slot::new(first, first + 1, Learning)];
+            for (n, protocol, port, slots, flags) in [
+                (first, TCP, 96, &settled[..], 0),
+                (first + 1, UDP, 96, &settled[..], 0),
+                (first + 2, TCP, 97, &learning[..], 0),
+                (first + 3, TCP, 98, &settled[..], Endpoint::TRACKED),
+            ] {
+                let at = format!("{vip}:{port}");
+                self.listener_of(n, protocol, &at, slots, OPEN, Endpoint::BY_SOURCE | flags);
+            }
+        }
     }
 
     /// Listeners 50 to 53, more than fit into the one bucket that they belong in.

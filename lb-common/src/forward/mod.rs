@@ -4,6 +4,7 @@
 //! bound, nothing is indexed by packet data, nothing panics, and nothing is written before it is
 //! certain that the packet is ours.
 
+mod decide;
 mod emit;
 pub(crate) mod ip;
 pub(crate) mod parse;
@@ -11,19 +12,23 @@ pub(crate) mod reject;
 mod reply;
 mod request;
 mod select;
+mod stage;
 mod tunnel;
 
-use bytemuck::{Pod, Zeroable};
+use bytemuck::Pod;
 
 use crate::flow::{TCP, UDP};
-use crate::tables::{Endpoint, EndpointKey, OPEN, Slot, Tables};
+use crate::tables::{Endpoint, EndpointKey, OPEN, Tables};
 use crate::verdict::{DropReason, Verdict};
 use crate::wire::icmp::Icmp;
 use crate::wire::{Address, Be16, EtherType};
 
 use ip::{ANY, Ip, PLAIN, V4, V6};
-use parse::{Link, Packet, Place};
+use parse::{Link, Packet};
 use reject::Answer;
+use stage::{Recall, Selected};
+
+pub use stage::{Next, Stage, Step};
 
 /// The bytes of a packet. Every access checks its bounds.
 pub trait Frame {
@@ -78,192 +83,73 @@ impl From<DropReason> for Stop {
     }
 }
 
-/// Decides what happens to a packet, rewrites it accordingly, and counts it.
-///
-/// The stages are functions of their own in the kernel too, called one after the other, each with
-/// the whole stack (512 bytes) to itself: what a packet does not need costs it nothing, and
-/// reading the headers again in a later stage is cheaper than keeping them in memory for it.
-#[inline(always)]
+/// Decides what happens to a packet, rewrites it accordingly, and counts it: all stages.
 pub fn forward<F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verdict {
-    let Some(link) = Link::parse(frame) else { return Verdict::Pass };
-    match link.ether_type {
-        EtherType::IPV4 => forward_ip::<V4, F, T>(frame, tables, &link),
-        EtherType::IPV6 => forward_ip::<V6, F, T>(frame, tables, &link),
-        _ => Verdict::Pass,
-    }
-}
-
-/// The stages. The first two are compiled twice: most packets are plain, and with constant offsets
-/// they cost a third less.
-#[inline(always)]
-fn forward_ip<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, link: &Link) -> Verdict {
     let mut step = Step::new();
-    let is_plain = link.tags == 0 && I::is_plain(frame);
-    let ended = if is_plain {
-        to_listener::<PLAIN, I, F, T>(frame, tables, &mut step)
-    } else {
-        to_listener::<ANY, I, F, T>(frame, tables, &mut step)
-    };
-    // Not hidden yet, and at once: the verifier follows a tunnel only where there is one, and
-    // nothing behind it.
-    if ended as u32 == Next::ENCAPSULATE {
-        return through_tunnel::<I, F, T>(frame, tables, &mut step);
+    let mut next = begin(frame, tables, &mut step);
+    while let Some(stage) = next.stage() {
+        step = step.for_stage(next);
+        next = go_on(stage, frame, tables, &mut step);
     }
-    let mut next = Next::from(ended);
-    if next.action == Next::RECALL {
-        next = Next::from(select::recall::<I, F, T>(frame, tables, &mut step));
-        if next.action == Next::DELIVER {
-            let ended = deliver::<I, F, T>(frame, tables, &mut step);
-            if ended as u32 == Next::ENCAPSULATE {
-                return through_tunnel::<I, F, T>(frame, tables, &mut step);
-            }
-            next = Next::from(ended);
-        }
-    } else if next.action == Next::UNDECIDED {
-        next = Next::from(if is_plain {
-            from_elsewhere::<PLAIN, I, F, T>(frame, tables, &mut step)
-        } else {
-            from_elsewhere::<ANY, I, F, T>(frame, tables, &mut step)
-        });
-    }
-    if next.action == Next::ANSWER {
-        return reject::answer::<I, F, T>(frame, tables, &step, next.argument);
-    }
-    verdict(tables, next)
+    next.verdict(tables)
 }
 
+/// The first stage. Its parts are functions of their own in the kernel too, called one after the
+/// other: reading the headers again is cheaper than keeping them in memory.
 #[inline(always)]
-fn through_tunnel<I: Answer, F: Frame, T: Tables>(
+pub fn begin<F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) -> Next {
+    let Some(link) = Link::parse(frame) else { return Next::from(Next::with(Next::PASS, 0)) };
+    match link.ether_type {
+        EtherType::IPV4 => begin_ip::<V4, F, T>(frame, tables, step, &link),
+        EtherType::IPV6 => begin_ip::<V6, F, T>(frame, tables, step, &link),
+        _ => Next::from(Next::with(Next::PASS, 0)),
+    }
+}
+
+/// Both parts are compiled twice: most packets are plain, and with constant offsets they cost a
+/// third less.
+#[inline(always)]
+fn begin_ip<I: Answer, F: Frame, T: Tables>(
     frame: &mut F,
     tables: &T,
     step: &mut Step,
-) -> Verdict {
-    verdict(tables, Next::from(tunnel::encapsulate::<I, F, T>(frame, tables, step)))
+    link: &Link,
+) -> Next {
+    let is_plain = link.tags == 0 && I::is_plain(frame);
+    let next = Next::from(if is_plain {
+        to_listener::<PLAIN, I, F, T>(frame, tables, step)
+    } else {
+        to_listener::<ANY, I, F, T>(frame, tables, step)
+    });
+    if !next.is_undecided() {
+        return next;
+    }
+    Next::from(if is_plain {
+        from_elsewhere::<PLAIN, I, F, T>(frame, tables, step)
+    } else {
+        from_elsewhere::<ANY, I, F, T>(frame, tables, step)
+    })
 }
 
-/// What has been decided, counted if it is that the packet dies.
+/// A later stage.
 #[inline(always)]
-fn verdict<T: Tables>(tables: &T, next: Next) -> Verdict {
-    match next.action {
-        Next::TRANSMIT => Verdict::Transmit,
-        Next::REDIRECT => Verdict::Redirect(next.argument),
-        Next::DROP => {
-            tables.count_drop(next.argument);
-            Verdict::Drop
-        }
-        _ => Verdict::Pass,
-    }
-}
-
-/// How a stage ended: what is to be done next. A stage returns it as one number, which stays in a
-/// register.
-#[derive(Clone, Copy)]
-struct Next {
-    action: u32,
-    /// By action: an interface, a [`DropReason`].
-    argument: u32,
-}
-
-impl Next {
-    const UNDECIDED: u32 = 0;
-    const PASS: u32 = 1;
-    const TRANSMIT: u32 = 2;
-    const REDIRECT: u32 = 3;
-    const DROP: u32 = 4;
-    const ANSWER: u32 = 5;
-    const RECALL: u32 = 6;
-    const DELIVER: u32 = 7;
-    const ENCAPSULATE: u32 = 8;
-
-    #[inline(always)]
-    fn with(action: u32, argument: u32) -> u64 {
-        (argument as u64) << 32 | action as u64
-    }
-}
-
-impl From<u64> for Next {
-    /// Hidden from the verifier, which would else follow every reason to drop a packet on its own.
-    #[inline(always)]
-    fn from(next: u64) -> Self {
-        let hidden = |half: u64| core::hint::black_box(half as u32);
-        Self { action: hidden(next), argument: hidden(next >> 32) }
-    }
-}
-
-/// What one stage leaves to the next, in memory. Plain numbers that are always written: an enum
-/// leaves bytes unset that the compiler copies all the same, and the verifier refuses.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Step {
-    recall: Recall,
-    place: Place,
-    selected: Selected,
-}
-
-/// What is asked of the flow table.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Recall {
-    /// The slot that the hash chose.
-    slot: Slot,
-    /// Its number in the ring.
-    chosen: u32,
-    /// The ring.
-    ring: u32,
-    /// Index of the listener.
-    listener: u32,
-    /// Not 0 if the listener tracks every flow.
-    is_tracked: u32,
-    /// See [`Selected::hash`].
-    hash: u32,
-}
-
-/// A flow's target.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Selected {
-    /// Its index.
-    index: u32,
-    /// Not 0 for a flow that is new, as far as can be told.
-    is_new: u32,
-    /// Half of the flow's hash, the one that does not choose the slot.
-    hash: u32,
-}
-
-impl Step {
-    /// Nothing is known yet. The zero is hidden from the compiler: it would make one call of all
-    /// the stores, to a function that clears the bytes one by one.
-    #[inline(always)]
-    fn new() -> Self {
-        bytemuck::cast([core::hint::black_box(0_u64); size_of::<Self>() / 8])
-    }
-
-    /// Takes down how a stage ended.
-    #[inline(always)]
-    fn conclude(&mut self, outcome: Outcome, place: Place) -> u64 {
-        match outcome {
-            Ok(Verdict::Pass | Verdict::Drop) => Next::with(Next::PASS, 0),
-            Ok(Verdict::Transmit) => Next::with(Next::TRANSMIT, 0),
-            Ok(Verdict::Redirect(ifindex)) => Next::with(Next::REDIRECT, ifindex),
-            Err(Stop::Drop(reason)) => Next::with(Next::DROP, reason as u32),
-            Err(Stop::Answer(reason)) => {
-                self.place = place;
-                Next::with(Next::ANSWER, reason as u32)
-            }
-            Err(Stop::Recall) => {
-                self.place = place;
-                Next::with(Next::RECALL, 0)
-            }
-            Err(Stop::TooBig) => {
-                self.place = place;
-                Next::with(Next::ANSWER, DropReason::TooBig as u32)
-            }
-            Err(Stop::Encapsulate) => {
-                self.place = place;
-                Next::with(Next::ENCAPSULATE, 0)
-            }
-        }
-    }
+pub fn go_on<F: Frame, T: Tables>(
+    stage: Stage,
+    frame: &mut F,
+    tables: &T,
+    step: &mut Step,
+) -> Next {
+    let is_v4 = Link::parse(frame).is_some_and(|link| link.ether_type == EtherType::IPV4);
+    Next::from(match (stage, is_v4) {
+        (Stage::Recall, true) => select::recall::<V4, F, T>(frame, tables, step),
+        (Stage::Recall, false) => select::recall::<V6, F, T>(frame, tables, step),
+        (Stage::Deliver, true) => deliver::<V4, F, T>(frame, tables, step),
+        (Stage::Deliver, false) => deliver::<V6, F, T>(frame, tables, step),
+        (Stage::Answer, true) => reject::answer::<V4, F, T>(frame, tables, step),
+        (Stage::Answer, false) => reject::answer::<V6, F, T>(frame, tables, step),
+        (Stage::Encapsulate, true) => tunnel::encapsulate::<V4, F, T>(frame, tables, step),
+        (Stage::Encapsulate, false) => tunnel::encapsulate::<V6, F, T>(frame, tables, step),
+    })
 }
 
 /// Whose packet is it? A listener's is decided here, with a target by the hash alone. Nothing is

@@ -3,7 +3,7 @@
 
 use crate::flow::TCP;
 use crate::tables::Tables;
-use crate::verdict::{DropReason, Verdict};
+use crate::verdict::DropReason;
 use crate::wire::checksum::Sum;
 use crate::wire::eth::Macs;
 use crate::wire::icmp::Icmp;
@@ -11,7 +11,7 @@ use crate::wire::{Address, Be16, Be32, EtherType, Ethernet, Ipv4, Ipv6, Tcp, Udp
 
 use super::ip::{Ip, V4, V6};
 use super::parse::{Link, Packet, Place, whole};
-use super::{Frame, Step};
+use super::{Frame, Next, Step};
 
 /// TTL or hop limit of our own packets.
 const HOPS: u8 = 64;
@@ -20,28 +20,23 @@ const HOPS: u8 = 64;
 /// that must not be answered (a reset, a header with options where it would have to be quoted)
 /// is dropped for the same reason.
 #[inline(always)]
-pub(super) fn answer<I: Answer, F: Frame, T: Tables>(
-    frame: &mut F,
-    tables: &T,
-    step: &Step,
-    reason: u32,
-) -> Verdict {
+pub fn answer<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &Step) -> u64 {
+    let (place, reason) = (&step.place, step.argument);
     let refusal = if reason == DropReason::TooBig as u32 {
         too_big::<I, F, T>(frame, tables, step)
-    } else if step.place.protocol == TCP as u32 {
-        reset::<I, F>(frame, &step.place)
+    } else if place.protocol == TCP as u32 {
+        reset::<I, F>(frame, place)
     } else {
-        quote_back::<I, F>(frame, &step.place, UNREACHABLE)
+        quote_back::<I, F>(frame, place, UNREACHABLE)
     };
     match refusal {
         Refusal::Written => {
             tables.count_drop(reason);
-            return Verdict::Transmit;
+            Next::with(Next::TRANSMIT, 0)
         }
-        Refusal::None => tables.count_drop(reason),
-        Refusal::NoRoom => tables.count_drop(DropReason::NoHeadroom as u32),
+        Refusal::None => Next::with(Next::DROP, reason),
+        Refusal::NoRoom => Next::with(Next::DROP, DropReason::NoHeadroom as u32),
     }
-    Verdict::Drop
 }
 
 /// What became of a refusal.

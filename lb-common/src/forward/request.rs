@@ -5,7 +5,7 @@ use crate::verdict::DropReason;
 
 use super::ip::{End, Ip};
 use super::parse::{Link, Packet, Transport};
-use super::select::{forget_direct, select, serving};
+use super::select::{forget_direct, select, serving, without_target};
 use super::{Found, Frame, Outcome, Selected, Step, Stop, admit, emit};
 
 /// Admits the packet, chooses its target and sends it there.
@@ -47,7 +47,7 @@ pub fn deliver<I: Ip, F: Frame, T: Tables>(
 ) -> Outcome {
     let Selected { index, is_new, .. } = selected;
     let Some(target) = serving(tables, index) else {
-        return Err(Stop::Answer(DropReason::TargetDown));
+        return Err(Stop::Answer(without_target(index)));
     };
     forget_direct(frame, tables, packet, index, target);
     if target.hop.ifindex == 0 {

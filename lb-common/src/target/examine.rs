@@ -2,19 +2,40 @@
 
 use crate::flow::{FlowKey, TCP, UDP};
 use crate::forward::Frame;
-use crate::forward::ip::{ANY, Ip, Parsed};
-use crate::forward::parse::{Link, Packet, Ports};
+use crate::forward::ip::{ANY, MAX_HEADERS, Parsed};
+use crate::forward::parse::{Link, Ports, whole};
 use crate::verdict::DropReason;
 use crate::wire::icmp::Icmp;
-use crate::wire::{Address, Be16, Ethernet};
+use crate::wire::{Address, Be16, Ethernet, Tcp, Udp};
 
 use super::tables::{class_index, mac_key, space};
 use super::{Step, Version};
 
-/// Where a packet goes from here: it passes, it dies, or it is judged by its flow.
+/// Where a packet goes from here: it passes, it dies, or it is judged by its flow; of a message of
+/// ICMP more has to be read, see [`examine_icmp`].
 #[inline(never)]
 pub fn examine<I: Version, F: Frame>(frame: &F, step: &mut Step) -> u32 {
-    match look_at::<I, F>(frame, step) {
+    let action = look_at::<I, F>(whole(frame), step);
+    conclude(action, step)
+}
+
+/// A message of ICMP at [`Step::l4`]; of an error what it quotes, see [`examine_quote`].
+#[inline(never)]
+pub fn examine_icmp<I: Version, F: Frame>(frame: &F, step: &mut Step) -> u32 {
+    let action = look_at_icmp::<I, F>(whole(frame), step);
+    conclude(action, step)
+}
+
+/// The packet that an ICMP error at [`Step::l4`] is about.
+#[inline(never)]
+pub fn examine_quote<I: Version, F: Frame>(frame: &F, step: &mut Step) -> u32 {
+    let action = look_at_quote::<I, F>(whole(frame), step);
+    conclude(action, step)
+}
+
+#[inline(always)]
+fn conclude(action: Result<u32, DropReason>, step: &mut Step) -> u32 {
+    match action {
         Ok(action) => action,
         Err(reason) => {
             step.argument = reason as u32;
@@ -27,39 +48,65 @@ pub fn examine<I: Version, F: Frame>(frame: &F, step: &mut Step) -> u32 {
 fn look_at<I: Version, F: Frame>(frame: &F, step: &mut Step) -> Result<u32, DropReason> {
     let ethernet: Ethernet = frame.read(0).ok_or(DropReason::Malformed)?;
     let link = Link::parse(frame).ok_or(DropReason::Malformed)?;
-    let packet = Packet::<I>::parse::<ANY, F>(frame, &link).ok_or(DropReason::Malformed)?;
+    let parsed: Parsed<I::Header> =
+        I::parse::<ANY, F>(frame, link.l3).ok_or(DropReason::Malformed)?;
     if step.space == space::SOURCE {
         step.space = space::MAC;
         step.via = mac_key(ethernet.source);
     }
-    match I::fragment_offset(packet.fragment) {
+    match I::fragment_offset(parsed.fragment) {
         0 => {}
         // It would overwrite the ports and flags that the first fragment was judged by (RFC 1858).
-        1 if packet.protocol == TCP => return Err(DropReason::Malformed),
+        1 if parsed.protocol == TCP => return Err(DropReason::Malformed),
         // Nothing comes of it without the first fragment, which is judged.
         _ => return Ok(Step::PASS),
     }
-    if packet.protocol == I::ICMP {
-        return look_at_icmp(frame, &packet, step);
+    let (source, destination) = I::addresses(&parsed.header);
+    if parsed.protocol == I::ICMP {
+        step.l4 = parsed.l4 as u16;
+        step.hops = I::hops(&parsed.header) as u32;
+        set_flow(step, source, destination, NO_PORTS, I::ICMP);
+        return Ok(Step::ICMP);
     }
-    let ports = ports_of(&packet)?;
-    if packet.protocol == UDP && is_dhcp::<I>(ports) {
+    let ports = ports_at(frame, parsed.l4, parsed.protocol).ok_or(DropReason::Malformed)?;
+    if parsed.protocol == UDP && is_dhcp::<I>(ports) {
         return Ok(Step::PASS);
     }
-    step.flow = packet.flow(ports);
-    step.class_index = class_index(I::IS_V4, packet.protocol, ports.destination);
+    set_flow(step, source, destination, ports, parsed.protocol);
+    step.class_index = class_index(I::IS_V4, parsed.protocol, ports.destination);
     Ok(Step::JUDGE)
 }
 
-/// The ports of what has some, zero for other protocols.
+/// Where a protocol has none.
+pub const NO_PORTS: Ports = Ports { source: Be16::from_raw(0), destination: Be16::from_raw(0) };
+
+/// The ports of what has some, zero for other protocols; `None` if the header is cut short: nobody
+/// knows what it asks for.
 #[inline(always)]
-pub fn ports_of<I: Ip>(packet: &Packet<I>) -> Result<Ports, DropReason> {
-    match (&packet.transport, packet.protocol) {
-        (Some(transport), _) => Ok(transport.ports),
-        // Its header is cut short: nobody knows what it asks for.
-        (None, TCP | UDP) => Err(DropReason::Malformed),
-        (None, _) => Ok(Ports { source: Be16::from_raw(0), destination: Be16::from_raw(0) }),
+pub fn ports_at<F: Frame>(frame: &F, l4: usize, protocol: u8) -> Option<Ports> {
+    match protocol {
+        TCP => {
+            let tcp: Tcp = frame.read(l4)?;
+            Some(Ports { source: tcp.source, destination: tcp.destination })
+        }
+        UDP => {
+            let udp: Udp = frame.read(l4)?;
+            Some(Ports { source: udp.source, destination: udp.destination })
+        }
+        _ => Some(NO_PORTS),
     }
+}
+
+#[inline(always)]
+fn set_flow(step: &mut Step, source: Address, destination: Address, ports: Ports, protocol: u8) {
+    step.flow = FlowKey {
+        source,
+        destination,
+        source_port: ports.source,
+        destination_port: ports.destination,
+        protocol,
+        zero: [0; 3],
+    };
 }
 
 /// From server to client (RFC 2131 section 4.1, RFC 8415 section 7.2). The request went to a group
@@ -71,20 +118,19 @@ fn is_dhcp<I: Version>(ports: Ports) -> bool {
 }
 
 #[inline(always)]
-fn look_at_icmp<I: Version, F: Frame>(
-    frame: &F,
-    packet: &Packet<I>,
-    step: &mut Step,
-) -> Result<u32, DropReason> {
-    let icmp: Icmp = frame.read(packet.l4).ok_or(DropReason::Malformed)?;
-    if I::is_of_the_segment(icmp.kind, I::hops(&packet.header)) {
+fn look_at_icmp<I: Version, F: Frame>(frame: &F, step: &mut Step) -> Result<u32, DropReason> {
+    // The mask changes nothing; it is for the verifier.
+    let l4 = (step.l4 & MAX_HEADERS) as usize;
+    let icmp: Icmp = frame.read(l4).ok_or(DropReason::Malformed)?;
+    if I::is_of_the_segment(icmp.kind, step.hops as u8) {
         return Ok(Step::PASS);
     }
     if I::is_error(icmp.kind) {
-        return look_at_quote::<I, F>(frame, packet.l4 + size_of::<Icmp>(), step);
+        return Ok(Step::QUOTE);
     }
     let number = if icmp.kind == I::ECHO_REPLY { identifier(&icmp) } else { Be16::from_raw(0) };
-    step.flow = packet.flow(Ports { source: number, destination: number });
+    step.flow.source_port = number;
+    step.flow.destination_port = number;
     step.class_index = class_index(I::IS_V4, I::ICMP, number);
     Ok(Step::JUDGE)
 }
@@ -98,14 +144,12 @@ pub fn identifier(icmp: &Icmp) -> Be16 {
 
 /// An error is let in where a packet would be that answers the packet it is about.
 #[inline(always)]
-fn look_at_quote<I: Version, F: Frame>(
-    frame: &F,
-    at: usize,
-    step: &mut Step,
-) -> Result<u32, DropReason> {
+fn look_at_quote<I: Version, F: Frame>(frame: &F, step: &mut Step) -> Result<u32, DropReason> {
+    // As above.
+    let at = (step.l4 & MAX_HEADERS) as usize + size_of::<Icmp>();
     let quoted: Parsed<I::Header> = I::parse::<ANY, F>(frame, at).ok_or(DropReason::Malformed)?;
     let (source, destination) = I::addresses(&quoted.header);
-    let mut sent = Ports { source: Be16::from_raw(0), destination: Be16::from_raw(0) };
+    let mut sent = NO_PORTS;
     if I::fragment_offset(quoted.fragment) == 0 {
         match quoted.protocol {
             TCP | UDP => sent = frame.read(quoted.l4).ok_or(DropReason::Malformed)?,

@@ -51,8 +51,8 @@ pub fn admit_target<F: Frame, T: TargetTables>(frame: &mut F, tables: &T) -> Ver
     }
     if action == Step::UNDECIDED && settings.flags & Settings::ENFORCES != 0 {
         action = match ether_type(frame) {
-            Some(EtherType::IPV4) => examine::examine::<V4, F>(frame, &mut step),
-            Some(EtherType::IPV6) => examine::examine::<V6, F>(frame, &mut step),
+            Some(EtherType::IPV4) => examine_ip::<V4, F>(frame, &mut step),
+            Some(EtherType::IPV6) => examine_ip::<V6, F>(frame, &mut step),
             // ARP, and what is no IP: rules say nothing about it.
             _ => Step::PASS,
         };
@@ -65,6 +65,19 @@ pub fn admit_target<F: Frame, T: TargetTables>(frame: &mut F, tables: &T) -> Ver
         return Verdict::Drop;
     }
     Verdict::Pass
+}
+
+/// The parts are functions of their own in the kernel too, called one after the other.
+#[inline(always)]
+fn examine_ip<I: Version, F: Frame>(frame: &F, step: &mut Step) -> u32 {
+    let mut action = examine::examine::<I, F>(frame, step);
+    if action == Step::ICMP {
+        action = examine::examine_icmp::<I, F>(frame, step);
+    }
+    if action == Step::QUOTE {
+        action = examine::examine_quote::<I, F>(frame, step);
+    }
+    action
 }
 
 #[inline(always)]
@@ -86,7 +99,12 @@ struct Step {
     stripped: u16,
     /// [`Self::UNWRAP`]: EtherType of the inner packet.
     inner: EtherType,
-    /// [`Self::JUDGE`]: the flow that is judged, from the peer to the target.
+    /// [`Self::ICMP`], [`Self::QUOTE`]: offset of the ICMP header.
+    l4: u16,
+    /// [`Self::ICMP`]: TTL or hop limit.
+    hops: u32,
+    /// [`Self::JUDGE`]: the flow that is judged, from the peer to the target. [`Self::ICMP`]: the
+    /// same without its numbers.
     flow: FlowKey,
     /// [`Self::JUDGE`]: place of the rules' class, see [`tables::class_index`].
     class_index: u32,
@@ -98,6 +116,8 @@ impl Step {
     const DROP: u32 = 2;
     const UNWRAP: u32 = 3;
     const JUDGE: u32 = 4;
+    const ICMP: u32 = 5;
+    const QUOTE: u32 = 6;
 
     /// Nothing is known yet. The zero is hidden from the compiler, which would make one call of all
     /// the stores.
@@ -110,6 +130,8 @@ impl Step {
             space: zero as u32,
             stripped: zero as u16,
             inner: EtherType(Be16::from_raw(zero as u16)),
+            l4: zero as u16,
+            hops: zero as u32,
             flow: FlowKey {
                 source: Address::from_words([zero, zero]),
                 destination: Address::from_words([zero, zero]),

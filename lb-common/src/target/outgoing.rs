@@ -2,12 +2,12 @@
 
 use crate::flow::{FlowKey, REFRESH, TCP, UDP};
 use crate::forward::Frame;
-use crate::forward::ip::{ANY, V4, V6};
-use crate::forward::parse::{Link, Packet, Ports};
+use crate::forward::ip::{ANY, Parsed, V4, V6};
+use crate::forward::parse::{Link, Ports, whole};
 use crate::wire::icmp::Icmp;
-use crate::wire::{Address, Be16, EtherType, Tcp};
+use crate::wire::{Address, Be16, EtherType, Tcp, Udp};
 
-use super::examine::{answer_to, identifier};
+use super::examine::{NO_PORTS, answer_to, identifier};
 use super::tables::{OWN_IDLE, OwnFlow, Settings, TargetTables};
 use super::{Version, ether_type};
 
@@ -58,35 +58,40 @@ impl Sent {
 
 #[inline(never)]
 fn look_at<I: Version, F: Frame>(frame: &F, sent: &mut Sent) -> u32 {
+    let frame = whole(frame);
     let Some(link) = Link::parse(frame) else { return Sent::NOTHING };
-    let Some(packet) = Packet::<I>::parse::<ANY, F>(frame, &link) else { return Sent::NOTHING };
-    if I::fragment_offset(packet.fragment) != 0 {
+    let parsed: Option<Parsed<I::Header>> = I::parse::<ANY, F>(frame, link.l3);
+    let Some(parsed) = parsed else { return Sent::NOTHING };
+    if I::fragment_offset(parsed.fragment) != 0 {
         return Sent::NOTHING;
     }
-    let mut ports = Ports { source: Be16::from_raw(0), destination: Be16::from_raw(0) };
-    let kind = match (&packet.transport, packet.protocol) {
-        (Some(transport), TCP) => {
-            ports = transport.ports;
-            sent.closing = (transport.flags & (Tcp::FIN | Tcp::RST) != 0) as u32;
-            if transport.is_syn() { Sent::OPENS } else { Sent::CONTINUES }
+    let (source, destination) = I::addresses(&parsed.header);
+    let mut ports = NO_PORTS;
+    let mut kind = Sent::MAY_OPEN;
+    match parsed.protocol {
+        TCP => {
+            let Some(tcp) = frame.read::<Tcp>(parsed.l4) else { return Sent::NOTHING };
+            ports = Ports { source: tcp.source, destination: tcp.destination };
+            sent.closing = (tcp.flags & (Tcp::FIN | Tcp::RST) != 0) as u32;
+            let is_syn = tcp.flags & (Tcp::SYN | Tcp::ACK) == Tcp::SYN;
+            kind = if is_syn { Sent::OPENS } else { Sent::CONTINUES };
         }
-        (Some(transport), _) => {
-            ports = transport.ports;
-            Sent::MAY_OPEN
+        UDP => {
+            let Some(udp) = frame.read::<Udp>(parsed.l4) else { return Sent::NOTHING };
+            ports = Ports { source: udp.source, destination: udp.destination };
         }
-        (None, TCP | UDP) => return Sent::NOTHING,
-        (None, protocol) if protocol == I::ICMP => {
-            let Some(icmp) = frame.read::<Icmp>(packet.l4) else { return Sent::NOTHING };
+        protocol if protocol == I::ICMP => {
+            let Some(icmp) = frame.read::<Icmp>(parsed.l4) else { return Sent::NOTHING };
             if icmp.kind != I::ECHO_REQUEST {
                 return Sent::NOTHING;
             }
             let number = identifier(&icmp);
             ports = Ports { source: number, destination: number };
-            Sent::OPENS
+            kind = Sent::OPENS;
         }
-        (None, _) => Sent::MAY_OPEN,
-    };
-    sent.answers = answer_to(packet.source, packet.destination, ports, packet.protocol);
+        _ => {}
+    }
+    sent.answers = answer_to(source, destination, ports, parsed.protocol);
     kind
 }
 

@@ -28,9 +28,9 @@ use toml::de::DeTable;
 
 pub use agent::DEFAULT_API_SOCKET;
 pub use diagnostic::{ConfigErrors, Diagnostic, Severity};
-pub use file::{LoadError, load};
+pub use file::{LoadError, load, parse_bytes, read};
 pub use model::*;
-pub use references::{MAX_ENDPOINTS, MAX_TARGET_GROUP_USES, MAX_TARGETS};
+pub use references::{MAX_ENDPOINTS, MAX_FORWARD_ACTIONS, MAX_TARGETS};
 
 use diagnostic::Report;
 use reader::Table;
@@ -67,16 +67,20 @@ pub fn parse(file_name: &str, text: &str) -> Result<Parsed, ConfigErrors> {
         let message = format!("not valid TOML{place}: {}", error.message());
         report.error(span, message, SYNTAX_HELP);
     }
-    let config =
-        if syntax_errors.is_empty() { read(&report, root.get_ref()) } else { Config::default() };
+    let config = if syntax_errors.is_empty() {
+        read_sections(&report, root.get_ref())
+    } else {
+        Config::default()
+    };
     Ok(Parsed { warnings: report.finish()?, config })
 }
 
 /// Reads the whole file; worth nothing if it notes an error.
-fn read<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
+fn read_sections<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
     let mut root = Table::root(report, root);
     let agent = root.subtable("agent", "[agent]".to_owned()).map(agent::read).unwrap_or_default();
     let sections = Sections {
+        availability_zone: agent.availability_zone.clone(),
         security_groups: root
             .sections("security_group")
             .into_iter()
@@ -96,19 +100,15 @@ fn read<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
     root.not_supported_yet(&["dns"]);
     root.finish();
     references::check(report, &sections);
+    let Sections { security_groups, target_groups, load_balancers, .. } = sections;
     Config {
         agent,
         security_groups: owned(
-            sections.security_groups.into_iter().map(|(name, draft)| (name, draft.group)),
+            security_groups.into_iter().map(|(name, draft)| (name, draft.group)),
         ),
-        target_groups: owned(
-            sections.target_groups.into_iter().map(|(name, draft)| (name, draft.group)),
-        ),
+        target_groups: owned(target_groups.into_iter().map(|(name, draft)| (name, draft.group))),
         load_balancers: owned(
-            sections
-                .load_balancers
-                .into_iter()
-                .map(|(name, draft)| (name, draft.into_load_balancer())),
+            load_balancers.into_iter().map(|(name, draft)| (name, draft.into_load_balancer())),
         ),
     }
 }

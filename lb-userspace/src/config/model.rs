@@ -33,7 +33,7 @@ pub struct Agent {
     pub role: Role,
     /// How the program is attached.
     pub xdp_mode: XdpMode,
-    /// The zone this agent stands in, for information.
+    /// The zone this agent stands in; see [`LoadBalancer::cross_zone`].
     pub availability_zone: Option<String>,
     /// Whether the agent adds the listener addresses to the machine.
     pub manage_addresses: bool,
@@ -43,6 +43,10 @@ pub struct Agent {
     pub maglev_table_size: u32,
     /// Capacity of the flow table, in entries.
     pub flow_table_size: u32,
+    /// Capacity of the table of half-open flows, in entries.
+    pub half_open_table_size: u32,
+    /// Capacity of the table of flows seen once, in entries.
+    pub once_seen_table_size: u32,
     /// Where the API listens.
     pub api_socket: PathBuf,
     /// Sources of tunnels' outer headers; host bits are zero.
@@ -181,6 +185,15 @@ impl Forwarding {
     }
 }
 
+/// What the flows have in common that go to one target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stickiness {
+    /// Nothing but that each stays where it is.
+    None,
+    /// The client's address.
+    SourceIp,
+}
+
 /// A target group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TargetGroup {
@@ -200,6 +213,11 @@ pub struct TargetGroup {
     pub track_every_flow: bool,
     /// Name of the security group that its targets carry; `None`: they let everybody in.
     pub security_group: Option<String>,
+    /// What the flows have in common that go to one target.
+    pub stickiness: Stickiness,
+    /// How long the share of a target grows that joins others, 30 to 900 s; zero: it is full at
+    /// once.
+    pub slow_start: Duration,
     /// Its targets, in the file's order; (address, port) is unique.
     pub targets: Vec<Target>,
     /// How their health is found out.
@@ -215,7 +233,7 @@ pub struct Target {
     pub port: u16,
     /// Its share relative to the group's other targets, 0 to 999; 0 takes no new flows. 1 by default.
     pub weight: u16,
-    /// The zone it stands in, for information.
+    /// The zone it stands in; `None`: in every one.
     pub availability_zone: Option<String>,
 }
 
@@ -265,6 +283,8 @@ pub struct LoadBalancer {
     pub addresses: Vec<IpAddr>,
     /// Names of the attached security groups; `None`: open to all.
     pub security_groups: Option<Vec<String>>,
+    /// Whether targets of other zones than the agent's take new flows while one in its zone could.
+    pub cross_zone: bool,
     /// Its listeners; (protocol, port) is unique.
     pub listeners: Vec<Listener>,
 }
@@ -281,10 +301,21 @@ pub enum Scheme {
 /// A listener.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listener {
-    /// What it accepts; equal to its target group's.
+    /// What it accepts; equal to its target groups'.
     pub protocol: Protocol,
     /// The port, 1 to 65535.
     pub port: u16,
-    /// Name of the target group it forwards to.
-    pub target_group: String,
+    /// Where it forwards to: at least one, names are unique, not every weight is 0.
+    pub target_groups: Vec<WeightedTargetGroup>,
+    /// How long a silent flow is remembered: whole seconds, 60 to 6000 for TCP, 10 to 6000 for UDP.
+    pub idle_timeout: Duration,
+}
+
+/// A target group of a listener.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct WeightedTargetGroup {
+    /// Its name.
+    pub name: String,
+    /// Its share relative to the listener's other groups, 0 to 999; 0 takes no new flows.
+    pub weight: u16,
 }

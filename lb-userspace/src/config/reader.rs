@@ -113,6 +113,17 @@ impl<'a> Value<'a> {
         in_range
     }
 
+    /// A duration without a fraction of a second.
+    pub(super) fn whole_seconds(&self, range: RangeInclusive<Duration>) -> Option<Duration> {
+        let duration = self.duration(range)?;
+        if duration.subsec_nanos() != 0 {
+            let whole = Duration::from_secs(duration.as_secs());
+            self.refuse(format!("write whole seconds, such as \"{}\"", show_duration(whole)));
+            return None;
+        }
+        Some(duration)
+    }
+
     /// One of `known`; the values in `later` are refused as not supported yet.
     pub(super) fn choice<T: Copy>(&self, known: &[(&str, T)], later: &[&str]) -> Option<T> {
         let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();

@@ -102,9 +102,9 @@ fn groups_in_front<'a>(
         .iter()
         .map(|(_, load_balancer)| load_balancer)
         .filter(|load_balancer| {
-            let mut listeners = load_balancer.listeners.iter();
-            listeners
-                .any(|listener| listener.target_group.is_some_and(|(_, name)| name == target_group))
+            let listeners = load_balancer.listeners.iter();
+            let mut groups = listeners.flat_map(|listener| &listener.target_groups);
+            groups.any(|group| group.name == target_group)
         })
         .peekable();
     load_balancers.peek()?;

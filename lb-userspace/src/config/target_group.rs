@@ -7,8 +7,8 @@ use std::time::Duration;
 use super::address::{host_address, parse_host_address};
 use super::agent::availability_zone;
 use super::health_check;
-use super::model::{Forwarding, Protocol, Target, TargetGroup};
-use super::reader::{Table, Value, Wrong};
+use super::model::{Forwarding, Protocol, Stickiness, Target, TargetGroup};
+use super::reader::{Table, Value, Wrong, show_duration};
 
 /// A target group as far as it could be read.
 ///
@@ -20,6 +20,7 @@ pub(super) struct Draft<'a> {
     pub(super) forwarding: Option<Forwarding>,
     /// The security group's name, and where the file has it.
     pub(super) security_group: Option<(Value<'a>, &'a str)>,
+    pub(super) stickiness: Option<Stickiness>,
     /// Where the file has each of `group.targets`.
     pub(super) target_values: Vec<Value<'a>>,
 }
@@ -32,17 +33,22 @@ const DEFAULT_PORT: u16 = 8080;
 /// GUE's registered port.
 const DEFAULT_GUE_PORT: u16 = 6080;
 const DEFAULT_WEIGHT: u16 = 1;
+const STICKINESS_HELP: &str = "write stickiness = { type = \"source_ip\" }, or leave the key out";
+const MIN_SLOW_START: Duration = Duration::from_secs(30);
+const MAX_SLOW_START: Duration = Duration::from_secs(900);
 /// AWS's bounds of deregistration_delay.timeout_seconds.
 const MAX_DEREGISTRATION_DELAY: Duration = Duration::from_secs(3600);
 
+/// What a target group or a listener speaks.
+pub(super) fn protocol(table: &mut Table<'_>) -> Option<Protocol> {
+    let known = [("tcp", Protocol::Tcp), ("udp", Protocol::Udp)];
+    let later = ["tcp_udp", "tls", "http", "https"];
+    let value = table.optional("protocol");
+    value.map_or(Some(Protocol::Tcp), |value| value.choice(&known, &later))
+}
+
 pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
-    let protocol = match table.optional("protocol") {
-        Some(value) => value.choice(
-            &[("tcp", Protocol::Tcp), ("udp", Protocol::Udp)],
-            &["tcp_udp", "tls", "http", "https"],
-        ),
-        None => Some(Protocol::Tcp),
-    };
+    let protocol = protocol(&mut table);
     let port = match table.optional("port") {
         Some(port) => port.port().unwrap_or(UNKNOWN_PORT),
         None => DEFAULT_PORT,
@@ -80,18 +86,17 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
     let security_group = table.optional("security_group").and_then(|value| {
         Some((value, value.string("write the name of a security group in quotes")?))
     });
+    let stickiness = match table.optional("stickiness") {
+        Some(value) => stickiness(value),
+        None => Some(Stickiness::None),
+    };
+    let slow_start = table.optional("slow_start").and_then(slow_start).unwrap_or_default();
     let (target_values, targets) = targets(table.optional("targets"), port).into_iter().unzip();
     let name = table.name().trim_end_matches(']').to_owned();
     let health_check =
         health_check::read(table.subtable("health_check", format!("{name}.health_check]")));
     table.only_default("snat_ports", "10000-59999");
-    table.not_supported_yet(&[
-        "stickiness",
-        "snat_addresses",
-        "slow_start",
-        "protocol_version",
-        "proxy_protocol_v2",
-    ]);
+    table.not_supported_yet(&["snat_addresses", "protocol_version", "proxy_protocol_v2"]);
     table.finish();
     let group = TargetGroup {
         protocol: protocol.unwrap_or(Protocol::Tcp),
@@ -102,10 +107,39 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
         unhealthy_connection_termination,
         track_every_flow,
         security_group: security_group.map(|(_, name)| name.to_owned()),
+        stickiness: stickiness.unwrap_or(Stickiness::None),
+        slow_start,
         targets,
         health_check,
     };
-    Draft { group, protocol, forwarding, security_group, target_values }
+    Draft { group, protocol, forwarding, security_group, stickiness, target_values }
+}
+
+fn stickiness(value: Value<'_>) -> Option<Stickiness> {
+    let mut table = value.table("stickiness", STICKINESS_HELP)?;
+    let kind = table.required("type", STICKINESS_HELP).and_then(|kind| {
+        kind.choice(&[("source_ip", Stickiness::SourceIp)], &["lb_cookie", "app_cookie"])
+    });
+    if let Some(duration) = table.optional("duration") {
+        duration.error(
+            format!("`duration = {}` has no meaning with type source_ip", duration.quote()),
+            "leave it out: an address keeps its target for as long as the target takes new flows",
+        );
+    }
+    table.finish();
+    kind
+}
+
+/// AWS's bounds of slow_start.duration_seconds; 0 switches it off.
+fn slow_start(value: Value<'_>) -> Option<Duration> {
+    let duration = value.duration(Duration::ZERO..=MAX_SLOW_START)?;
+    if duration > Duration::ZERO && duration < MIN_SLOW_START {
+        let least = show_duration(MIN_SLOW_START);
+        let most = show_duration(MAX_SLOW_START);
+        value.refuse(format!("write a duration from {least} to {most}, or \"0s\" for none"));
+        return None;
+    }
+    Some(duration)
 }
 
 fn gue_port(value: Option<Value<'_>>, forwarding: Option<Forwarding>) -> u16 {

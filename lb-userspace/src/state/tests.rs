@@ -1,3 +1,5 @@
+mod selection;
+
 use std::time::Duration;
 
 use lb_common::tables::{NO_LISTENER, Slot, SlotState, Target};
@@ -5,7 +7,7 @@ use lb_common::wire::{Address, Be16};
 
 use super::*;
 use crate::config::parse;
-use crate::netlink::{Interface, LinkLayer, NextHop};
+use crate::netlink::{Interface, LinkLayer, NextHop, Unresolved};
 
 const CONFIG: &str = r#"
 [target_group.web]
@@ -74,7 +76,7 @@ impl World {
         let port = if group == "api" { 9090 } else { 8080 };
         let key = CheckKey { target_group: group.into(), address: [10, 0, 2, last].into(), port };
         let health = Health { state, reason: None, description: None };
-        self.state.set_health(HealthEvent { key, health });
+        self.state.set_health(HealthEvent { key, health }, self.now);
     }
 
     fn check_all(&mut self, state: HealthState) {
@@ -117,14 +119,14 @@ fn tunnels_lead_to_targets_of_either_family() {
         "#,
     );
     let mut network = (**world.state.network()).clone();
-    let hop = network.next_hops[&IpAddr::from([10, 0, 2, 11])].clone();
+    let hop = network.next_hops[&IpAddr::from([10, 0, 2, 11])];
     let v6: IpAddr = "fd00::11".parse().unwrap();
     network.next_hops.insert(v6, hop);
     world.state.set_network(Arc::new(network));
     for address in [IpAddr::from([10, 0, 2, 11]), v6] {
         let key = CheckKey { target_group: "web".into(), address, port: 80 };
         let health = Health { state: HealthState::Healthy, reason: None, description: None };
-        world.state.set_health(HealthEvent { key, health });
+        world.state.set_health(HealthEvent { key, health }, Instant::now());
     }
     let desired = world.desired();
     for vip in ["10.0.1.100", "fd00::100"] {
@@ -371,4 +373,90 @@ fn a_first_ring_waits_for_the_way_to_healthy_targets() {
     world.state.set_network(Arc::new(unknown));
     let desired = world.desired();
     assert_eq!(world.shares(&desired, 80).keys().collect::<Vec<_>>(), [&11, &12]);
+}
+
+/// Takes the way to 10.0.2.12 away.
+fn without_way(world: &mut World, why: Unresolved) {
+    let mut network = Network::clone(world.state.network());
+    network.next_hops.insert([10, 0, 2, 12].into(), Err(why));
+    world.state.set_network(Arc::new(network));
+}
+
+#[test]
+fn who_cannot_be_reached_gets_no_slots_from_the_start_on() {
+    for why in [Unresolved::Local, Unresolved::NoRoute, Unresolved::LinkDown { ifindex: 2 }] {
+        let mut world = World::new(CONFIG);
+        without_way(&mut world, why);
+        world.check_all(HealthState::Healthy);
+        let desired = world.desired();
+        assert_eq!(world.shares(&desired, 80), [(11, 251)].into(), "{why:?}");
+        assert!(world.state.is_ready());
+        assert_eq!(world.state.alerts().len(), 2, "of both groups: {:?}", world.state.alerts());
+        assert!(world.state.alerts()[0].starts_with("target 10.0.2.12:9090 of api: "));
+
+        // The same when the way goes while it has slots.
+        let mut world = World::new(CONFIG);
+        world.check_all(HealthState::Healthy);
+        let desired = world.desired();
+        assert_eq!(world.shares(&desired, 80).len(), 2);
+        assert!(world.state.alerts().is_empty());
+        without_way(&mut world, why);
+        let desired = world.desired();
+        assert_eq!(world.shares(&desired, 80), [(11, 251)].into(), "{why:?}");
+    }
+}
+
+#[test]
+fn who_is_behind_another_nic_gets_no_slots_unless_nobody_else_is_there() {
+    let mut world = World::new(CONFIG);
+    let mut network = Network::clone(world.state.network());
+    let elsewhere =
+        NextHop { ifindex: 3, ..network.next_hops[&IpAddr::from([10, 0, 2, 11])].unwrap() };
+    network.next_hops.insert([10, 0, 2, 12].into(), Ok(elsewhere));
+    world.state.set_network(Arc::new(network));
+    world.check_all(HealthState::Healthy);
+    let desired = world.desired();
+    assert_eq!(world.shares(&desired, 80), [(11, 251)].into());
+
+    world.check("web", 11, HealthState::Unhealthy);
+    let desired = world.desired();
+    assert_eq!(world.shares(&desired, 80), [(12, 251)].into());
+}
+
+#[test]
+fn as_many_listeners_as_check_allows_and_all_of_them_replaced() {
+    let listeners = |first: usize| {
+        let ports = (first..first + config::MAX_ENDPOINTS).map(|port| {
+            format!("[[load_balancer.web.listener]]\nport = {port}\ntarget_group = \"web\"\n")
+        });
+        "[target_group.web]\nport = 80\n[load_balancer.web]\naddresses = [\"10.0.1.100\"]\n"
+            .to_owned()
+            + &ports.collect::<String>()
+    };
+    let mut world = World::new(&listeners(1));
+    let all_forward = |world: &mut World, first: usize| {
+        let desired = world.desired();
+        let is_there = |port: &usize| listener(&desired, *port as u16).is_some();
+        (first..first + config::MAX_ENDPOINTS).filter(is_there).count()
+    };
+    assert_eq!(all_forward(&mut world, 1), config::MAX_ENDPOINTS);
+    for round in 1..3 {
+        let first = 1 + round * config::MAX_ENDPOINTS;
+        world.configure(&listeners(first));
+        assert_eq!(all_forward(&mut world, first), config::MAX_ENDPOINTS);
+        assert!(world.state.alerts().is_empty());
+    }
+
+    // What is too much is said, and follows by itself.
+    let first = 1 + 3 * config::MAX_ENDPOINTS;
+    world.configure(&listeners(first));
+    assert_eq!(all_forward(&mut world, first), config::MAX_ENDPOINTS - 1);
+    let alert = &world.state.alerts()[0];
+    assert!(alert.starts_with("1 listeners are left out"), "{alert}");
+    assert!(alert.ends_with("10.0.1.100 port 16384 tcp"), "{alert}");
+    assert!(!world.state.tick(world.now));
+    world.now += world.state.listeners.quarantine();
+    assert!(world.state.tick(world.now));
+    assert_eq!(all_forward(&mut world, first), config::MAX_ENDPOINTS);
+    assert!(world.state.alerts().is_empty());
 }

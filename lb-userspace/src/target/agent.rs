@@ -8,13 +8,13 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::Context as _;
 use lb_common::target::tables::{OwnFlow, Settings};
 use nix::time::ClockId;
-use tokio::signal::unix::{Signal, SignalKind};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tracing::{debug, error, info, warn};
 
-use crate::agent::reload::{Source, Watch};
-use crate::agent::{find, on, tell_service_manager};
+use crate::agent::reload::Source;
+use crate::agent::watch::Watch;
+use crate::agent::{Signals, find, tell_service_manager};
 use crate::api::server::{ApiRequest, Server};
 use crate::api::snapshot::{self, AttachMode, Snapshot};
 use crate::cli::{AgentOptions, choose_interfaces};
@@ -36,8 +36,13 @@ const SHARE_OF_FLOW_TABLE: u32 = 8;
 ///
 /// # Errors
 /// What keeps it from starting: usage, privileges, interfaces.
-pub async fn run(options: AgentOptions, source: Source, config: Config) -> anyhow::Result<()> {
-    let (mut target, mut events) = Target::start(options, source, config).await?;
+pub(crate) async fn run(
+    options: AgentOptions,
+    signals: Signals,
+    source: Source,
+    config: Config,
+) -> anyhow::Result<()> {
+    let (mut target, mut events) = Target::start(options, signals, source, config).await?;
     target.follow(&mut events).await;
     target.end().await;
     Ok(())
@@ -63,14 +68,13 @@ struct Events {
     network: mpsc::Receiver<NetworkEvent>,
     api: mpsc::Receiver<ApiRequest>,
     file: Watch,
-    hangup: Signal,
-    terminate: Signal,
-    interrupt: Signal,
+    signals: Signals,
 }
 
 impl Target {
     async fn start(
         options: AgentOptions,
+        signals: Signals,
         source: Source,
         config: Config,
     ) -> anyhow::Result<(Self, Events)> {
@@ -90,14 +94,7 @@ impl Target {
         let (network_events, network) = mpsc::channel(WAITING);
         let netlink = Netlink::start(network_events.clone()).context("observe the network")?;
         let (api_requests, api) = mpsc::channel(WAITING);
-        let events = Events {
-            network,
-            api,
-            file: Watch::new(source.path()),
-            hangup: on(SignalKind::hangup())?,
-            terminate: on(SignalKind::terminate())?,
-            interrupt: on(SignalKind::interrupt())?,
-        };
+        let events = Events { network, api, file: Watch::new(source.path()), signals };
         let target = Self {
             source,
             config,
@@ -127,9 +124,9 @@ impl Target {
                     Err(error) => warn!("no snapshot: {error:#}"),
                 },
                 () = events.file.changed() => self.reload(false),
-                _ = events.hangup.recv() => self.reload(true),
-                _ = events.terminate.recv() => break info!("ending on SIGTERM"),
-                _ = events.interrupt.recv() => break info!("ending on SIGINT"),
+                _ = events.signals.hangup.recv() => self.reload(true),
+                _ = events.signals.terminate.recv() => break info!("ending on SIGTERM"),
+                _ = events.signals.interrupt.recv() => break info!("ending on SIGINT"),
             }
         }
     }
@@ -249,6 +246,7 @@ impl Target {
                 unwrapped_packets: unwrapped.packets,
                 unwrapped_bytes: unwrapped.bytes,
             }),
+            flow_tables: Vec::new(),
             drops: drops.into_iter().map(|(reason, n)| (reason.name().into(), n)).collect(),
             warnings: policy.warnings.clone(),
         };

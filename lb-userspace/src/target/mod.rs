@@ -13,7 +13,7 @@ mod plan;
 mod policy;
 mod seed;
 
-pub use agent::run;
+pub(crate) use agent::run;
 pub use dataplane::{TARGET_OBJECT, TargetDataplane, TargetLoadOptions};
 pub use plan::{Plan, Sender, Step, Tables, diff};
 pub use policy::{Policy, compile};

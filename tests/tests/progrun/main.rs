@@ -11,6 +11,7 @@ mod generated;
 mod passing;
 mod refusals;
 mod rewriting;
+mod selection;
 mod tunnels;
 
 use std::net::{IpAddr, SocketAddr};

@@ -118,6 +118,8 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("flow_table_size_negative", "[agent]\nflow_table_size = -1"),
     ("flow_table_size_huge", "[agent]\nflow_table_size = 99999999999999999999"),
     ("flow_table_size_float", "[agent]\nflow_table_size = 1e6"),
+    ("half_open_table_size_range", "[agent]\nhalf_open_table_size = 1000"),
+    ("once_seen_table_size_range", "[agent]\nonce_seen_table_size = 16777217"),
     ("api_socket_relative", "[agent]\napi_socket = \"lb.sock\""),
     ("tunnel_sources_string", "[agent]\ntunnel_sources = \"172.16.0.0/16\""),
     ("tunnel_sources_word", "[agent]\ntunnel_sources = [\"random\"]"),
@@ -178,7 +180,18 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("deregistration_delay_unit", target_group!("deregistration_delay = \"300\"")),
     ("deregistration_delay_range", target_group!("deregistration_delay = \"2h\"")),
     ("termination_integer", target_group!("unhealthy_connection_termination = 1")),
-    ("stickiness", target_group!("stickiness = { type = \"source_ip\" }")),
+    ("stickiness_no_table", target_group!("stickiness = \"source_ip\"")),
+    ("stickiness_without_type", target_group!("stickiness = {}")),
+    ("stickiness_type", target_group!("stickiness = { type = \"source-ip\" }")),
+    ("stickiness_type_later", target_group!("stickiness = { type = \"lb_cookie\" }")),
+    (
+        "stickiness_duration",
+        target_group!("stickiness = { type = \"source_ip\", duration = \"1h\" }"),
+    ),
+    ("stickiness_unknown_key", target_group!("stickiness = { type = \"source_ip\", ttl = 1 }")),
+    ("slow_start_integer", target_group!("slow_start = 30")),
+    ("slow_start_too_short", target_group!("slow_start = \"29s\"")),
+    ("slow_start_too_long", target_group!("slow_start = \"901s\"")),
     ("flow_tracking", target_group!("flow_tracking = \"never\"")),
     ("target_group_security_group_unknown", target_group!("security_group = \"web-target\"")),
     ("target_group_security_group_list", target_group!("security_group = [\"web-target\"]")),
@@ -234,7 +247,8 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ),
     ("load_balancer_type", load_balancer!("type = \"gateway\"\naddresses = [\"192.0.2.1\"]")),
     ("load_balancer_scheme", load_balancer!("scheme = \"public\"\naddresses = [\"192.0.2.1\"]")),
-    ("cross_zone", load_balancer!("addresses = [\"192.0.2.1\"]\ncross_zone = false")),
+    ("cross_zone_string", load_balancer!("addresses = [\"192.0.2.1\"]\ncross_zone = \"no\"")),
+    ("cross_zone_without_zone", load_balancer!("addresses = [\"192.0.2.1\"]\ncross_zone = false")),
     ("addresses_missing", load_balancer!("")),
     ("addresses_empty", load_balancer!("addresses = []")),
     ("addresses_twice", load_balancer!("addresses = [\"192.0.2.1\", \"192.0.2.1\"]")),
@@ -279,13 +293,56 @@ const ONE_ERROR: &[(&str, &str)] = &[
         "listener_protocol_differs",
         listener!("protocol = \"udp\"\nport = 80\ntarget_group = \"web\""),
     ),
+    (
+        "listener_idle_timeout_range",
+        listener!("target_group = \"web\"\ntcp_idle_timeout = \"59s\""),
+    ),
+    (
+        "listener_idle_timeout_fraction",
+        listener!("target_group = \"web\"\ntcp_idle_timeout = \"60500ms\""),
+    ),
+    (
+        "listener_idle_timeout_protocol",
+        listener!("target_group = \"web\"\nudp_idle_timeout = \"60s\""),
+    ),
     ("listener_port_range", listener!("port = 65536\ntarget_group = \"web\"")),
     ("listener_without_target_group", listener!("port = 80")),
     ("listener_target_group_unknown", listener!("port = 80\ntarget_group = \"wbe\"")),
     ("listener_target_group_list", listener!("port = 80\ntarget_group = [\"web\"]")),
     (
-        "listener_two_target_groups",
+        "listener_target_groups_unknown",
         listener!("port = 80\ntarget_groups = [{ name = \"web\", weight = 90 }, { name = \"b\" }]"),
+    ),
+    (
+        "listener_target_groups_twice",
+        listener!("target_groups = [{ name = \"web\", weight = 90 }, { name = \"web\" }]"),
+    ),
+    (
+        "listener_target_groups_without_name",
+        listener!("target_groups = [{ name = \"web\" }, { weight = 10 }]"),
+    ),
+    ("listener_target_groups_strings", listener!("target_groups = [\"web\"]")),
+    (
+        "listener_target_groups_differ_in_stickiness",
+        listener!(
+            "target_groups = [{ name = \"web\" }, { name = \"sticky\" }]\n\
+             [target_group.sticky]\nstickiness = { type = \"source_ip\" }"
+        ),
+    ),
+    (
+        "listener_target_groups_differ_in_protocol",
+        listener!(
+            "target_groups = [{ name = \"web\" }, { name = \"dns\" }]\n\
+             [target_group.dns]\nprotocol = \"udp\""
+        ),
+    ),
+    (
+        "listener_target_groups_dsr_l2_port",
+        listener!(
+            "target_groups = [{ name = \"web\" }, { name = \"direct\" }]\n\
+             [target_group.direct]\nport = 8080\nforwarding = \"dsr_l2\"\n\
+             targets = [\"10.0.2.21\"]"
+        ),
     ),
     ("listener_no_target_groups", listener!("port = 80\ntarget_groups = []")),
     (
@@ -294,6 +351,10 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ),
     (
         "listener_target_groups_weight",
+        listener!("port = 80\ntarget_groups = [{ name = \"web\", weight = 1000 }]"),
+    ),
+    (
+        "listener_target_groups_weights_0",
         listener!("port = 80\ntarget_groups = [{ name = \"web\", weight = 0 }]"),
     ),
     ("listener_certificates", listener!("port = 80\ntarget_group = \"web\"\ncertificates = []")),
