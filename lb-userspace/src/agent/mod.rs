@@ -162,11 +162,17 @@ impl Agent {
                     gathered = None;
                     self.reconcile();
                 }
-                Some(ApiRequest::Snapshot(reply)) = events.api.recv() => match self.snapshot() {
-                    // A reader that went away needs no answer.
-                    Ok(snapshot) => drop(reply.send(snapshot)),
-                    Err(error) => warn!("no snapshot: {error:#}"),
-                },
+                Some(ApiRequest::Snapshot(reply)) = events.api.recv() => {
+                    // What is told is true of the tables already.
+                    if gathered.take().is_some() {
+                        self.reconcile();
+                    }
+                    match self.snapshot() {
+                        // A reader that went away needs no answer.
+                        Ok(snapshot) => drop(reply.send(snapshot)),
+                        Err(error) => warn!("no snapshot: {error:#}"),
+                    }
+                }
                 Some(address) = events.unresolved.recv() => self.netlink.resolve_now(address),
                 () = events.file.changed() => self.reload(false).await,
                 _ = events.signals.hangup.recv() => self.reload(true).await,
