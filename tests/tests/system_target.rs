@@ -74,12 +74,12 @@ fn machine(namespace: &Namespace) -> String {
         let output = namespace.command(program).args(arguments).output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
         // A program has another number each time: `xdp/id:7`, or `prog/xdp id 7`.
-        let mut before = "";
-        let stays = |word: &&str| {
-            let is_number = std::mem::replace(&mut before, word) == "id";
-            !is_number && !word.starts_with("xdp/id:")
-        };
-        text.split(' ').filter(stays).collect::<Vec<_>>().join(" ")
+        let words: Vec<&str> = text.split(' ').collect();
+        let before = std::iter::once("").chain(words.iter().copied());
+        let stays = before
+            .zip(&words)
+            .filter(|(before, word)| *before != "id" && !word.starts_with("xdp/id:"));
+        stays.map(|(_, word)| *word).collect::<Vec<_>>().join(" ")
     };
     let attached = namespace
         .run(|| SchedClassifier::query_tcx("eth0", TcAttachType::Egress).map(|(_, all)| all.len()));
