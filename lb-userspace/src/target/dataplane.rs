@@ -24,7 +24,8 @@ use super::plan::{Plan, Sender, Step};
 
 /// The eBPF object of a target, as `build.rs` made it.
 pub static TARGET_OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-target"));
-const WAY_IN: &str = "lb_target";
+/// The program on the way in.
+pub const WAY_IN: &str = "lb_target";
 const WAY_OUT: &str = "lb_target_out";
 
 /// What is fixed while the programs are loaded.

@@ -14,6 +14,6 @@ mod policy;
 mod seed;
 
 pub(crate) use agent::run;
-pub use dataplane::{TARGET_OBJECT, TargetDataplane, TargetLoadOptions};
+pub use dataplane::{TARGET_OBJECT, TargetDataplane, TargetLoadOptions, WAY_IN};
 pub use plan::{Plan, Sender, Step, Tables, diff};
 pub use policy::{Policy, compile};
