@@ -6,7 +6,7 @@ use etherparse::{
     Icmpv4Type, Icmpv6Type, IpFragOffset, IpHeaders, IpNumber, Ipv4Header, Ipv6Header,
     PacketBuilder, ip_number,
 };
-use lb_tests::packets::{Packet, Transport};
+use lb_tests::packets::Packet;
 
 /// The load balancer's NIC on the target's segment, which is among its group's members.
 pub const BALANCER: [u8; 6] = [2, 0, 0x0a, 0, 2, 1];
@@ -17,14 +17,7 @@ pub fn at(text: &str) -> SocketAddr {
 
 /// A TCP segment with these control bits: `F`, `S`, `R`, `A`.
 pub fn tcp(source: &str, destination: &str, flags: &str) -> Packet {
-    let mut packet = Packet::tcp(at(source), at(destination));
-    if let Transport::Tcp(header) = &mut packet.transport {
-        header.fin = flags.contains('F');
-        header.syn = flags.contains('S');
-        header.rst = flags.contains('R');
-        header.ack = flags.contains('A');
-    }
-    packet
+    Packet::flagged(at(source), at(destination), flags)
 }
 
 pub fn udp(source: &str, destination: &str) -> Packet {
