@@ -1,6 +1,7 @@
 //! The XDP programs of lb: lb-common's pipeline, bound to a packet in the kernel and to maps.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 #![allow(missing_docs, reason = "the program macros drop the comments of what they wrap")]
 
 mod frame;
@@ -20,21 +21,15 @@ use maps::Maps;
 #[xdp]
 pub fn lb_balancer(ctx: XdpContext) -> u32 {
     let maps = Maps::new(&ctx);
-    let mut step = Step::new();
-    let next = begin(&mut XdpFrame::new(&ctx), &maps, &mut step);
-    end(&ctx, &maps, next, &step)
+    let Some(step) = maps.step() else { return xdp_action::XDP_DROP };
+    let next = begin(&mut XdpFrame::new(&ctx), &maps, step);
+    end(&ctx, &maps, next, step)
 }
 
-/// Asks what is remembered of a flow.
+/// Asks what is remembered of a flow, and sends the packet to its target.
 #[xdp]
 pub fn lb_recall(ctx: XdpContext) -> u32 {
     later(&ctx, Stage::Recall)
-}
-
-/// Sends a packet to the target that was recalled for it.
-#[xdp]
-pub fn lb_deliver(ctx: XdpContext) -> u32 {
-    later(&ctx, Stage::Deliver)
 }
 
 /// Refuses a packet so that the client hears of it.
@@ -55,15 +50,15 @@ fn later(ctx: &XdpContext, stage: Stage) -> u32 {
     let maps = Maps::new(ctx);
     let Some(step) = maps.step() else { return xdp_action::XDP_DROP };
     let next = go_on(stage, &mut XdpFrame::new(ctx), &maps, step);
-    let step = *step;
-    end(ctx, &maps, next, &step)
+    end(ctx, &maps, next, step)
 }
 
 /// The verdict, or the next stage.
 #[inline(always)]
-fn end(ctx: &XdpContext, maps: &Maps<'_>, next: Next, step: &Step) -> u32 {
+fn end(ctx: &XdpContext, maps: &Maps<'_>, next: Next, step: &mut Step) -> u32 {
     if let Some(stage) = next.stage() {
-        return maps.hand_over(ctx, stage, step.for_stage(next));
+        step.prepare(next);
+        return maps.hand_over(ctx, stage);
     }
     match next.verdict(maps) {
         Verdict::Pass => xdp_action::XDP_PASS,

@@ -1,7 +1,9 @@
 //! The maps, and the pipeline's lookups in them.
 
+use core::arch::asm;
+
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_NOEXIST, bpf_fib_lookup as FibLookup, xdp_action};
-use aya_ebpf::helpers::{bpf_fib_lookup, bpf_ktime_get_ns};
+use aya_ebpf::helpers::{bpf_fib_lookup, bpf_ktime_get_coarse_ns};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::maps::{
@@ -100,28 +102,20 @@ impl<'a> Maps<'a> {
         Self { ctx }
     }
 
-    /// What the stage before left.
+    /// What one stage leaves to the next.
     #[inline(always)]
     pub fn step(&self) -> Option<&'a mut Step> {
         // SAFETY: this CPU's element; no other program run touches it before this one ends.
         STEP.get_ptr_mut(0).map(|step| unsafe { &mut *step })
     }
 
-    /// Goes on with a later stage. Each has a call of its own: of a number that the kernel knows
-    /// beforehand it makes a direct jump.
+    /// Goes on with a later stage.
     #[inline(always)]
-    pub fn hand_over(&self, ctx: &XdpContext, stage: Stage, step: Step) -> u32 {
-        if let Some(to) = self.step() {
-            *to = step;
-            // SAFETY: nothing here waits to be dropped.
-            unsafe {
-                match stage {
-                    Stage::Recall => STAGES.tail_call(ctx, Stage::Recall as u32),
-                    Stage::Deliver => STAGES.tail_call(ctx, Stage::Deliver as u32),
-                    Stage::Answer => STAGES.tail_call(ctx, Stage::Answer as u32),
-                    Stage::Encapsulate => STAGES.tail_call(ctx, Stage::Encapsulate as u32),
-                };
-            }
+    pub fn hand_over(&self, ctx: &XdpContext, stage: Stage) -> u32 {
+        match stage {
+            Stage::Recall => jump::<{ Stage::Recall as u32 }>(ctx),
+            Stage::Answer => jump::<{ Stage::Answer as u32 }>(ctx),
+            Stage::Encapsulate => jump::<{ Stage::Encapsulate as u32 }>(ctx),
         }
         // It is back: the agent has not put the stage there.
         self.count_drop(DropReason::TableInconsistent as u32);
@@ -195,6 +189,18 @@ impl<'a> Maps<'a> {
     }
 }
 
+/// Goes on with the program of a stage; comes back only if there is none. Of a number that it knows
+/// beforehand the kernel makes a direct jump. The comment in the machine's language is a different
+/// one for each stage: so the compiler does not make one call of all.
+#[inline(always)]
+fn jump<const STAGE: u32>(ctx: &XdpContext) {
+    // SAFETY: nothing here waits to be dropped, and a comment does nothing.
+    unsafe {
+        STAGES.tail_call(ctx, STAGE);
+        asm!("// stage {}", const STAGE, options(nomem, nostack, preserves_flags));
+    }
+}
+
 /// The way out is a NIC that lb is not attached to; beside the results of `bpf_fib_lookup`.
 const NOT_ATTACHED: i32 = -1;
 
@@ -249,6 +255,24 @@ fn refresh_flow(table: u32, key: &FlowKey, last_seen: u64, closing: u32) -> i32 
             (&raw mut (*entry).closing).write_volatile(closing);
         }
     }
+    0
+}
+
+/// A return flow that is there only gets the new time, in place: an update is ten times as much work.
+#[inline(never)]
+fn enter_return(key: &FlowKey, flow: &ReturnFlow) -> i32 {
+    if let Some(entry) = RETURN_FLOWS.get_ptr_mut(key) {
+        // SAFETY: the map's element. See `refresh_flow`.
+        unsafe {
+            let same = (*entry).listener == flow.listener && (*entry).target == flow.target;
+            if same {
+                (&raw mut (*entry).last_seen).write_volatile(flow.last_seen);
+                return 0;
+            }
+        }
+    }
+    // As for `insert_flow`.
+    let _ = RETURN_FLOWS.insert(key, flow, 0);
     0
 }
 
@@ -310,8 +334,10 @@ impl Tables for Maps<'_> {
 
     #[inline(always)]
     fn now(&self) -> u64 {
+        // As of the last timer interrupt, a few milliseconds ago at most: what is remembered is good
+        // for seconds, and the clock itself costs three times as much to read (docs/adr/0011).
         // SAFETY: a helper without arguments.
-        unsafe { bpf_ktime_get_ns() }
+        unsafe { bpf_ktime_get_coarse_ns() }
     }
 
     #[inline(always)]
@@ -375,8 +401,7 @@ impl Tables for Maps<'_> {
 
     #[inline(always)]
     fn remember_return(&self, key: &FlowKey, flow: &ReturnFlow) {
-        // As for `remember`.
-        let _ = RETURN_FLOWS.insert(key, flow, 0);
+        enter_return(key, flow);
     }
 
     #[inline(always)]

@@ -15,7 +15,7 @@ mod select;
 mod stage;
 mod tunnel;
 
-use bytemuck::Pod;
+use bytemuck::{Pod, Zeroable};
 
 use crate::flow::{TCP, UDP};
 use crate::tables::{Endpoint, EndpointKey, OPEN, Tables};
@@ -24,7 +24,7 @@ use crate::wire::icmp::Icmp;
 use crate::wire::{Address, Be16, EtherType};
 
 use ip::{ANY, Ip, PLAIN, V4, V6};
-use parse::{Link, Packet};
+use parse::{Link, Packet, Place};
 use reject::Answer;
 use stage::{Recall, Selected};
 
@@ -88,7 +88,7 @@ pub fn forward<F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verdict {
     let mut step = Step::new();
     let mut next = begin(frame, tables, &mut step);
     while let Some(stage) = next.stage() {
-        step = step.for_stage(next);
+        step.prepare(next);
         next = go_on(stage, frame, tables, &mut step);
     }
     next.verdict(tables)
@@ -125,9 +125,9 @@ fn begin_ip<I: Answer, F: Frame, T: Tables>(
         return next;
     }
     Next::from(if is_plain {
-        from_elsewhere::<PLAIN, I, F, T>(frame, tables, step)
+        from_target::<PLAIN, I, F, T>(frame, tables, step)
     } else {
-        from_elsewhere::<ANY, I, F, T>(frame, tables, step)
+        from_target::<ANY, I, F, T>(frame, tables, step)
     })
 }
 
@@ -139,16 +139,13 @@ pub fn go_on<F: Frame, T: Tables>(
     tables: &T,
     step: &mut Step,
 ) -> Next {
-    let is_v4 = Link::parse(frame).is_some_and(|link| link.ether_type == EtherType::IPV4);
-    Next::from(match (stage, is_v4) {
-        (Stage::Recall, true) => select::recall::<V4, F, T>(frame, tables, step),
-        (Stage::Recall, false) => select::recall::<V6, F, T>(frame, tables, step),
-        (Stage::Deliver, true) => deliver::<V4, F, T>(frame, tables, step),
-        (Stage::Deliver, false) => deliver::<V6, F, T>(frame, tables, step),
+    Next::from(match (stage, step.place.is_v4()) {
+        (Stage::Recall, true) => return recall::<V4, F, T>(frame, tables, step),
+        (Stage::Recall, false) => return recall::<V6, F, T>(frame, tables, step),
         (Stage::Answer, true) => reject::answer::<V4, F, T>(frame, tables, step),
         (Stage::Answer, false) => reject::answer::<V6, F, T>(frame, tables, step),
-        (Stage::Encapsulate, true) => tunnel::encapsulate::<V4, F, T>(frame, tables, step),
-        (Stage::Encapsulate, false) => tunnel::encapsulate::<V6, F, T>(frame, tables, step),
+        (Stage::Encapsulate, true) => encapsulate::<V4, F, T>(frame, tables, step),
+        (Stage::Encapsulate, false) => encapsulate::<V6, F, T>(frame, tables, step),
     })
 }
 
@@ -184,28 +181,64 @@ fn to_listener<const SHAPE: bool, I: Answer, F: Frame, T: Tables>(
                         class,
                     );
                 }
-                _ => return Next::with(Next::UNDECIDED, 0),
+                _ => {
+                    let port = transport.ports.source;
+                    let key = EndpointKey::new(packet.source, port, packet.protocol);
+                    let source = lookup(tables, &key);
+                    if source.kind() == Endpoint::TARGET {
+                        step.source = source;
+                        return Next::with(Next::UNDECIDED, 0);
+                    }
+                    of_nobody(tables, &packet)
+                }
             }
         }
     };
     step.conclude(outcome, packet.place())
 }
 
+/// Recalls a packet's flow and sends it to its target.
+#[inline(always)]
+fn recall<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) -> Next {
+    let next = Next::from(select::recall(tables, step));
+    if !next.is_undecided() {
+        return next;
+    }
+    Next::from(if step.place.is_plain::<I>() {
+        deliver::<PLAIN, I, F, T>(frame, tables, step)
+    } else {
+        deliver::<ANY, I, F, T>(frame, tables, step)
+    })
+}
+
+/// Sends a packet to its target through a tunnel.
+#[inline(always)]
+fn encapsulate<I: Ip, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) -> u64 {
+    if step.place.is_plain::<I>() {
+        tunnel::encapsulate::<PLAIN, I, F, T>(frame, tables, step)
+    } else {
+        tunnel::encapsulate::<ANY, I, F, T>(frame, tables, step)
+    }
+}
+
 /// Sends a packet to the target that was recalled for it.
 #[inline(never)]
-fn deliver<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) -> u64 {
+fn deliver<const SHAPE: bool, I: Answer, F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    step: &mut Step,
+) -> u64 {
     let pass = Next::with(Next::PASS, 0);
-    let Some(link) = Link::parse(frame) else { return pass };
-    let Some(packet) = step.place.read::<I, F>(frame) else { return pass };
+    let Some((link, packet)) = read_again::<SHAPE, I, F>(frame, &step.place) else { return pass };
     let Some(transport) = &packet.transport else { return pass };
     let selected = (step.recall.listener, step.selected);
     let outcome = request::deliver(frame, tables, &link, &packet, transport, selected, step);
     step.conclude(outcome, packet.place())
 }
 
-/// A target's reply, or a packet that is none of ours.
+/// A packet from [`Step::source`], a target.
 #[inline(never)]
-fn from_elsewhere<const SHAPE: bool, I: Answer, F: Frame, T: Tables>(
+fn from_target<const SHAPE: bool, I: Answer, F: Frame, T: Tables>(
     frame: &mut F,
     tables: &T,
     step: &mut Step,
@@ -213,16 +246,15 @@ fn from_elsewhere<const SHAPE: bool, I: Answer, F: Frame, T: Tables>(
     let pass = Next::with(Next::PASS, 0);
     let Some((link, packet)) = parse::<SHAPE, I, F>(frame) else { return pass };
     let Some(transport) = &packet.transport else { return pass };
-    let port = transport.ports.source;
-    let endpoint = lookup(tables, &EndpointKey::new(packet.source, port, packet.protocol));
-    let outcome = if endpoint.kind() == Endpoint::TARGET {
-        reply::handle(frame, tables, &link, &packet, transport, &endpoint)
-    } else if is_owned(tables, &packet) {
-        Err(DropReason::NoListener.into())
-    } else {
-        Ok(Verdict::Pass)
-    };
+    let source = step.source;
+    let outcome = reply::handle(frame, tables, &link, &packet, transport, &source);
     step.conclude(outcome, packet.place())
+}
+
+/// A packet from no target and to no listener.
+#[inline(always)]
+fn of_nobody<I: Ip, T: Tables>(tables: &T, packet: &Packet<I>) -> Outcome {
+    if is_owned(tables, packet) { Err(DropReason::NoListener.into()) } else { Ok(Verdict::Pass) }
 }
 
 #[inline(always)]
@@ -230,6 +262,18 @@ fn parse<const SHAPE: bool, I: Ip, F: Frame>(frame: &F) -> Option<(Link, Packet<
     let link = if SHAPE == PLAIN { Link::untagged::<I>() } else { Link::parse(frame)? };
     let packet = Packet::parse::<SHAPE, F>(frame, &link)?;
     Some((link, packet))
+}
+
+/// The headers of a packet that another stage has parsed.
+#[inline(always)]
+fn read_again<const SHAPE: bool, I: Ip, F: Frame>(
+    frame: &F,
+    place: &Place,
+) -> Option<(Link, Packet<I>)> {
+    if SHAPE == PLAIN {
+        return parse::<PLAIN, I, F>(frame);
+    }
+    Some((Link::parse(frame)?, place.read::<I, F>(frame)?))
 }
 
 /// A packet without ports: a later fragment, a truncated header, another protocol.
@@ -291,7 +335,8 @@ fn admit<I: Ip, T: Tables>(
 }
 
 /// What an endpoint's key leads to: the second half of an [`Endpoint`].
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
 struct Found {
     kind: u32,
     listener: u32,

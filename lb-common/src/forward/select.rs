@@ -6,7 +6,6 @@
 use crate::flow::{self, Flow, FlowKey, FlowTable, Keys, ReturnFlow, TCP};
 use crate::tables::{Endpoint, Slot, Tables, Target};
 use crate::verdict::DropReason;
-use crate::wire::{Address, Be16};
 
 use super::decide::{self, Fate, Kind, Known};
 use super::ip::Ip;
@@ -29,10 +28,11 @@ pub fn select<I: Ip, T: Tables>(
     listener: &Found,
     recall: &mut Recall,
 ) -> Result<Selected, Stop> {
+    let key = packet.flow(transport.ports);
     let hash = if listener.has(Endpoint::BY_SOURCE) {
         tables.keys().source(packet.source)
     } else {
-        tables.keys().flow(&packet.flow(transport.ports))
+        tables.keys().flow(&key)
     };
     let chosen = flow::slot(hash, tables.ring_size());
     let slot = slot(tables, listener.index, chosen)?;
@@ -43,7 +43,8 @@ pub fn select<I: Ip, T: Tables>(
     }
     let (ring, listener) = (listener.index, listener.listener);
     let (is_tracked, hash) = (is_tracked as u32, hash as u32);
-    *recall = Recall { slot, chosen, ring, listener, is_tracked, hash };
+    let flags = transport.flags as u32;
+    *recall = Recall { slot, chosen, ring, listener, is_tracked, hash, key, flags };
     Err(Stop::Recall)
 }
 
@@ -89,21 +90,15 @@ pub fn serving<T: Tables>(tables: &T, index: u32) -> Option<&Target> {
 }
 
 /// Recalls the flow, and remembers it if it must: it may be older than the slot's last change, or
-/// is tracked anyway.
+/// is tracked anyway. Leaves the target, or says why there is none.
 #[inline(never)]
-pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step) -> u64 {
-    let mut asked = Asked::nothing();
-    if ask::<I, F>(frame, &step.place, &mut asked) == 0 {
-        return Next::with(Next::PASS, 0);
-    }
+pub fn recall<T: Tables>(tables: &T, step: &mut Step) -> u64 {
     // Parts that are functions of their own in the kernel too, and look at the flow in memory: what
     // one of them found out the verifier need not follow through the others.
-    let asked = core::hint::black_box(&asked);
-    let recall = step.recall;
-    match remember(tables, asked, &recall) {
+    match remember(tables, &step.recall) {
         Ok(selected) => {
             step.selected = selected;
-            Next::with(Next::DELIVER, 0)
+            Next::with(Next::UNDECIDED, 0)
         }
         Err(reason) => Next::with(Next::ANSWER, reason as u32),
     }
@@ -114,9 +109,9 @@ pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step
 /// when there is none for it, [`DropReason::PortAllocationError`] when its 4-tuple is taken at
 /// every target tried.
 #[inline(always)]
-fn remember<T: Tables>(tables: &T, asked: &Asked, recall: &Recall) -> Result<Selected, DropReason> {
+fn remember<T: Tables>(tables: &T, recall: &Recall) -> Result<Selected, DropReason> {
     let mut index = 0;
-    let outcome = go_on(tables, asked, recall, &mut index);
+    let outcome = go_on(tables, recall, &mut index);
     if outcome == KNOWN {
         return Ok(Selected { index, is_new: 0, hash: recall.hash });
     }
@@ -124,14 +119,14 @@ fn remember<T: Tables>(tables: &T, asked: &Asked, recall: &Recall) -> Result<Sel
         return Err(DropReason::TargetDown);
     }
     if serving(tables, index).is_none() {
-        if asked.key.protocol == TCP {
+        if recall.key.protocol == TCP {
             return Err(without_target(index));
         }
         // A datagram has nothing to lose by another target.
         index = recall.slot.current;
     }
     if recall.is_tracked != 0 {
-        let refused = claim(tables, &asked.key, recall, &mut index);
+        let refused = claim(tables, recall, &mut index);
         if refused != CLAIMED {
             return Err(match refused {
                 TAKEN => DropReason::PortAllocationError,
@@ -140,43 +135,15 @@ fn remember<T: Tables>(tables: &T, asked: &Asked, recall: &Recall) -> Result<Sel
             });
         }
     }
-    let is_new = note(tables, asked, recall, index);
+    let is_new = note(tables, recall, index);
     Ok(Selected { index, is_new, hash: recall.hash })
 }
 
-/// What a packet says of its flow, in memory.
-struct Asked {
-    key: FlowKey,
-    flags: u8,
-}
-
-impl Asked {
-    #[inline(always)]
-    fn nothing() -> Self {
-        let zero = core::hint::black_box(0_u64);
-        let key = FlowKey {
-            source: Address::from_words([zero; 2]),
-            destination: Address::from_words([zero; 2]),
-            source_port: Be16::from_raw(zero as u16),
-            destination_port: Be16::from_raw(zero as u16),
-            protocol: zero as u8,
-            zero: [zero as u8; 3],
-        };
-        Self { key, flags: zero as u8 }
-    }
-
+impl Recall {
     #[inline(always)]
     fn kind(&self) -> Kind {
-        Kind::of(self.key.protocol, self.flags)
+        Kind::of(self.key.protocol, self.flags as u8)
     }
-}
-
-/// Reads the flow once more, with stack of its own; 0 if it is not there.
-#[inline(never)]
-fn ask<I: Ip, F: Frame>(frame: &F, place: &Place, asked: &mut Asked) -> u32 {
-    let Some((key, transport)) = place.flow::<I, F>(frame) else { return 0 };
-    *asked = Asked { key, flags: transport.flags };
-    1
 }
 
 /// The flow goes on to its target.
@@ -188,10 +155,10 @@ const UNKNOWN: u32 = 2;
 
 /// Goes on with a remembered flow, or says where an unknown one goes. Returns one of the above.
 #[inline(never)]
-fn go_on<T: Tables>(tables: &T, asked: &Asked, recall: &Recall, index: &mut u32) -> u32 {
+fn go_on<T: Tables>(tables: &T, recall: &Recall, index: &mut u32) -> u32 {
     let now = tables.now();
-    let key = &asked.key;
-    let kind = asked.kind();
+    let key = &recall.key;
+    let kind = recall.kind();
     let mut found = Recalled::nothing();
     if find(tables, key, now, idle(tables, recall.listener), &mut found) == Recalled::NOWHERE {
         *index = decide::choice(recall.slot, kind);
@@ -202,7 +169,7 @@ fn go_on<T: Tables>(tables: &T, asked: &Asked, recall: &Recall, index: &mut u32)
     let flags = tables.target(known.flow.target).map_or(0, |target| target.flags);
     let fate = decide::fate(&known, flags, kind, now);
     if matches!(fate, Fate::Kept | Fate::Refreshed | Fate::Promoted) {
-        update(tables, key, recall, &known, fate, kind, now);
+        update(tables, recall, &known, fate, kind, now);
         return KNOWN;
     }
     // A pinned slot does not remember the new connection: its next packet must not find this.
@@ -216,12 +183,12 @@ fn go_on<T: Tables>(tables: &T, asked: &Asked, recall: &Recall, index: &mut u32)
 
 /// Remembers a flow that was not, if it must be; whether it is new, as far as can be told.
 #[inline(never)]
-fn note<T: Tables>(tables: &T, asked: &Asked, recall: &Recall, index: u32) -> u32 {
-    let kind = asked.kind();
+fn note<T: Tables>(tables: &T, recall: &Recall, index: u32) -> u32 {
+    let kind = recall.kind();
     if let Some(table) = decide::first_table(recall.slot, kind, recall.is_tracked != 0) {
         let closing = (kind == Kind::Ending) as u32;
         let flow = Flow { last_seen: tables.now(), target: index, closing };
-        tables.remember(table, &asked.key, &flow);
+        tables.remember(table, &recall.key, &flow);
     }
     matches!(kind, Kind::Opening | Kind::Datagram) as u32
 }
@@ -285,15 +252,8 @@ fn idle<T: Tables>(tables: &T, listener: u32) -> u32 {
 
 /// Notes the time and the end of a known flow.
 #[inline(always)]
-fn update<T: Tables>(
-    tables: &T,
-    key: &FlowKey,
-    recall: &Recall,
-    known: &Known,
-    fate: Fate,
-    kind: Kind,
-    now: u64,
-) {
+fn update<T: Tables>(tables: &T, recall: &Recall, known: &Known, fate: Fate, kind: Kind, now: u64) {
+    let key = &recall.key;
     let target = known.flow.target;
     let flow = Flow { last_seen: now, target, closing: decide::closing(&known.flow, kind, now) };
     match fate {
@@ -327,7 +287,8 @@ const INCONSISTENT: u32 = 3;
 /// The same client address and port, through two listeners to one target, would be one 4-tuple
 /// there: the later connection takes the next target on the ring. Returns one of the above.
 #[inline(never)]
-fn claim<T: Tables>(tables: &T, key: &FlowKey, recall: &Recall, index: &mut u32) -> u32 {
+fn claim<T: Tables>(tables: &T, recall: &Recall, index: &mut u32) -> u32 {
+    let key = &recall.key;
     let now = tables.now();
     let size = tables.ring_size();
     // Neighbouring slots often hold the same target: step far.
@@ -394,7 +355,7 @@ mod tests {
     use crate::model::{Bytes, Model};
     use crate::tables::{Listener, NextHop, SlotState};
     use crate::verdict::Verdict;
-    use crate::wire::Tcp;
+    use crate::wire::{Address, Be16, Tcp};
 
     use super::*;
 

@@ -7,35 +7,33 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use crate::flow::FlowKey;
 use crate::tables::{Slot, Tables};
 use crate::verdict::{DropReason, Verdict};
 
 use super::parse::Place;
-use super::{Outcome, Stop};
+use super::{Found, Outcome, Stop};
 
 /// A stage after the first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Stage {
-    /// Asks what is remembered of a flow, and remembers it if it must.
+    /// Asks what is remembered of a flow, remembers it if it must, and sends the packet there.
     Recall = 0,
-    /// Sends a packet to the target that was recalled for it.
-    Deliver = 1,
     /// Refuses a packet so that the client hears of it.
-    Answer = 2,
+    Answer = 1,
     /// Sends a packet to its target through a tunnel.
-    Encapsulate = 3,
+    Encapsulate = 2,
 }
 
 impl Stage {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 4] = [Self::Recall, Self::Deliver, Self::Answer, Self::Encapsulate];
+    pub const ALL: [Self; 3] = [Self::Recall, Self::Answer, Self::Encapsulate];
 
     /// The name of its program.
     pub const fn program(self) -> &'static str {
         match self {
             Self::Recall => "lb_recall",
-            Self::Deliver => "lb_deliver",
             Self::Answer => "lb_answer",
             Self::Encapsulate => "lb_encapsulate",
         }
@@ -59,7 +57,6 @@ impl Next {
     pub(super) const DROP: u32 = 4;
     /// The first of the stages.
     const STAGES: u32 = 8;
-    pub(super) const DELIVER: u32 = Self::STAGES + Stage::Deliver as u32;
     pub(super) const ANSWER: u32 = Self::STAGES + Stage::Answer as u32;
     const ENCAPSULATE: u32 = Self::STAGES + Stage::Encapsulate as u32;
     const RECALL: u32 = Self::STAGES + Stage::Recall as u32;
@@ -79,7 +76,6 @@ impl Next {
     pub fn stage(self) -> Option<Stage> {
         match self.action {
             Self::RECALL => Some(Stage::Recall),
-            Self::DELIVER => Some(Stage::Deliver),
             Self::ANSWER => Some(Stage::Answer),
             Self::ENCAPSULATE => Some(Stage::Encapsulate),
             _ => None,
@@ -110,23 +106,26 @@ impl From<u64> for Next {
     }
 }
 
-/// What one stage leaves to the next, in memory. Plain numbers that are always written: an enum
-/// leaves bytes unset that the compiler copies all the same, and the verifier refuses.
+/// What one stage leaves to the next. In the kernel it is this CPU's element of a map, which still
+/// holds what earlier packets left: a stage reads only what the one before it wrote.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub struct Step {
     pub(super) recall: Recall,
     pub(super) place: Place,
     pub(super) selected: Selected,
+    /// Of a target's packet: what its source leads to.
+    pub(super) source: Found,
     /// By stage: a [`DropReason`].
     pub(super) argument: u32,
-    zero: u32,
 }
 
 /// What is asked of the flow table.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub struct Recall {
+    /// The flow.
+    pub key: FlowKey,
     /// The slot that the hash chose.
     pub slot: Slot,
     /// Its number in the ring.
@@ -139,6 +138,8 @@ pub struct Recall {
     pub is_tracked: u32,
     /// See [`Selected::hash`].
     pub hash: u32,
+    /// TCP's control bits; 0 for UDP.
+    pub flags: u32,
 }
 
 /// A flow's target.
@@ -154,17 +155,15 @@ pub struct Selected {
 }
 
 impl Step {
-    /// Nothing is known yet. The zero is hidden from the compiler: it would make one call of all
-    /// the stores, to a function that clears the bytes one by one.
-    #[inline(always)]
+    /// Nothing is known yet.
     pub fn new() -> Self {
-        bytemuck::cast([core::hint::black_box(0_u64); size_of::<Self>() / 8])
+        Self::zeroed()
     }
 
-    /// What the stage that comes next is told.
+    /// Tells the stage that comes next.
     #[inline(always)]
-    pub fn for_stage(self, next: Next) -> Self {
-        Self { argument: next.argument, ..self }
+    pub fn prepare(&mut self, next: Next) {
+        self.argument = next.argument;
     }
 
     /// Takes down how a stage ended.
@@ -175,21 +174,16 @@ impl Step {
             Ok(Verdict::Transmit) => Next::with(Next::TRANSMIT, 0),
             Ok(Verdict::Redirect(ifindex)) => Next::with(Next::REDIRECT, ifindex),
             Err(Stop::Drop(reason)) => Next::with(Next::DROP, reason as u32),
-            Err(Stop::Answer(reason)) => {
+            Err(stop) => {
                 self.place = place;
-                Next::with(Next::ANSWER, reason as u32)
-            }
-            Err(Stop::Recall) => {
-                self.place = place;
-                Next::with(Next::RECALL, 0)
-            }
-            Err(Stop::TooBig) => {
-                self.place = place;
-                Next::with(Next::ANSWER, DropReason::TooBig as u32)
-            }
-            Err(Stop::Encapsulate) => {
-                self.place = place;
-                Next::with(Next::ENCAPSULATE, 0)
+                match stop {
+                    Stop::Drop(reason) | Stop::Answer(reason) => {
+                        Next::with(Next::ANSWER, reason as u32)
+                    }
+                    Stop::Recall => Next::with(Next::RECALL, 0),
+                    Stop::TooBig => Next::with(Next::ANSWER, DropReason::TooBig as u32),
+                    Stop::Encapsulate => Next::with(Next::ENCAPSULATE, 0),
+                }
             }
         }
     }

@@ -30,6 +30,9 @@ struct PacketOptions {
     /// Only the floors and the kinds whose name contains this text
     #[arg(long, default_value = "")]
     only: String,
+    /// Only the floors and the kinds with so many flows
+    #[arg(long)]
+    flows: Option<u32>,
     /// Another build of the eBPF object, measured in the same rounds; its rows begin with `*`
     #[arg(long, value_name = "OBJECT")]
     against: Option<PathBuf>,

@@ -92,7 +92,10 @@ fn measure(options: &PacketOptions) -> Result<()> {
     pin_to_cpu(options.cpu).with_context(|| format!("run on CPU {}", options.cpu))?;
     let mut dataplane = ready(Dataplane::load(&LOAD)?)?;
     let mut rows = rows();
-    rows.retain(|row| row.is_floor() || row.name.contains(&options.only));
+    let is_wanted = |row: &Row| {
+        row.name.contains(&options.only) && options.flows.is_none_or(|flows| row.flows == flows)
+    };
+    rows.retain(|row| row.is_floor() || is_wanted(row));
     let mut subjects = Subjects { balancer: program(&mut dataplane)?, other: None };
     // Kept until the end: with it the program's tables would go.
     let mut _other = None;
