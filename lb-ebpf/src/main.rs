@@ -11,7 +11,7 @@ mod runtime;
 use aya_ebpf::bindings::xdp_action;
 use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
-use lb_common::forward::{Next, Stage, Step, begin, go_on};
+use lb_common::forward::{Next, Stage, begin, go_on};
 use lb_common::verdict::Verdict;
 
 use frame::XdpFrame;
@@ -21,9 +21,8 @@ use maps::Maps;
 #[xdp]
 pub fn lb_balancer(ctx: XdpContext) -> u32 {
     let maps = Maps::new(&ctx);
-    let Some(step) = maps.step() else { return xdp_action::XDP_DROP };
-    let next = begin(&mut XdpFrame::new(&ctx), &maps, step);
-    end(&ctx, &maps, next, step)
+    let next = begin(&mut XdpFrame::new(&ctx), &maps, &mut maps.first());
+    end(&ctx, &maps, next)
 }
 
 /// Asks what is remembered of a flow, and sends the packet to its target.
@@ -50,15 +49,14 @@ fn later(ctx: &XdpContext, stage: Stage) -> u32 {
     let maps = Maps::new(ctx);
     let Some(step) = maps.step() else { return xdp_action::XDP_DROP };
     let next = go_on(stage, &mut XdpFrame::new(ctx), &maps, step);
-    end(ctx, &maps, next, step)
+    end(ctx, &maps, next)
 }
 
 /// The verdict, or the next stage.
 #[inline(always)]
-fn end(ctx: &XdpContext, maps: &Maps<'_>, next: Next, step: &mut Step) -> u32 {
+fn end(ctx: &XdpContext, maps: &Maps<'_>, next: Next) -> u32 {
     if let Some(stage) = next.stage() {
-        step.prepare(next);
-        return maps.hand_over(ctx, stage);
+        return maps.hand_over(ctx, stage, next);
     }
     match next.verdict(maps) {
         Verdict::Pass => xdp_action::XDP_PASS,

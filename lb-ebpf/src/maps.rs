@@ -13,7 +13,7 @@ use aya_ebpf::programs::XdpContext;
 use aya_ebpf::{EbpfContext as _, Global};
 use aya_log_ebpf::debug;
 use lb_common::flow::{Flow, FlowKey, FlowTable, HashKeys, Keys, ReturnFlow};
-use lb_common::forward::{Stage, Step};
+use lb_common::forward::{Handover, Next, Stage, Step};
 use lb_common::tables::{
     AdmissionKey, BUCKETS, Bucket, CachedHop, Endpoint, EndpointKey, FlowChanges, Interface,
     Listener, MAX_DEVICES, MAX_DIRECT_FLOWS, MAX_LISTENERS, MAX_PREFIXES, MAX_RINGS, MAX_TARGETS,
@@ -102,6 +102,12 @@ impl<'a> Maps<'a> {
         Self { ctx }
     }
 
+    /// The step as the first stage looks for it.
+    #[inline(always)]
+    pub fn first(&self) -> Lazy<'_> {
+        Lazy { maps: self }
+    }
+
     /// What one stage leaves to the next.
     #[inline(always)]
     pub fn step(&self) -> Option<&'a mut Step> {
@@ -111,7 +117,8 @@ impl<'a> Maps<'a> {
 
     /// Goes on with a later stage.
     #[inline(always)]
-    pub fn hand_over(&self, ctx: &XdpContext, stage: Stage) -> u32 {
+    pub fn hand_over(&self, ctx: &XdpContext, stage: Stage, next: Next) -> u32 {
+        self.first().with_step(|step| step.prepare(next));
         match stage {
             Stage::Recall => jump::<{ Stage::Recall as u32 }>(ctx),
             Stage::Answer => jump::<{ Stage::Answer as u32 }>(ctx),
@@ -198,6 +205,20 @@ fn jump<const STAGE: u32>(ctx: &XdpContext) {
     unsafe {
         STAGES.tail_call(ctx, STAGE);
         asm!("// stage {}", const STAGE, options(nomem, nostack, preserves_flags));
+    }
+}
+
+/// The step, looked up when it is needed.
+pub struct Lazy<'a> {
+    maps: &'a Maps<'a>,
+}
+
+impl Handover for Lazy<'_> {
+    #[inline(always)]
+    fn with_step(&mut self, f: impl FnOnce(&mut Step)) {
+        if let Some(step) = self.maps.step() {
+            f(step);
+        }
     }
 }
 

@@ -15,10 +15,10 @@ mod select;
 mod stage;
 mod tunnel;
 
-use bytemuck::{Pod, Zeroable};
+use bytemuck::Pod;
 
 use crate::flow::{TCP, UDP};
-use crate::tables::{Endpoint, EndpointKey, OPEN, Tables};
+use crate::tables::{Endpoint, EndpointKey, MAX_TARGETS, OPEN, Tables};
 use crate::verdict::{DropReason, Verdict};
 use crate::wire::icmp::Icmp;
 use crate::wire::{Address, Be16, EtherType};
@@ -28,7 +28,7 @@ use parse::{Link, Packet, Place};
 use reject::Answer;
 use stage::{Recall, Selected};
 
-pub use stage::{Next, Stage, Step};
+pub use stage::{Handover, Next, Stage, Step};
 
 /// The bytes of a packet. Every access checks its bounds.
 pub trait Frame {
@@ -97,7 +97,7 @@ pub fn forward<F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verdict {
 /// The first stage. Its parts are functions of their own in the kernel too, called one after the
 /// other: reading the headers again is cheaper than keeping them in memory.
 #[inline(always)]
-pub fn begin<F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) -> Next {
+pub fn begin<F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut impl Handover) -> Next {
     let Some(link) = Link::parse(frame) else { return Next::from(Next::with(Next::PASS, 0)) };
     match link.ether_type {
         EtherType::IPV4 => begin_ip::<V4, F, T>(frame, tables, step, &link),
@@ -112,22 +112,22 @@ pub fn begin<F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) ->
 fn begin_ip<I: Answer, F: Frame, T: Tables>(
     frame: &mut F,
     tables: &T,
-    step: &mut Step,
+    step: &mut impl Handover,
     link: &Link,
 ) -> Next {
     let is_plain = link.tags == 0 && I::is_plain(frame);
-    let next = Next::from(if is_plain {
+    let next = if is_plain {
         to_listener::<PLAIN, I, F, T>(frame, tables, step)
     } else {
         to_listener::<ANY, I, F, T>(frame, tables, step)
-    });
-    if !next.is_undecided() {
-        return next;
+    };
+    if !Found::is_packed(next) {
+        return Next::from(next);
     }
     Next::from(if is_plain {
-        from_target::<PLAIN, I, F, T>(frame, tables, step)
+        from_target::<PLAIN, I, F, T>(frame, tables, step, next)
     } else {
-        from_target::<ANY, I, F, T>(frame, tables, step)
+        from_target::<ANY, I, F, T>(frame, tables, step, next)
     })
 }
 
@@ -155,7 +155,7 @@ pub fn go_on<F: Frame, T: Tables>(
 fn to_listener<const SHAPE: bool, I: Answer, F: Frame, T: Tables>(
     frame: &mut F,
     tables: &T,
-    step: &mut Step,
+    step: &mut impl Handover,
 ) -> u64 {
     let Some((link, packet)) = parse::<SHAPE, I, F>(frame) else {
         return Next::with(Next::PASS, 0);
@@ -186,15 +186,14 @@ fn to_listener<const SHAPE: bool, I: Answer, F: Frame, T: Tables>(
                     let key = EndpointKey::new(packet.source, port, packet.protocol);
                     let source = lookup(tables, &key);
                     if source.kind() == Endpoint::TARGET {
-                        step.source = source;
-                        return Next::with(Next::UNDECIDED, 0);
+                        return source.packed();
                     }
                     of_nobody(tables, &packet)
                 }
             }
         }
     };
-    step.conclude(outcome, packet.place())
+    stage::conclude(step, outcome, packet.place())
 }
 
 /// Recalls a packet's flow and sends it to its target.
@@ -233,22 +232,23 @@ fn deliver<const SHAPE: bool, I: Answer, F: Frame, T: Tables>(
     let Some(transport) = &packet.transport else { return pass };
     let selected = (step.recall.listener, step.selected);
     let outcome = request::deliver(frame, tables, &link, &packet, transport, selected, step);
-    step.conclude(outcome, packet.place())
+    stage::conclude(step, outcome, packet.place())
 }
 
-/// A packet from [`Step::source`], a target.
+/// A packet from a target, which is [packed](Found::packed).
 #[inline(never)]
 fn from_target<const SHAPE: bool, I: Answer, F: Frame, T: Tables>(
     frame: &mut F,
     tables: &T,
-    step: &mut Step,
+    step: &mut impl Handover,
+    source: u64,
 ) -> u64 {
     let pass = Next::with(Next::PASS, 0);
     let Some((link, packet)) = parse::<SHAPE, I, F>(frame) else { return pass };
     let Some(transport) = &packet.transport else { return pass };
-    let source = step.source;
+    let source = Found::unpacked(core::hint::black_box(source));
     let outcome = reply::handle(frame, tables, &link, &packet, transport, &source);
-    step.conclude(outcome, packet.place())
+    stage::conclude(step, outcome, packet.place())
 }
 
 /// A packet from no target and to no listener.
@@ -335,8 +335,7 @@ fn admit<I: Ip, T: Tables>(
 }
 
 /// What an endpoint's key leads to: the second half of an [`Endpoint`].
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
+#[derive(Clone, Copy)]
 struct Found {
     kind: u32,
     listener: u32,
@@ -357,6 +356,26 @@ impl Found {
     #[inline(always)]
     fn kind(&self) -> u8 {
         self.kind as u8 & Endpoint::KIND
+    }
+
+    /// What a reply needs of a target, as one number, which a function returns in a register. Its
+    /// last byte is no [`Next`]'s.
+    #[inline(always)]
+    fn packed(&self) -> u64 {
+        let flags = self.kind & !(Endpoint::KIND as u32) & 0xff;
+        (self.listener as u64) << 32 | (self.index << 16 | flags << 8 | Next::UNDECIDED) as u64
+    }
+
+    #[inline(always)]
+    fn is_packed(next: u64) -> bool {
+        next as u8 as u32 == Next::UNDECIDED
+    }
+
+    #[inline(always)]
+    fn unpacked(packed: u64) -> Self {
+        let low = packed as u32;
+        let kind = (low >> 8) & 0xff | Endpoint::TARGET as u32;
+        Self { kind, listener: (packed >> 32) as u32, index: low >> 16, class: OPEN }
     }
 
     #[inline(always)]
@@ -400,6 +419,9 @@ fn look_up_overflow<T: Tables>(
         *found = Found::new(&endpoint);
     }
 }
+
+/// A packed target's number has 16 bits.
+const _: () = assert!(MAX_TARGETS <= 1 << 16);
 
 #[inline(always)]
 fn matches(endpoint: &Endpoint, key: &EndpointKey) -> bool {

@@ -10,7 +10,7 @@ use crate::verdict::DropReason;
 use super::decide::{self, Fate, Kind, Known};
 use super::ip::Ip;
 use super::parse::{Packet, Place, Transport};
-use super::{Found, Frame, Next, Recall, Selected, Step, Stop};
+use super::{Found, Frame, Handover, Next, Recall, Selected, Step, Stop};
 
 /// Slots that a new connection tries when its 4-tuple is taken at a target: of two targets, both
 /// are among them but once in 32,768 cases.
@@ -26,7 +26,7 @@ pub fn select<I: Ip, T: Tables>(
     packet: &Packet<I>,
     transport: &Transport,
     listener: &Found,
-    recall: &mut Recall,
+    step: &mut impl Handover,
 ) -> Result<Selected, Stop> {
     let key = packet.flow(transport.ports);
     let hash = if listener.has(Endpoint::BY_SOURCE) {
@@ -44,7 +44,9 @@ pub fn select<I: Ip, T: Tables>(
     let (ring, listener) = (listener.index, listener.listener);
     let (is_tracked, hash) = (is_tracked as u32, hash as u32);
     let flags = transport.flags as u32;
-    *recall = Recall { slot, chosen, ring, listener, is_tracked, hash, key, flags };
+    step.with_step(|step| {
+        step.recall = Recall { slot, chosen, ring, listener, is_tracked, hash, key, flags };
+    });
     Err(Stop::Recall)
 }
 

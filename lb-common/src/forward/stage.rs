@@ -12,7 +12,7 @@ use crate::tables::{Slot, Tables};
 use crate::verdict::{DropReason, Verdict};
 
 use super::parse::Place;
-use super::{Found, Outcome, Stop};
+use super::{Outcome, Stop};
 
 /// A stage after the first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,8 +114,6 @@ pub struct Step {
     pub(super) recall: Recall,
     pub(super) place: Place,
     pub(super) selected: Selected,
-    /// Of a target's packet: what its source leads to.
-    pub(super) source: Found,
     /// By stage: a [`DropReason`].
     pub(super) argument: u32,
 }
@@ -154,6 +152,19 @@ pub struct Selected {
     pub hash: u32,
 }
 
+/// Where the [`Step`] is. The first stage looks for it only if the packet needs one.
+pub trait Handover {
+    /// Reads or writes the step.
+    fn with_step(&mut self, write: impl FnOnce(&mut Step));
+}
+
+impl Handover for Step {
+    #[inline(always)]
+    fn with_step(&mut self, write: impl FnOnce(&mut Step)) {
+        write(self);
+    }
+}
+
 impl Step {
     /// Nothing is known yet.
     pub fn new() -> Self {
@@ -165,25 +176,25 @@ impl Step {
     pub fn prepare(&mut self, next: Next) {
         self.argument = next.argument;
     }
+}
 
-    /// Takes down how a stage ended.
-    #[inline(always)]
-    pub(super) fn conclude(&mut self, outcome: Outcome, place: Place) -> u64 {
-        match outcome {
-            Ok(Verdict::Pass | Verdict::Drop) => Next::with(Next::PASS, 0),
-            Ok(Verdict::Transmit) => Next::with(Next::TRANSMIT, 0),
-            Ok(Verdict::Redirect(ifindex)) => Next::with(Next::REDIRECT, ifindex),
-            Err(Stop::Drop(reason)) => Next::with(Next::DROP, reason as u32),
-            Err(stop) => {
-                self.place = place;
-                match stop {
-                    Stop::Drop(reason) | Stop::Answer(reason) => {
-                        Next::with(Next::ANSWER, reason as u32)
-                    }
-                    Stop::Recall => Next::with(Next::RECALL, 0),
-                    Stop::TooBig => Next::with(Next::ANSWER, DropReason::TooBig as u32),
-                    Stop::Encapsulate => Next::with(Next::ENCAPSULATE, 0),
+/// Says how a stage ended, and leaves what the next one needs.
+#[inline(always)]
+pub(super) fn conclude(step: &mut impl Handover, outcome: Outcome, place: Place) -> u64 {
+    match outcome {
+        Ok(Verdict::Pass | Verdict::Drop) => Next::with(Next::PASS, 0),
+        Ok(Verdict::Transmit) => Next::with(Next::TRANSMIT, 0),
+        Ok(Verdict::Redirect(ifindex)) => Next::with(Next::REDIRECT, ifindex),
+        Err(Stop::Drop(reason)) => Next::with(Next::DROP, reason as u32),
+        Err(stop) => {
+            step.with_step(|step| step.place = place);
+            match stop {
+                Stop::Drop(reason) | Stop::Answer(reason) => {
+                    Next::with(Next::ANSWER, reason as u32)
                 }
+                Stop::Recall => Next::with(Next::RECALL, 0),
+                Stop::TooBig => Next::with(Next::ANSWER, DropReason::TooBig as u32),
+                Stop::Encapsulate => Next::with(Next::ENCAPSULATE, 0),
             }
         }
     }

@@ -9,6 +9,7 @@ use crate::wire::ipv4::TtlProtocolChecksum;
 use crate::wire::{Be16, Be32, Ethernet, Ipv4, Ipv6, Udp, VlanTag};
 
 use super::ip::{Ip, PLAIN, V4, V6};
+use super::stage::conclude;
 use super::{Frame, Outcome, Selected, Step, emit};
 
 /// Bits of IPv6's flow label (RFC 8200 section 3).
@@ -23,7 +24,8 @@ pub fn encapsulate<const SHAPE: bool, I: Ip, F: Frame, T: Tables>(
     step: &mut Step,
 ) -> u64 {
     let outcome = enter::<SHAPE, I, F, T>(frame, tables, step);
-    step.conclude(outcome, step.place)
+    let place = step.place;
+    conclude(step, outcome, place)
 }
 
 #[inline(always)]
