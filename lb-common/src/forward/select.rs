@@ -112,8 +112,13 @@ pub fn recall<T: Tables>(tables: &T, step: &mut Step) -> u64 {
 /// every target tried.
 #[inline(always)]
 fn remember<T: Tables>(tables: &T, recall: &Recall) -> Result<Selected, DropReason> {
+    let mut found = Recalled::nothing();
+    let kept = kept(tables, recall, &mut found);
+    if kept != MORE && kept != ELSEWHERE {
+        return Ok(Selected { index: kept, is_new: 0, hash: recall.hash });
+    }
     let mut index = 0;
-    let outcome = go_on(tables, recall, &mut index);
+    let outcome = go_on(tables, recall, kept, &mut found, &mut index);
     if outcome == KNOWN {
         return Ok(Selected { index, is_new: 0, hash: recall.hash });
     }
@@ -148,6 +153,30 @@ impl Recall {
     }
 }
 
+/// The flow is none of those that have shown themselves twice.
+const ELSEWHERE: u32 = u32::MAX;
+/// It is one of them, and there is more to be done.
+const MORE: u32 = 0;
+
+/// Most packets' case, decided at once: the target of a flow that has shown itself twice and of
+/// which nothing is to be written now. Else one of the above.
+#[inline(always)]
+fn kept<T: Tables>(tables: &T, recall: &Recall, found: &mut Recalled) -> u32 {
+    let table = FlowTable::Flows;
+    let Some(flow) = tables.flow(table, &recall.key) else { return ELSEWHERE };
+    let now = tables.now();
+    if !flow.is_alive(now, idle(tables, recall.listener)) {
+        return ELSEWHERE;
+    }
+    let flags = tables.target(flow.target).map_or(0, |target| target.flags);
+    let fate = decide::fate(&Known { flow, table }, flags, recall.kind(), now);
+    if fate == Fate::Kept {
+        return flow.target;
+    }
+    *found = Recalled::new(&flow, table);
+    MORE
+}
+
 /// The flow goes on to its target.
 const KNOWN: u32 = 0;
 /// Its target is gone.
@@ -157,12 +186,17 @@ const UNKNOWN: u32 = 2;
 
 /// Goes on with a remembered flow, or says where an unknown one goes. Returns one of the above.
 #[inline(never)]
-fn go_on<T: Tables>(tables: &T, recall: &Recall, index: &mut u32) -> u32 {
+fn go_on<T: Tables>(
+    tables: &T,
+    recall: &Recall,
+    kept: u32,
+    found: &mut Recalled,
+    index: &mut u32,
+) -> u32 {
     let now = tables.now();
     let key = &recall.key;
     let kind = recall.kind();
-    let mut found = Recalled::nothing();
-    if find(tables, key, now, idle(tables, recall.listener), &mut found) == Recalled::NOWHERE {
+    if kept == ELSEWHERE && find(tables, recall, now, found) == Recalled::NOWHERE {
         *index = decide::choice(recall.slot, kind);
         return UNKNOWN;
     }
@@ -221,6 +255,12 @@ impl Recalled {
     }
 
     #[inline(always)]
+    fn new(flow: &Flow, table: FlowTable) -> Self {
+        let Flow { last_seen, target, closing } = *flow;
+        Self { last_seen, target, closing: closing as u16, table: table as u16 }
+    }
+
+    #[inline(always)]
     fn known(&self) -> Known {
         let Self { last_seen, target, closing, table } = *self;
         let flow = Flow { last_seen, target, closing: closing as u32 };
@@ -228,18 +268,19 @@ impl Recalled {
     }
 }
 
-/// What is remembered of a flow that is alive; returns the table's number or [`Recalled::NOWHERE`].
+/// What the other tables remember of a flow, if it is alive; returns the table's number or
+/// [`Recalled::NOWHERE`].
 #[inline(never)]
-fn find<T: Tables>(tables: &T, key: &FlowKey, now: u64, idle: u32, found: &mut Recalled) -> u32 {
-    for table in FlowTable::ALL {
-        if table == FlowTable::HalfOpen && key.protocol != TCP {
+fn find<T: Tables>(tables: &T, recall: &Recall, now: u64, found: &mut Recalled) -> u32 {
+    let idle = idle(tables, recall.listener);
+    for table in [FlowTable::HalfOpen, FlowTable::OnceSeen] {
+        if table == FlowTable::HalfOpen && recall.key.protocol != TCP {
             continue;
         }
-        if let Some(flow) = tables.flow(table, key)
+        if let Some(flow) = tables.flow(table, &recall.key)
             && flow.is_alive(now, idle)
         {
-            let Flow { last_seen, target, closing } = flow;
-            *found = Recalled { last_seen, target, closing: closing as u16, table: table as u16 };
+            *found = Recalled::new(&flow, table);
             return found.table as u32;
         }
     }

@@ -36,6 +36,9 @@ struct PacketOptions {
     /// Another build of the eBPF object, measured in the same rounds; its rows begin with `*`
     #[arg(long, value_name = "OBJECT")]
     against: Option<PathBuf>,
+    /// Do not look at the packets' checksums: for builds with a step left out
+    #[arg(long)]
+    unchecked: bool,
     /// Where to write the figures
     #[arg(long, default_value = "target/bench/packet.json")]
     json: PathBuf,
