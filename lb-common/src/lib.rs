@@ -23,6 +23,7 @@ pub mod model;
 
 pub mod flow;
 pub mod forward;
+pub mod snat;
 pub mod tables;
 pub mod verdict;
 pub mod wire;

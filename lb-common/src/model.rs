@@ -11,6 +11,7 @@ use bytemuck::Pod;
 use crate::endpoints::EndpointTable;
 use crate::flow::{Flow, FlowKey, HashKeys, ReturnFlow};
 use crate::forward::Frame;
+use crate::snat::SnatModel;
 use crate::tables::{
     Bucket, Endpoint, EndpointKey, Listener, NextHop, Slot, Tables, Target, Traffic,
 };
@@ -46,6 +47,8 @@ pub struct Model {
     pub direct_flows: RefCell<BTreeSet<FlowKey>>,
     /// Targets that such clients talk to.
     pub direct_targets: RefCell<BTreeSet<u32>>,
+    /// Flows whose both ends are rewritten.
+    pub snat: SnatModel,
     /// Addresses reported as unresolved.
     pub unresolved: RefCell<Vec<Address>>,
     /// Counters by listener.
@@ -74,6 +77,7 @@ impl Model {
             return_flows: RefCell::default(),
             direct_flows: RefCell::default(),
             direct_targets: RefCell::default(),
+            snat: SnatModel::default(),
             unresolved: RefCell::default(),
             listener_traffic: RefCell::default(),
             target_traffic: RefCell::default(),

@@ -7,6 +7,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use crate::flow::{Flow, FlowKey, Keys, ReturnFlow};
+use crate::snat::SnatTables;
 use crate::wire::eth::Macs;
 use crate::wire::{Address, Be16};
 
@@ -44,9 +45,11 @@ pub struct Endpoint {
     pub protocol: u8,
     /// What it is and how it is treated: one of the kinds, and flags.
     pub kind: u8,
-    /// [`Self::LISTENER`], [`Self::TARGET`]: index of the listener.
+    /// [`Self::LISTENER`], [`Self::TARGET`]: index of the listener. An address with [`Self::SNAT`]:
+    /// the first port that flows may have, host byte order.
     pub listener: u32,
-    /// [`Self::LISTENER`]: the ring; [`Self::TARGET`]: index of the target.
+    /// [`Self::LISTENER`]: the ring; [`Self::TARGET`]: index of the target. An address with
+    /// [`Self::SNAT`]: the last port that flows may have, host byte order.
     pub index: u32,
     /// [`Self::LISTENER`], [`Self::GUARD`]: the admission class, [`OPEN`] without a group.
     pub class: u32,
@@ -86,6 +89,9 @@ impl Endpoint {
     /// Flag of a target: several listeners use it, the tracked flow knows which. A flow that is
     /// not known is of [`Self::listener`], the only one before, unless that is [`NO_LISTENER`].
     pub const SHARED: u8 = 0x20;
+    /// Flag of a listener: it has targets of mode [`Target::SNAT`], and is [`Self::TRACKED`] too. Flag
+    /// of an address of this machine: flows to such targets come from it.
+    pub const SNAT: u8 = 0x40;
     /// Flag of the first place in a bucket: the bucket is full, look in the overflow table too.
     pub const OVERFLOW: u8 = 0x80;
 
@@ -183,8 +189,10 @@ pub struct Target {
     pub flags: u8,
     /// How to get there.
     pub hop: NextHop,
+    /// [`Self::SNAT`]: how many source addresses it has.
+    pub sources: u32,
     /// Zero.
-    pub zero: [u8; 24],
+    pub zero: [u8; 20],
 }
 
 impl Target {
@@ -192,6 +200,8 @@ impl Target {
     pub const NAT: u8 = 1;
     /// Mode: rewrite the MAC addresses only.
     pub const DSR_L2: u8 = 2;
+    /// Mode: rewrite both ends, with a source port for each flow.
+    pub const SNAT: u8 = 3;
     /// Flag: it takes packets of the flows it has: it is in the ring, draining, or unhealthy while
     /// connection termination is off.
     pub const SERVES: u8 = 1;
@@ -310,7 +320,7 @@ pub struct Traffic {
 /// The lookups, for the kernel and for the host.
 ///
 /// Methods take `&self`: in the kernel, all tables are shared with other CPUs anyway.
-pub trait Tables {
+pub trait Tables: SnatTables {
     /// Keys of the hashes; constant while the program is loaded.
     type Keys: Keys;
 

@@ -1,10 +1,13 @@
 //! The XDP programs of lb: lb-common's pipeline, bound to a packet in the kernel and to maps.
 #![no_std]
 #![no_main]
+#![feature(core_intrinsics)]
+#![allow(internal_features, reason = "the library has no atomic instructions for BPF")]
 #![allow(missing_docs, reason = "the program macros drop the comments of what they wrap")]
 
 mod frame;
 mod maps;
+mod snat;
 
 use aya_ebpf::bindings::xdp_action;
 use aya_ebpf::macros::xdp;

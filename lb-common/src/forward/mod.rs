@@ -11,6 +11,7 @@ mod reject;
 mod reply;
 mod request;
 mod select;
+mod snat;
 
 use bytemuck::Pod;
 
@@ -23,6 +24,7 @@ use crate::wire::{Address, Be16, EtherType};
 use ip::{Ip, V4, V6};
 use parse::{Link, Packet, Place};
 use reject::Answer;
+use snat::Readdress;
 
 /// The bytes of a packet. Every access checks its bounds.
 pub trait Frame {
@@ -56,6 +58,9 @@ enum Stop {
     Answer(DropReason),
     /// Its target is a matter of what is remembered of its flow.
     Recall(Recall),
+    /// It may be a reply to an address that flows to targets come from; else it ends with this
+    /// action of a [`Step`].
+    Snat(u32),
 }
 
 impl From<DropReason> for Stop {
@@ -80,16 +85,26 @@ pub fn forward<F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verdict {
 }
 
 #[inline(always)]
-fn forward_ip<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verdict {
+fn forward_ip<I: Answer + Readdress, F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verdict {
     let mut step = Step::undecided();
     to_listener::<I, F, T>(frame, tables, &mut step);
     if step.action == Step::RECALL {
-        select::recall::<I, F, T>(frame, tables, &mut step);
+        if step.recall.is_tracked & Endpoint::SNAT as u32 != 0 {
+            snat::request::<I, F, T>(frame, tables, &mut step);
+        }
+        if step.action == Step::RECALL {
+            select::recall::<I, F, T>(frame, tables, &mut step);
+        }
         if step.action == Step::DELIVER {
             deliver::<I, F, T>(frame, tables, &mut step);
+        } else if step.action == Step::SNAT {
+            snat::request::<I, F, T>(frame, tables, &mut step);
         }
     } else if step.action == Step::UNDECIDED {
         from_elsewhere::<I, F, T>(frame, tables, &mut step);
+        if step.action == Step::SNAT {
+            snat::reply::<I, F, T>(frame, tables, &mut step);
+        }
     }
     if step.action == Step::ANSWER {
         return reject::answer::<I, F, T>(frame, tables, &step);
@@ -110,7 +125,7 @@ fn forward_ip<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verd
 #[derive(Clone, Copy)]
 struct Step {
     action: u32,
-    /// By action: an interface, a [`DropReason`].
+    /// By action: an interface, a [`DropReason`], another action.
     argument: u32,
     recall: Recall,
     place: Place,
@@ -128,7 +143,8 @@ struct Recall {
     ring: u32,
     /// Index of the listener.
     listener: u32,
-    /// Not 0 if the listener tracks every flow.
+    /// Not 0 if the listener tracks every flow: [`Endpoint::TRACKED`], and [`Endpoint::SNAT`] if it
+    /// has targets of that mode.
     is_tracked: u32,
 }
 
@@ -150,6 +166,7 @@ impl Step {
     const ANSWER: u32 = 5;
     const RECALL: u32 = 6;
     const DELIVER: u32 = 7;
+    const SNAT: u32 = 8;
 
     /// Nothing is known yet. The zero is hidden from the compiler: it would make one call of all
     /// the stores, to a function that clears 48 bytes one by one.
@@ -188,6 +205,7 @@ impl Step {
                 self.recall = recall;
                 (Self::RECALL, 0)
             }
+            Err(Stop::Snat(otherwise)) => (Self::SNAT, otherwise),
         };
     }
 }
@@ -242,12 +260,21 @@ fn from_elsewhere<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, ste
     let endpoint = lookup(tables, &EndpointKey::new(packet.source, port, packet.protocol));
     let outcome = if endpoint.kind() == Endpoint::TARGET {
         reply::handle(frame, tables, &link, &packet, transport, &endpoint)
-    } else if is_owned(tables, &packet) {
-        Err(DropReason::NoListener.into())
     } else {
-        Ok(Verdict::Pass)
+        of_nobody(tables, &packet)
     };
     step.conclude(outcome, packet.place());
+}
+
+/// A packet from no target and to no listener.
+#[inline(always)]
+fn of_nobody<I: Ip, T: Tables>(tables: &T, packet: &Packet<I>) -> Outcome {
+    let kind = kind_of_address(tables, packet.destination.words());
+    let is_owned = kind & Endpoint::KIND == Endpoint::OWNED;
+    if kind & Endpoint::SNAT != 0 {
+        return Err(Stop::Snat(if is_owned { Step::DROP } else { Step::PASS }));
+    }
+    if is_owned { Err(DropReason::NoListener.into()) } else { Ok(Verdict::Pass) }
 }
 
 #[inline(always)]
@@ -272,20 +299,15 @@ fn without_ports<I: Ip, T: Tables>(tables: &T, packet: &Packet<I>) -> Outcome {
 /// listener must not show the machine's own services there.
 #[inline(always)]
 fn is_owned<I: Ip, T: Tables>(tables: &T, packet: &Packet<I>) -> bool {
-    kind_of_address(tables, packet.destination.words()) == Endpoint::OWNED
+    kind_of_address(tables, packet.destination.words()) & Endpoint::KIND == Endpoint::OWNED
 }
 
-/// Whether the destination is an address of this machine.
-#[inline(always)]
-fn is_local<T: Tables>(tables: &T, address: Address) -> bool {
-    let kind = kind_of_address(tables, address.words());
-    kind == Endpoint::LOCAL || kind == Endpoint::OWNED
-}
-
-/// A function of its own in the kernel too, with stack of its own.
+/// What the address is, with its flags: 0 if it is none of this machine's. A function of its own in
+/// the kernel too, with stack of its own.
 #[inline(never)]
 fn kind_of_address<T: Tables>(tables: &T, [high, low]: [u64; 2]) -> u8 {
-    lookup(tables, &EndpointKey::of_address(Address::from_words([high, low]))).kind()
+    let found = lookup(tables, &EndpointKey::of_address(Address::from_words([high, low])));
+    found.kind as u8 & (Endpoint::KIND | Endpoint::SNAT)
 }
 
 /// Echo requests to an address with security groups need a rule; errors and neighbour discovery

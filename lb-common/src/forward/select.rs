@@ -30,12 +30,12 @@ pub fn select<I: Ip, T: Tables>(
     let hash = tables.keys().flow(&packet.flow(transport.ports));
     let chosen = flow::slot(hash, tables.ring_size());
     let slot = slot(tables, listener.index, chosen)?;
-    let is_tracked = listener.has(Endpoint::TRACKED);
-    if slot.is_settled() && !is_tracked {
+    let is_tracked = listener.kind & (Endpoint::TRACKED | Endpoint::SNAT) as u32;
+    if slot.is_settled() && is_tracked == 0 {
         return Ok(Selected { index: slot.current, is_new: transport.is_syn() as u32 });
     }
     let (ring, listener) = (listener.index, listener.listener);
-    Err(Stop::Recall(Recall { slot, chosen, ring, listener, is_tracked: is_tracked as u32 }))
+    Err(Stop::Recall(Recall { slot, chosen, ring, listener, is_tracked }))
 }
 
 /// A client that talked to the target's own address talks to the listener now, from the same
@@ -86,7 +86,8 @@ pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step
     match remember(tables, &key, &transport, &step.recall) {
         Ok(selected) => {
             step.selected = selected;
-            step.action = Step::DELIVER;
+            let mode = tables.target(selected.index).map_or(0, |target| target.mode);
+            step.action = if mode == Target::SNAT { Step::SNAT } else { Step::DELIVER };
         }
         Err(reason) => {
             step.action = Step::ANSWER;

@@ -36,7 +36,7 @@ impl Source {
         let text = std::fs::read_to_string(&path).ok();
         let config = match config::load(&path) {
             Ok(parsed) => {
-                parsed.warnings.iter().for_each(|warning| warn!("{warning}"));
+                parsed.warnings_here().for_each(|warning| warn!("{warning}"));
                 parsed.config
             }
             Err(LoadError::Missing(_)) if !is_named => Config::default(),
@@ -79,7 +79,7 @@ impl Source {
                 running.load_balancers.len()
             );
         }
-        parsed.warnings.iter().for_each(|warning| warn!("{warning}"));
+        parsed.warnings_here().for_each(|warning| warn!("{warning}"));
         let mut config = parsed.config;
         keep_what_is_fixed(&mut config.agent, &running.agent);
         Ok(Some(config))

@@ -1,7 +1,9 @@
 //! The configuration file on disk.
 
+use std::collections::BTreeSet;
 use std::fmt::{self, Display};
 use std::io;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use super::{ConfigErrors, Parsed, parse};
@@ -69,6 +71,18 @@ pub fn load(path: &Path) -> Result<Parsed, LoadError> {
         LoadError::NotUtf8(path.to_owned(), 1 + good.iter().filter(|b| **b == b'\n').count())
     })?;
     parse(&path.to_string_lossy(), &text).map_err(LoadError::Invalid)
+}
+
+/// This machine's addresses; none if the kernel does not say.
+pub(super) fn local_addresses() -> BTreeSet<IpAddr> {
+    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else { return BTreeSet::new() };
+    let addresses = interfaces.filter_map(|interface| interface.address);
+    addresses
+        .filter_map(|address| {
+            let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
+            v4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip())))
+        })
+        .collect()
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, LoadError> {

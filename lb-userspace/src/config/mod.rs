@@ -15,11 +15,13 @@ pub mod model;
 mod reader;
 mod references;
 mod security_group;
+mod snat;
 mod target_group;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use toml::de::DeTable;
 
@@ -40,6 +42,21 @@ pub struct Parsed {
     pub config: Config,
     /// In the file's order.
     pub warnings: Vec<Diagnostic>,
+    /// Warnings that hold on a machine without this address.
+    pub unless_local: Vec<(IpAddr, Diagnostic)>,
+}
+
+impl Parsed {
+    /// All warnings that hold on this machine, in its network namespace.
+    pub fn warnings_here(&self) -> impl Iterator<Item = &Diagnostic> {
+        let local: BTreeSet<IpAddr> = if self.unless_local.is_empty() {
+            BTreeSet::new()
+        } else {
+            file::local_addresses()
+        };
+        let foreign = self.unless_local.iter().filter(move |(address, _)| !local.contains(address));
+        self.warnings.iter().chain(foreign.map(|(_, warning)| warning))
+    }
 }
 
 const SYNTAX_HELP: &str = "write strings in quotes and each key once in its section; \
@@ -66,7 +83,8 @@ pub fn parse(file_name: &str, text: &str) -> Result<Parsed, ConfigErrors> {
     }
     let config =
         if syntax_errors.is_empty() { read(&report, root.get_ref()) } else { Config::default() };
-    Ok(Parsed { warnings: report.finish()?, config })
+    let unless_local = report.take_unless_local();
+    Ok(Parsed { warnings: report.finish()?, unless_local, config })
 }
 
 /// Reads the whole file; worth nothing if it notes an error.
@@ -94,6 +112,7 @@ fn read<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
     root.not_supported_yet(&["dns"]);
     root.finish();
     references::check(report, &sections);
+    snat::check(&sections.target_groups, &sections.load_balancers);
     Config {
         agent,
         security_groups: owned(security_groups),

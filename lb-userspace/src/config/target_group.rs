@@ -7,8 +7,9 @@ use std::time::Duration;
 use super::address::{host_address, parse_host_address};
 use super::agent::availability_zone;
 use super::health_check;
-use super::model::{Forwarding, Protocol, Target, TargetGroup};
+use super::model::{Forwarding, Protocol, Snat, Target, TargetGroup};
 use super::reader::{Table, Value, Wrong};
+use super::snat;
 
 /// A target group as far as it could be read.
 ///
@@ -18,6 +19,8 @@ pub(super) struct Draft<'a> {
     pub(super) group: TargetGroup,
     pub(super) protocol: Option<Protocol>,
     pub(super) forwarding: Option<Forwarding>,
+    /// Where the file has each of `group.snat.addresses`.
+    pub(super) snat_addresses: Vec<(Value<'a>, IpAddr)>,
     /// Where the file has each of `group.targets`.
     pub(super) target_values: Vec<Value<'a>>,
 }
@@ -45,11 +48,12 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
     };
     let forwarding = match table.optional("forwarding") {
         Some(value) => value.choice(
-            &[("nat", Forwarding::Nat), ("dsr_l2", Forwarding::DsrL2)],
-            &["snat", "dsr_ipip", "dsr_gue"],
+            &[("nat", Forwarding::Nat), ("snat", Forwarding::Snat), ("dsr_l2", Forwarding::DsrL2)],
+            &["dsr_ipip", "dsr_gue"],
         ),
         None => Some(Forwarding::Nat),
     };
+    let (snat_addresses, snat_ports) = snat::read(&mut table, forwarding);
     if let Some(algorithm) = table.optional("algorithm") {
         let later =
             ["least_connections", "round_robin", "least_outstanding_requests", "weighted_random"];
@@ -71,12 +75,10 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
     let name = table.name().trim_end_matches(']').to_owned();
     let health_check =
         health_check::read(table.subtable("health_check", format!("{name}.health_check]")));
-    table.only_default("snat_ports", "10000-59999");
     table.only_default("gue_port", "6080");
     table.not_supported_yet(&[
         "stickiness",
         "security_group",
-        "snat_addresses",
         "slow_start",
         "protocol_version",
         "proxy_protocol_v2",
@@ -86,13 +88,17 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
         protocol: protocol.unwrap_or(Protocol::Tcp),
         port,
         forwarding: forwarding.unwrap_or(Forwarding::Nat),
+        snat: Snat {
+            addresses: snat_addresses.iter().map(|(_, address)| *address).collect(),
+            ports: snat_ports,
+        },
         deregistration_delay,
         unhealthy_connection_termination,
         track_every_flow,
         targets,
         health_check,
     };
-    Draft { group, protocol, forwarding, target_values }
+    Draft { group, protocol, forwarding, snat_addresses, target_values }
 }
 
 fn targets<'a>(value: Option<Value<'a>>, group_port: u16) -> Vec<(Value<'a>, Target)> {

@@ -56,6 +56,7 @@ impl World {
             source_mac: nic.mac,
             destination_mac: [2, 0, 0, 0, 0, 2],
             mtu: 1500,
+            source: Some([10, 0, 2, 1].into()),
         };
         let next_hops = (11..20).map(|n| (IpAddr::from([10, 0, 2, n]), Ok(hop(2)))).collect();
         let network = Network { interfaces: [(2, nic)].into(), next_hops, ..Network::default() };
