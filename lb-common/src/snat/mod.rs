@@ -84,6 +84,13 @@ impl Stamp {
         Flow { last_seen: self.time(), target: 0, closing }.is_alive(now, protocol)
     }
 
+    /// Whether nothing will be done any more with what is remembered of the flow: it timed out a while
+    /// ago.
+    pub fn is_over(self, now: u64, protocol: u8) -> bool {
+        let earlier = now.saturating_sub(RELEASE_AFTER);
+        self.time() < earlier && !self.is_alive(earlier, protocol)
+    }
+
     /// Whether it is time to write the time down again.
     #[inline(always)]
     pub const fn is_stale(self, now: u64) -> bool {
@@ -228,6 +235,9 @@ mod tests {
             let stamp = Stamp::new(NOW, state);
             assert!(stamp.is_alive(NOW + idle - 1, protocol), "{state} {protocol}");
             assert!(!stamp.is_alive(NOW + idle, protocol), "{state} {protocol}");
+            assert!(!stamp.is_over(NOW, protocol), "{state} {protocol}");
+            assert!(!stamp.is_over(NOW + idle + RELEASE_AFTER - 1, protocol), "{state} {protocol}");
+            assert!(stamp.is_over(NOW + idle + RELEASE_AFTER, protocol), "{state} {protocol}");
         }
     }
 

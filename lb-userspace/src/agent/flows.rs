@@ -87,7 +87,7 @@ impl Walk {
 }
 
 /// The clock that the kernel's side stamps flows with (`bpf_ktime_get_ns`).
-fn monotonic_nanoseconds() -> u64 {
+pub(super) fn monotonic_nanoseconds() -> u64 {
     nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
         .map(|time| std::time::Duration::from(time).as_nanos() as u64)
         .unwrap_or(0)

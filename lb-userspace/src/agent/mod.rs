@@ -4,6 +4,7 @@
 mod flows;
 mod kernel_log;
 mod reload;
+mod snat;
 mod start;
 
 use std::collections::BTreeSet;
@@ -27,7 +28,7 @@ use crate::config::{Config, Forwarding};
 use crate::dataplane::Dataplane;
 use crate::health::{Checker, HealthEvent};
 use crate::netlink::{
-    AddressManager, IpFamily, Netlink, NetworkEvent, VlanOffload, missing_forwarding,
+    AddressManager, IpFamily, Netlink, NetworkEvent, ReservedPorts, VlanOffload, missing_forwarding,
 };
 use crate::reconcile::{self, Desired};
 use crate::state::{About, State};
@@ -78,10 +79,13 @@ struct Agent {
     network_events: mpsc::Sender<NetworkEvent>,
     addresses: AddressManager,
     vlan_offload: VlanOffload,
+    reserved_ports: ReservedPorts,
+    port_problem: Option<String>,
     api: JoinHandle<()>,
 
     walk: Option<JoinHandle<flows::Settled>>,
     last_walk: Instant,
+    snat_walks: snat::Walks,
     started: u64,
     is_ready: bool,
 }
@@ -179,6 +183,7 @@ impl Agent {
             self.last_walk = now;
             self.start_walk();
         }
+        self.walk_snat(now).await;
     }
 
     fn start_walk(&mut self) {
@@ -221,6 +226,7 @@ impl Agent {
 
     async fn set_config(&mut self, config: Config) {
         self.state.set_config(config, Instant::now());
+        self.reserve_ports();
         self.manage_addresses().await;
         self.check_forwarding();
         self.netlink.want(self.state.destinations());
@@ -250,7 +256,7 @@ impl Agent {
     /// Replies of NAT leave by the kernel's routes, which wants forwarding switched on.
     fn check_forwarding(&mut self) {
         let config = self.state.config();
-        let routes = config.target_groups.values().any(|group| group.forwarding == Forwarding::Nat);
+        let routes = config.target_groups.values().any(|group| matches!(group.forwarding, Forwarding::Nat | Forwarding::Snat));
         let mut problems = Vec::new();
         let families = [
             (IpFamily::V4, self.state.addresses().iter().any(IpAddr::is_ipv4)),
@@ -260,7 +266,7 @@ impl Agent {
             for (family, _) in families.into_iter().filter(|(_, used)| routes && *used) {
                 match missing_forwarding(&nic.name, family) {
                     Ok(Some(sysctl)) => problems.push(format!(
-                        "forwarding is off on {}: replies of nat targets are dropped as \
+                        "forwarding is off on {}: replies of nat and snat targets are dropped as \
                          NextHopUnresolved until you run `sysctl -w {sysctl}=1`",
                         nic.name
                     )),
@@ -319,7 +325,13 @@ impl Agent {
                 reload_error: self.reload_error.clone(),
             },
             interfaces: interfaces.collect(),
-            warnings: self.warnings.iter().chain(&self.network_problems).cloned().collect(),
+            warnings: self
+                .warnings
+                .iter()
+                .chain(&self.network_problems)
+                .chain(&self.port_problem)
+                .cloned()
+                .collect(),
         };
         self.state.snapshot(about, &self.dataplane)
     }
@@ -341,6 +353,9 @@ impl Agent {
         }
         if let Err(error) = self.vlan_offload.restore() {
             warn!("rxvlan stays off: {error}");
+        }
+        if let Err(error) = self.reserved_ports.restore() {
+            warn!("ports stay reserved: {error}");
         }
     }
 }

@@ -18,10 +18,10 @@ use crate::dataplane::{Dataplane, LoadOptions, check_privileges};
 use crate::health::Checker;
 use crate::netlink::{
     AddressManager, DEFAULT_STATE_DIRECTORY, Interface, LinkLayer, Netlink, NetworkEvent,
-    VlanOffload, VlanStripping, read_interfaces,
+    ReservedPorts, VlanOffload, VlanStripping, read_interfaces,
 };
 use crate::reconcile::Desired;
-use crate::state::State;
+use crate::state::{State, port_pools};
 
 use super::reload::{Source, Watch};
 use super::{Agent, Events, kernel_log, on};
@@ -45,6 +45,7 @@ impl Agent {
             hash_seed,
             ring_size,
             flow_table_size: config.agent.flow_table_size,
+            port_pools: port_pools(&config),
             log: tracing::enabled!(target: "lb_ebpf", Level::DEBUG),
         })?;
         kernel_log::follow_messages(&mut dataplane)?;
@@ -61,6 +62,7 @@ impl Agent {
         }
 
         let mut state = State::new(ring_size);
+        state.set_port_pools(port_pools(&config));
         state.set_attached(nics.iter().map(|nic| nic.index).collect());
         let state_directory = Path::new(DEFAULT_STATE_DIRECTORY);
         let mut agent = Self {
@@ -79,11 +81,14 @@ impl Agent {
             network_events,
             addresses: AddressManager::new(state_directory).context("manage addresses")?,
             vlan_offload,
+            reserved_ports: ReservedPorts::new(state_directory).context("reserve ports")?,
+            port_problem: None,
             api: tokio::spawn(async move {
                 server.serve(api_requests).await;
             }),
             walk: None,
             last_walk: Instant::now(),
+            snat_walks: super::snat::Walks::default(),
             started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
             is_ready: false,
         };

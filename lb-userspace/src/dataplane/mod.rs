@@ -3,6 +3,7 @@
 mod attach;
 mod mapped;
 mod pod;
+mod snat;
 
 use std::collections::BTreeMap;
 use std::os::fd::AsFd as _;
@@ -29,6 +30,7 @@ use crate::state::Counters;
 pub use attach::{Attachment, check_privileges};
 pub use mapped::MappedArray;
 pub use pod::Raw;
+pub use snat::{PortPools, SnatTables};
 
 /// The eBPF object, as `build.rs` made it.
 pub static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf"));
@@ -44,6 +46,8 @@ pub struct LoadOptions {
     pub ring_size: u32,
     /// Capacity of each flow table, entries.
     pub flow_table_size: u32,
+    /// Pools of source ports: one for each (target address, port, protocol) and source address.
+    pub port_pools: u32,
     /// Whether the program's own messages are wanted (level debug). Compiled into the program as
     /// a constant, so that without it the verifier removes them.
     pub log: bool,
@@ -69,6 +73,7 @@ pub struct Dataplane {
     devices: DevMapHash<MapData>,
     /// The flow table's id.
     flows: u32,
+    snat: snat::Snat,
     listener_traffic: PerCpuArray<MapData, Raw<Traffic>>,
     target_traffic: PerCpuArray<MapData, Raw<Traffic>>,
     drops: PerCpuArray<MapData, u64>,
@@ -88,6 +93,9 @@ impl Dataplane {
             .map_max_entries("SLOTS", slots)
             .map_max_entries("FLOWS", options.flow_table_size)
             .map_max_entries("RETURN_FLOWS", options.flow_table_size)
+            .map_max_entries("SNAT_FLOWS", options.flow_table_size)
+            .map_max_entries("SNAT_RETURNS", options.flow_table_size)
+            .map_max_entries("PORT_POOLS", options.port_pools)
             .override_global("HASH_KEYS", &keys.words()[..], true)
             .override_global("RING_SIZE", &options.ring_size, true)
             .override_global("AYA_LOG_LEVEL", &log_level, true)
@@ -111,6 +119,7 @@ impl Dataplane {
                 Some(Map::LruHashMap(data)) => data.info()?.id(),
                 other => anyhow::bail!("FLOWS is no flow table but {other:?}"),
             },
+            snat: snat::Snat::new(&mut ebpf, options.port_pools)?,
             listener_traffic: take(&mut ebpf, "LISTENER_TRAFFIC")?.try_into()?,
             target_traffic: take(&mut ebpf, "TARGET_TRAFFIC")?.try_into()?,
             drops: take(&mut ebpf, "DROPS")?.try_into()?,
@@ -169,6 +178,9 @@ impl Dataplane {
     }
 
     fn step(&mut self, step: &Step) -> anyhow::Result<()> {
+        if self.snat.step(step) {
+            return Ok(());
+        }
         match step {
             Step::SetInterface(index, interface) => {
                 self.interfaces.insert(index, Raw(*interface), 0)?;
@@ -211,6 +223,8 @@ impl Dataplane {
                     self.write_endpoint(&write)?;
                 }
             }
+            // Done above.
+            Step::SetSource(..) | Step::ClearSource(_) | Step::ResetPool(..) => {}
         }
         Ok(())
     }
@@ -256,6 +270,14 @@ impl Dataplane {
     /// What the kernel says.
     pub fn flow_table(&self) -> anyhow::Result<FlowTable> {
         Ok(FlowTable(Map::LruHashMap(MapData::from_id(self.flows)?).try_into()?))
+    }
+
+    /// The tables of flows whose both ends are rewritten, for a walk in another thread.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn snat_tables(&self) -> anyhow::Result<SnatTables> {
+        self.snat.tables()
     }
 
     fn zero(&mut self, index: u32, counter: Counter) -> anyhow::Result<()> {

@@ -38,6 +38,7 @@ impl State {
         self.turn_rings(now);
         self.put_targets(&mut desired);
         self.put_addresses(&mut desired);
+        self.put_sources(&mut desired);
         self.put_listeners(&mut desired);
         for (number, ring) in self.rings.values() {
             desired.rings.insert(*number, ring.slots().clone());
@@ -180,6 +181,7 @@ impl State {
                 port: Be16::new(target.port),
                 mode: match group.forwarding {
                     Forwarding::Nat => Target::NAT,
+                    Forwarding::Snat => Target::SNAT,
                     Forwarding::DsrL2 => Target::DSR_L2,
                 },
                 flags: if self.serves(&key, target, group) { Target::SERVES } else { 0 },
@@ -227,7 +229,7 @@ impl State {
                 "it is behind {name}, which lb is not attached to: add --iface {name}"
             ));
         }
-        let NextHop { ifindex, vlan, source_mac, destination_mac, mtu } = *hop;
+        let NextHop { ifindex, vlan, source_mac, destination_mac, mtu, .. } = *hop;
         let macs = Macs { destination: destination_mac, source: source_mac };
         Ok(tables::NextHop { ifindex, macs, vlan: vlan.unwrap_or(0), mtu })
     }
@@ -269,7 +271,11 @@ impl State {
             let is_shared = ways_back
                 .values()
                 .any(|ways| ways.len() > 1 && ways.iter().any(|(listener, _)| *listener == number));
-            let tracked = if group.track_every_flow || is_shared { Endpoint::TRACKED } else { 0 };
+            let tracked = match group.forwarding {
+                Forwarding::Snat => Endpoint::TRACKED | Endpoint::SNAT,
+                _ if group.track_every_flow || is_shared => Endpoint::TRACKED,
+                _ => 0,
+            };
             let endpoint = Endpoint {
                 address,
                 port: Be16::new(key.port),

@@ -6,6 +6,7 @@ mod desired;
 mod registry;
 mod rings;
 mod snapshot;
+mod snat;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -25,6 +26,7 @@ use registry::Registry;
 use rings::Ring;
 
 pub use snapshot::{About, Counters};
+pub use snat::port_pools;
 
 /// A target of a target group.
 pub type TargetKey = CheckKey;
@@ -69,6 +71,7 @@ pub struct State {
     next_class: u32,
     /// The one listener that a target was of before others came to share it.
     first_owners: BTreeMap<EndpointKey, (u32, u32)>,
+    pools: snat::Pools,
     warnings: Vec<String>,
 }
 
@@ -90,6 +93,7 @@ impl State {
             classes: Vec::new(),
             next_class: OPEN + 1,
             first_owners: BTreeMap::new(),
+            pools: snat::Pools::new(),
             warnings: Vec::new(),
         }
     }
