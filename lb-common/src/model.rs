@@ -150,8 +150,8 @@ impl Tables for Model {
         self.return_flows.borrow_mut().insert(*key, *flow);
     }
 
-    fn has_direct_flows(&self, target: u32) -> bool {
-        self.direct_targets.borrow().contains(&target)
+    fn has_direct_flows(&self, index: u32, _target: &Target) -> bool {
+        self.direct_targets.borrow().contains(&index)
     }
 
     fn note_direct_flow(&self, target: u32, key: &FlowKey) {
@@ -228,6 +228,18 @@ impl Frame for Bytes {
         let bytes = self.bytes.get_mut(at..at.checked_add(size_of::<H>())?)?;
         bytes.copy_from_slice(bytemuck::bytes_of(&header));
         Some(())
+    }
+
+    fn write_pair<const GAP: usize, A: Pod, B: Pod>(
+        &mut self,
+        at: usize,
+        first: A,
+        second: B,
+    ) -> Option<()> {
+        let end = at.checked_add(GAP.max(size_of::<A>()).max(GAP + size_of::<B>()))?;
+        self.bytes.get(at..end)?;
+        self.write(at, first)?;
+        self.write(at + GAP, second)
     }
 
     fn len(&self) -> usize {

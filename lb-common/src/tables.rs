@@ -192,7 +192,10 @@ pub struct Target {
     /// [`Self::SNAT`]: how many source addresses it has.
     pub sources: u32,
     /// Zero.
-    pub zero: [u8; 20],
+    pub zero: [u8; 12],
+    /// 1 once some client talked to it directly, through us. The kernel's word, which the agent
+    /// clears with the rest but never overwrites.
+    pub is_direct: u64,
 }
 
 impl Target {
@@ -356,7 +359,7 @@ pub trait Tables: SnatTables {
     fn remember_return(&self, key: &FlowKey, flow: &ReturnFlow);
 
     /// Whether some client talks to this target's own address through us.
-    fn has_direct_flows(&self, target: u32) -> bool;
+    fn has_direct_flows(&self, index: u32, target: &Target) -> bool;
     /// Notes a client that talks to a target's own address through us. The key is the reply's.
     fn note_direct_flow(&self, target: u32, key: &FlowKey);
     /// Whether a reply is of such a client.

@@ -1,5 +1,7 @@
 //! A packet in the kernel.
 
+use core::marker::PhantomData;
+
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_tail};
 use aya_ebpf::programs::XdpContext;
@@ -10,14 +12,15 @@ use lb_common::forward::Frame;
 /// Pointers into it are made anew for every access: a helper that moves the packet's ends makes
 /// the older ones void.
 pub struct XdpFrame<'a> {
-    ctx: &'a XdpContext,
+    ctx: XdpContext,
+    _packet: PhantomData<&'a mut ()>,
 }
 
 impl<'a> XdpFrame<'a> {
     /// The packet of a context.
     #[inline(always)]
     pub fn new(ctx: &'a XdpContext) -> Self {
-        Self { ctx }
+        Self { ctx: XdpContext::new(ctx.ctx), _packet: PhantomData }
     }
 
     /// A pointer to a whole `H` at the offset.
@@ -46,6 +49,26 @@ impl Frame for XdpFrame<'_> {
         let pointer = self.pointer::<H>(at)?;
         // SAFETY: as for `read`; the packet is this program's alone.
         unsafe { pointer.write(header) };
+        Some(())
+    }
+
+    #[inline(always)]
+    fn write_pair<const GAP: usize, A: bytemuck::Pod, B: bytemuck::Pod>(
+        &mut self,
+        at: usize,
+        first: A,
+        second: B,
+    ) -> Option<()> {
+        const { assert!(size_of::<A>() <= GAP) };
+        let start = self.ctx.data() + at;
+        if start + GAP + size_of::<B>() > self.ctx.data_end() {
+            return None;
+        }
+        // SAFETY: as for `write`; the first ends before the second begins.
+        unsafe {
+            (start as *mut A).write(first);
+            ((start + GAP) as *mut B).write(second);
+        }
         Some(())
     }
 

@@ -31,9 +31,6 @@ static SLOTS: Array<Slot> = Array::with_max_entries(MAX_RINGS, BPF_F_MMAPABLE);
 /// Counts every change of routes, neighbours and links; makes cached next hops void.
 #[map]
 static GENERATION: Array<u32> = Array::with_max_entries(1, BPF_F_MMAPABLE);
-/// 1 for a target that some client talks to directly, through us.
-#[map]
-static DIRECT_TARGETS: Array<u32> = Array::with_max_entries(MAX_TARGETS, BPF_F_MMAPABLE);
 
 #[map]
 static OVERFLOW: HashMap<EndpointKey, Endpoint> = HashMap::with_max_entries(OVERFLOW_ENDPOINTS, 0);
@@ -137,7 +134,7 @@ impl<'a> Maps<'a> {
             generation: query.generation,
             hop: NextHop {
                 ifindex: interface.ifindex,
-                macs: Macs { destination: request.dmac, source: request.smac },
+                macs: Macs::new(request.dmac, request.smac),
                 vlan: interface.vlan,
                 mtu: interface.mtu,
             },
@@ -277,17 +274,17 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(always)]
-    fn has_direct_flows(&self, target: u32) -> bool {
-        DIRECT_TARGETS.get(target).is_some_and(|flag| *flag != 0)
+    fn has_direct_flows(&self, _index: u32, target: &Target) -> bool {
+        target.is_direct != 0
     }
 
     #[inline(always)]
     fn note_direct_flow(&self, target: u32, key: &FlowKey) {
         // As for `remember`; first the entry, then the flag that leads to it.
         let _ = DIRECT_FLOWS.insert(key, 1, 0);
-        if let Some(flag) = DIRECT_TARGETS.get_ptr_mut(target) {
-            // SAFETY: the array's element, which is only ever set to 1.
-            unsafe { flag.write_volatile(1) };
+        if let Some(target) = TARGETS.get_ptr_mut(target) {
+            // SAFETY: the array's element, of which programs write this word only, and only 1.
+            unsafe { (&raw mut (*target).is_direct).write_volatile(1) };
         }
     }
 

@@ -4,7 +4,7 @@ use crate::flow::UDP;
 use crate::tables::NextHop;
 use crate::verdict::{DropReason, Verdict};
 use crate::wire::checksum::Sum;
-use crate::wire::{Address, Be16, EtherType, VlanTag};
+use crate::wire::{Address, Be16, EtherType, Tcp, Udp, VlanTag};
 
 use super::Frame;
 use super::ip::{End, Ip};
@@ -31,19 +31,41 @@ pub fn translate<I: Ip, F: Frame>(
         End::Source => (packet.source, source, Ports { source: port, destination }),
         End::Destination => (packet.destination, destination, Ports { source, destination: port }),
     };
-    I::rewrite(frame, packet.l3, &packet.header, end, address)?;
-    frame.write(packet.l4, ports).ok_or(DropReason::Malformed)?;
-    let has_checksum = packet.protocol != UDP || transport.checksum.raw() != 0;
-    if has_checksum {
-        let sum = Sum::of(transport.checksum).replace16(old_port, port);
-        let mut checksum = I::replace_address(sum, old_address, address).checksum();
-        if packet.protocol == UDP && checksum.raw() == 0 {
-            // Zero would say that there is none (RFC 768).
-            checksum = Be16::from_raw(0xffff);
-        }
-        frame.write(transport.checksum_at, checksum).ok_or(DropReason::Malformed)?;
+    let difference = I::replace_address(Sum::default(), old_address, address);
+    I::rewrite(frame, packet.l3, &packet.header, end, address, difference)?;
+    let sum = Sum::of(transport.checksum).plus(difference).replace16(old_port, port);
+    write_transport(frame, packet, transport, ports, sum)
+}
+
+/// Writes both ports, and the checksum of the sum where there was one.
+#[inline(always)]
+pub fn write_transport<I: Ip, F: Frame>(
+    frame: &mut F,
+    packet: &Packet<I>,
+    transport: &Transport,
+    ports: Ports,
+    sum: Sum,
+) -> Result<(), DropReason> {
+    let written = if packet.protocol == UDP {
+        let checksum = udp_checksum(transport.checksum, sum);
+        frame.write_pair::<{ Udp::CHECKSUM_AT }, _, _>(packet.l4, ports, checksum)
+    } else {
+        frame.write_pair::<{ Tcp::CHECKSUM_AT }, _, _>(packet.l4, ports, sum.checksum())
+    };
+    written.ok_or(DropReason::Malformed)
+}
+
+/// Zero says that there is none (RFC 768): then it stays so, and no other becomes zero.
+#[inline(always)]
+fn udp_checksum(old: Be16, sum: Sum) -> Be16 {
+    let checksum = sum.checksum();
+    if old.raw() == 0 {
+        old
+    } else if checksum.raw() == 0 {
+        Be16::from_raw(0xffff)
+    } else {
+        checksum
     }
-    Ok(())
 }
 
 /// Gives the frame its next hop's MAC addresses and VLAN tag.

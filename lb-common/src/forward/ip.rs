@@ -22,16 +22,18 @@ pub trait Ip: Sized {
     /// Reads the headers at `l3`; `None` for what is no packet of this version.
     fn parse<F: Frame>(frame: &F, l3: usize) -> Option<Parsed<Self::Header>>;
 
-    /// Decrements TTL or hop limit, as a router does.
+    /// Replaces an address and decrements TTL or hop limit, as a router does. `difference` is what
+    /// the address changes in a checksum's sum.
     ///
     /// # Errors
-    /// [`DropReason::TtlExceeded`] if it is used up; [`DropReason::Malformed`] beyond the packet.
+    /// [`DropReason::Malformed`] beyond the packet.
     fn rewrite<F: Frame>(
         frame: &mut F,
         l3: usize,
         header: &Self::Header,
         end: End,
         new: Address,
+        difference: Sum,
     ) -> Result<(), DropReason>;
 
     /// The hops that the packet may still go.
@@ -73,6 +75,9 @@ pub struct Parsed<H> {
 /// IP version 4.
 pub struct V4;
 
+const SOURCE_AFTER_TTL: usize = Ipv4::SOURCE_AT - Ipv4::TTL_AT;
+const DESTINATION_AFTER_TTL: usize = Ipv4::DESTINATION_AT - Ipv4::TTL_AT;
+
 impl Ip for V4 {
     const ICMP: u8 = ICMP;
     const ECHO_REQUEST: u8 = Icmp::ECHO_REQUEST;
@@ -102,20 +107,18 @@ impl Ip for V4 {
         header: &Ipv4,
         end: End,
         new: Address,
+        difference: Sum,
     ) -> Result<(), DropReason> {
-        let (at, old) = match end {
-            End::Source => (Ipv4::SOURCE_AT, header.source),
-            End::Destination => (Ipv4::DESTINATION_AT, header.destination),
-        };
+        let mut ttl = header.ttl;
+        ttl.ttl = ttl.ttl.wrapping_sub(1);
+        ttl.checksum = Sum::of(ttl.checksum).decrement_upper().plus(difference).checksum();
+        let at = l3 + Ipv4::TTL_AT;
         let new = new.low32();
-        let mut words = header.ttl;
-        words.ttl = words.ttl.wrapping_sub(1);
-        // The TTL shares its 16-bit word with the protocol.
-        let (before, after) = (first_word(&header.ttl), first_word(&words));
-        words.checksum =
-            Sum::of(words.checksum).replace16(before, after).replace32(old, new).checksum();
-        frame.write(l3 + Ipv4::TTL_AT, words).ok_or(DropReason::Malformed)?;
-        frame.write(l3 + at, new).ok_or(DropReason::Malformed)
+        let written = match end {
+            End::Source => frame.write_pair::<SOURCE_AFTER_TTL, _, _>(at, ttl, new),
+            End::Destination => frame.write_pair::<DESTINATION_AFTER_TTL, _, _>(at, ttl, new),
+        };
+        written.ok_or(DropReason::Malformed)
     }
 
     #[inline(always)]
@@ -139,13 +142,11 @@ impl Ip for V4 {
     }
 }
 
-#[inline(always)]
-fn first_word(words: &crate::wire::ipv4::TtlProtocolChecksum) -> crate::wire::Be16 {
-    crate::wire::Be16::new((words.ttl as u16) << 8 | words.protocol as u16)
-}
-
 /// IP version 6.
 pub struct V6;
+
+const SOURCE_AFTER_HOPS: usize = Ipv6::SOURCE_AT - Ipv6::HOP_LIMIT_AT;
+const DESTINATION_AFTER_HOPS: usize = Ipv6::DESTINATION_AT - Ipv6::HOP_LIMIT_AT;
 
 /// What follows IPv6's extension headers. In half words, which the verifier does not track in
 /// memory: so it looks at what comes after the extension headers once, not once for every way
@@ -244,14 +245,18 @@ impl Ip for V6 {
         header: &Ipv6,
         end: End,
         new: Address,
+        _difference: Sum,
     ) -> Result<(), DropReason> {
-        let at = match end {
-            End::Source => Ipv6::SOURCE_AT,
-            End::Destination => Ipv6::DESTINATION_AT,
-        };
         let hop_limit = header.hop_limit.wrapping_sub(1);
-        frame.write(l3 + Ipv6::HOP_LIMIT_AT, hop_limit).ok_or(DropReason::Malformed)?;
-        frame.write(l3 + at, new.quarters()).ok_or(DropReason::Malformed)
+        let at = l3 + Ipv6::HOP_LIMIT_AT;
+        let new = new.quarters();
+        let written = match end {
+            End::Source => frame.write_pair::<SOURCE_AFTER_HOPS, _, _>(at, hop_limit, new),
+            End::Destination => {
+                frame.write_pair::<DESTINATION_AFTER_HOPS, _, _>(at, hop_limit, new)
+            }
+        };
+        written.ok_or(DropReason::Malformed)
     }
 
     #[inline(always)]

@@ -13,10 +13,10 @@ mod request;
 mod select;
 mod snat;
 
-use bytemuck::Pod;
+use bytemuck::{Pod, Zeroable};
 
 use crate::flow::{TCP, UDP};
-use crate::tables::{Endpoint, EndpointKey, OPEN, Slot, SlotState, Tables};
+use crate::tables::{Endpoint, EndpointKey, OPEN, Slot, Tables};
 use crate::verdict::{DropReason, Verdict};
 use crate::wire::icmp::Icmp;
 use crate::wire::{Address, Be16, EtherType};
@@ -32,6 +32,14 @@ pub trait Frame {
     fn read<H: Pod>(&self, at: usize) -> Option<H>;
     /// Writes a header; `None`, and nothing written, beyond the packet's end.
     fn write<H: Pod>(&mut self, at: usize, header: H) -> Option<()>;
+    /// Writes a header, and another one `GAP` bytes after the first one's beginning; `None`, and
+    /// nothing written, if either is beyond the packet's end.
+    fn write_pair<const GAP: usize, A: Pod, B: Pod>(
+        &mut self,
+        at: usize,
+        first: A,
+        second: B,
+    ) -> Option<()>;
     /// Length, bytes.
     fn len(&self) -> usize;
     /// Whether there is no byte.
@@ -59,7 +67,7 @@ enum Stop {
     /// Its target is a matter of what is remembered of its flow.
     Recall(Recall),
     /// It may be a reply to an address that flows to targets come from; else it ends with this
-    /// action of a [`Step`].
+    /// action of [`Next`].
     Snat(u32),
 }
 
@@ -86,54 +94,84 @@ pub fn forward<F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verdict {
 
 #[inline(always)]
 fn forward_ip<I: Answer + Readdress, F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verdict {
-    let mut step = Step::undecided();
-    to_listener::<I, F, T>(frame, tables, &mut step);
-    if step.action == Step::RECALL {
+    let mut step = Step::new();
+    let mut next = Next::from(to_listener::<I, F, T>(frame, tables, &mut step));
+    if next.action == Next::RECALL {
         if step.recall.is_tracked & Endpoint::SNAT as u32 != 0 {
-            snat::request::<I, F, T>(frame, tables, &mut step);
+            next = Next::from(snat::resume::<I, F, T>(frame, tables, &mut step));
         }
-        if step.action == Step::RECALL {
-            select::recall::<I, F, T>(frame, tables, &mut step);
+        if next.action == Next::RECALL {
+            next = Next::from(select::recall::<I, F, T>(frame, tables, &mut step));
         }
-        if step.action == Step::DELIVER {
-            deliver::<I, F, T>(frame, tables, &mut step);
-        } else if step.action == Step::SNAT {
-            snat::request::<I, F, T>(frame, tables, &mut step);
+        if next.action == Next::DELIVER {
+            next = Next::from(deliver::<I, F, T>(frame, tables, &mut step));
+        } else if next.action == Next::SNAT {
+            next = Next::from(snat::request::<I, F, T>(frame, tables, &mut step));
         }
-    } else if step.action == Step::UNDECIDED {
-        from_elsewhere::<I, F, T>(frame, tables, &mut step);
-        if step.action == Step::SNAT {
-            snat::reply::<I, F, T>(frame, tables, &mut step);
+    } else if next.action == Next::UNDECIDED {
+        next = Next::from(from_elsewhere::<I, F, T>(frame, tables, &mut step));
+        if next.action == Next::SNAT {
+            next = Next::from(snat::reply::<I, F, T>(frame, tables, &mut step, next.argument));
         }
     }
-    if step.action == Step::ANSWER {
-        return reject::answer::<I, F, T>(frame, tables, &step);
-    }
-    match step.action {
-        Step::TRANSMIT => Verdict::Transmit,
-        Step::REDIRECT => Verdict::Redirect(step.argument),
-        Step::DROP => {
-            tables.count_drop(step.argument);
+    match next.action {
+        Next::TRANSMIT => Verdict::Transmit,
+        Next::REDIRECT => Verdict::Redirect(next.argument),
+        Next::DROP => {
+            tables.count_drop(next.argument);
             Verdict::Drop
         }
+        Next::ANSWER => reject::answer::<I, F, T>(frame, tables, &step.place, next.argument),
         _ => Verdict::Pass,
+    }
+}
+
+/// How a stage ended: what is to be done next. A stage returns it as one number, which stays in a
+/// register.
+#[derive(Clone, Copy)]
+struct Next {
+    action: u32,
+    /// By action: an interface, a [`DropReason`], another action.
+    argument: u32,
+}
+
+impl Next {
+    const UNDECIDED: u32 = 0;
+    const PASS: u32 = 1;
+    const TRANSMIT: u32 = 2;
+    const REDIRECT: u32 = 3;
+    const DROP: u32 = 4;
+    const ANSWER: u32 = 5;
+    const RECALL: u32 = 6;
+    const DELIVER: u32 = 7;
+    const SNAT: u32 = 8;
+
+    #[inline(always)]
+    fn with(action: u32, argument: u32) -> u64 {
+        (argument as u64) << 32 | action as u64
+    }
+}
+
+impl From<u64> for Next {
+    #[inline(always)]
+    fn from(next: u64) -> Self {
+        Self { action: next as u32, argument: (next >> 32) as u32 }
     }
 }
 
 /// What one stage leaves to the next, in memory. Plain numbers that are always written: an enum
 /// leaves bytes unset that the compiler copies all the same, and the verifier refuses.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
 struct Step {
-    action: u32,
-    /// By action: an interface, a [`DropReason`], another action.
-    argument: u32,
     recall: Recall,
     place: Place,
     selected: Selected,
 }
 
 /// What is asked of the flow table.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
 struct Recall {
     /// The slot that the hash chose.
     slot: Slot,
@@ -149,7 +187,8 @@ struct Recall {
 }
 
 /// A flow's target.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
 struct Selected {
     /// Its index.
     index: u32,
@@ -158,66 +197,40 @@ struct Selected {
 }
 
 impl Step {
-    const UNDECIDED: u32 = 0;
-    const PASS: u32 = 1;
-    const TRANSMIT: u32 = 2;
-    const REDIRECT: u32 = 3;
-    const DROP: u32 = 4;
-    const ANSWER: u32 = 5;
-    const RECALL: u32 = 6;
-    const DELIVER: u32 = 7;
-    const SNAT: u32 = 8;
-
     /// Nothing is known yet. The zero is hidden from the compiler: it would make one call of all
-    /// the stores, to a function that clears 48 bytes one by one.
+    /// the stores, to a function that clears the bytes one by one.
     #[inline(always)]
-    fn undecided() -> Self {
-        let zero = core::hint::black_box(0);
-        Self {
-            action: zero,
-            argument: zero,
-            recall: Recall {
-                slot: Slot::new(zero, zero, SlotState::Settled),
-                chosen: zero,
-                ring: zero,
-                listener: zero,
-                is_tracked: zero,
-            },
-            place: Place { l3: zero as u16, l4: zero as u16, protocol: zero },
-            selected: Selected { index: zero, is_new: zero },
-        }
+    fn new() -> Self {
+        bytemuck::cast([core::hint::black_box(0_u64); size_of::<Self>() / 8])
     }
 
     /// Takes down how a stage ended.
     #[inline(always)]
-    fn conclude(&mut self, outcome: Outcome, place: Place) {
-        (self.action, self.argument) = match outcome {
-            Ok(Verdict::Pass | Verdict::Drop) => (Self::PASS, 0),
-            Ok(Verdict::Transmit) => (Self::TRANSMIT, 0),
-            Ok(Verdict::Redirect(ifindex)) => (Self::REDIRECT, ifindex),
-            Err(Stop::Drop(reason)) => (Self::DROP, reason as u32),
+    fn conclude(&mut self, outcome: Outcome, place: Place) -> u64 {
+        match outcome {
+            Ok(Verdict::Pass | Verdict::Drop) => Next::with(Next::PASS, 0),
+            Ok(Verdict::Transmit) => Next::with(Next::TRANSMIT, 0),
+            Ok(Verdict::Redirect(ifindex)) => Next::with(Next::REDIRECT, ifindex),
+            Err(Stop::Drop(reason)) => Next::with(Next::DROP, reason as u32),
             Err(Stop::Answer(reason)) => {
                 self.place = place;
-                (Self::ANSWER, reason as u32)
+                Next::with(Next::ANSWER, reason as u32)
             }
             Err(Stop::Recall(recall)) => {
                 self.place = place;
                 self.recall = recall;
-                (Self::RECALL, 0)
+                Next::with(Next::RECALL, 0)
             }
-            Err(Stop::Snat(otherwise)) => (Self::SNAT, otherwise),
-        };
+            Err(Stop::Snat(otherwise)) => Next::with(Next::SNAT, otherwise),
+        }
     }
 }
 
 /// Whose packet is it? A listener's is decided here, with a target by the hash alone. Nothing is
 /// written before all is certain: what is not ours passes untouched.
 #[inline(never)]
-fn to_listener<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) {
-    let Some((link, packet)) = parse::<I, F>(frame) else {
-        step.action = Step::PASS;
-        return;
-    };
+fn to_listener<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) -> u64 {
+    let Some((link, packet)) = parse::<I, F>(frame) else { return Next::with(Next::PASS, 0) };
     let outcome = match &packet.transport {
         _ if packet.protocol == I::ICMP => guard(frame, tables, &packet),
         None => without_ports(tables, &packet),
@@ -233,29 +246,35 @@ fn to_listener<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: 
                     reply::note_direct::<I, F, T>(frame, tables, &packet.place(), endpoint.index);
                     Ok(Verdict::Pass)
                 }
-                _ => return,
+                _ => return Next::with(Next::UNDECIDED, 0),
             }
         }
     };
-    step.conclude(outcome, packet.place());
+    step.conclude(outcome, packet.place())
 }
 
 /// Sends a packet to the target that was recalled for it.
 #[inline(never)]
-fn deliver<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) {
-    let Some(link) = Link::parse(frame) else { return };
-    let Some(packet) = step.place.read::<I, F>(frame) else { return };
-    let Some(transport) = &packet.transport else { return };
+fn deliver<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) -> u64 {
+    let pass = Next::with(Next::PASS, 0);
+    let Some(link) = Link::parse(frame) else { return pass };
+    let Some(packet) = step.place.read::<I, F>(frame) else { return pass };
+    let Some(transport) = &packet.transport else { return pass };
     let (selected, listener) = (step.selected, step.recall.listener);
     let outcome = request::deliver(frame, tables, &link, &packet, transport, listener, selected);
-    step.conclude(outcome, packet.place());
+    step.conclude(outcome, packet.place())
 }
 
 /// A target's reply, or a packet that is none of ours.
 #[inline(never)]
-fn from_elsewhere<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) {
-    let Some((link, packet)) = parse::<I, F>(frame) else { return };
-    let Some(transport) = &packet.transport else { return };
+fn from_elsewhere<I: Answer, F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    step: &mut Step,
+) -> u64 {
+    let pass = Next::with(Next::PASS, 0);
+    let Some((link, packet)) = parse::<I, F>(frame) else { return pass };
+    let Some(transport) = &packet.transport else { return pass };
     let port = transport.ports.source;
     let endpoint = lookup(tables, &EndpointKey::new(packet.source, port, packet.protocol));
     let outcome = if endpoint.kind() == Endpoint::TARGET {
@@ -263,7 +282,7 @@ fn from_elsewhere<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, ste
     } else {
         of_nobody(tables, &packet)
     };
-    step.conclude(outcome, packet.place());
+    step.conclude(outcome, packet.place())
 }
 
 /// A packet from no target and to no listener.
@@ -272,7 +291,7 @@ fn of_nobody<I: Ip, T: Tables>(tables: &T, packet: &Packet<I>) -> Outcome {
     let kind = kind_of_address(tables, packet.destination.words());
     let is_owned = kind & Endpoint::KIND == Endpoint::OWNED;
     if kind & Endpoint::SNAT != 0 {
-        return Err(Stop::Snat(if is_owned { Step::DROP } else { Step::PASS }));
+        return Err(Stop::Snat(if is_owned { Next::DROP } else { Next::PASS }));
     }
     if is_owned { Err(DropReason::NoListener.into()) } else { Ok(Verdict::Pass) }
 }

@@ -1,7 +1,6 @@
 //! From bytes to headers. `None` means: not for us to judge, the packet passes untouched.
 
 use crate::flow::{FlowKey, TCP, UDP};
-use crate::wire::eth::Macs;
 use crate::wire::{Address, Be16, EtherType, Ethernet, Tcp, Udp, VlanTag};
 
 use super::Frame;
@@ -9,8 +8,6 @@ use super::ip::{Ip, MAX_HEADERS, Parsed};
 
 /// Ethernet and its VLAN tags.
 pub struct Link {
-    /// Both MAC addresses.
-    pub macs: Macs,
     /// EtherType behind all tags.
     pub ether_type: EtherType,
     /// VLAN tags, 0 to 2.
@@ -30,7 +27,6 @@ impl Link {
     pub fn parse<F: Frame>(frame: &F) -> Option<Self> {
         let ethernet: Ethernet = frame.read(0)?;
         let mut link = Self {
-            macs: ethernet.macs,
             ether_type: ethernet.ether_type,
             tags: 0,
             priority: 0,
@@ -104,8 +100,6 @@ pub struct Transport {
     pub ports: Ports,
     /// The checksum.
     pub checksum: Be16,
-    /// Offset of the checksum in the frame.
-    pub checksum_at: usize,
     /// TCP's control bits; 0 for UDP.
     pub flags: u8,
     /// What the header claims as its length (TCP) or the datagram's (UDP), bytes.
@@ -185,7 +179,8 @@ impl<I: Ip> Packet<I> {
 
 /// Where the headers of a packet are: what functions off the hot path are told, so that the hot
 /// path need not keep the headers in memory for them.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
 pub struct Place {
     /// Offset of the IP header.
     pub l3: u16,
@@ -243,7 +238,6 @@ fn transport<F: Frame>(frame: &F, protocol: u8, l4: usize) -> Option<Transport> 
             Some(Transport {
                 ports: Ports { source: tcp.source, destination: tcp.destination },
                 checksum: tcp.checksum,
-                checksum_at: l4 + Tcp::CHECKSUM_AT,
                 flags: tcp.flags,
                 claimed: tcp.header_length(),
             })
@@ -253,7 +247,6 @@ fn transport<F: Frame>(frame: &F, protocol: u8, l4: usize) -> Option<Transport> 
             Some(Transport {
                 ports: Ports { source: udp.source, destination: udp.destination },
                 checksum: udp.checksum,
-                checksum_at: l4 + Udp::CHECKSUM_AT,
                 flags: 0,
                 claimed: udp.length.get() as usize,
             })

@@ -8,9 +8,9 @@ use crate::wire::eth::Macs;
 use crate::wire::icmp::Icmp;
 use crate::wire::{Address, Be16, Be32, Ethernet, Ipv4, Ipv6, Tcp, Udp, VlanTag};
 
+use super::Frame;
 use super::ip::{Ip, V4, V6};
 use super::parse::{Link, Packet, Place, whole};
-use super::{Frame, Step};
 
 /// TTL or hop limit of our own packets.
 const HOPS: u8 = 64;
@@ -19,18 +19,23 @@ const HOPS: u8 = 64;
 /// that must not be answered (a reset, a header with options where it would have to be quoted)
 /// is dropped for the same reason.
 #[inline(always)]
-pub fn answer<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &Step) -> Verdict {
-    let refusal = if step.place.protocol == TCP as u32 {
-        reset::<I, F>(frame, &step.place)
+pub fn answer<I: Answer, F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    place: &Place,
+    reason: u32,
+) -> Verdict {
+    let refusal = if place.protocol == TCP as u32 {
+        reset::<I, F>(frame, place)
     } else {
-        unreachable::<I, F>(frame, &step.place)
+        unreachable::<I, F>(frame, place)
     };
     match refusal {
         Refusal::Written => {
-            tables.count_drop(step.argument);
+            tables.count_drop(reason);
             return Verdict::Transmit;
         }
-        Refusal::None => tables.count_drop(step.argument),
+        Refusal::None => tables.count_drop(reason),
         Refusal::NoRoom => tables.count_drop(DropReason::NoHeadroom as u32),
     }
     Verdict::Drop
@@ -52,13 +57,13 @@ enum Refusal {
 /// again: so the hot path need not keep them in memory for it.
 #[inline(never)]
 fn reset<I: Answer, F: Frame>(frame: &mut F, place: &Place) -> Refusal {
-    let Some(link) = Link::parse(whole(frame)) else { return Refusal::None };
+    let Some(ethernet) = whole(frame).read::<Ethernet>(0) else { return Refusal::None };
     let Some(packet) = place.read::<I, F>(frame) else { return Refusal::None };
     if packet.transport.is_none_or(|transport| transport.flags & Tcp::RST != 0) {
         return Refusal::None;
     }
     let written = write_reset(frame, &packet);
-    finish(frame, &link, written)
+    finish(frame, &ethernet, written)
 }
 
 /// Writes a port unreachable around the packet; see [`reset`].
@@ -73,13 +78,17 @@ fn unreachable<I: Answer, F: Frame>(frame: &mut F, place: &Place) -> Refusal {
         return Refusal::None;
     }
     let written = write_unreachable(frame, &front, &packet);
-    finish(frame, &link, written)
+    finish(frame, &front.ethernet, written)
 }
 
 /// Sends it back to where the packet came from.
 #[inline(always)]
-fn finish<F: Frame>(frame: &mut F, link: &Link, written: Result<(), DropReason>) -> Refusal {
-    let back = Macs { destination: link.macs.source, source: link.macs.destination };
+fn finish<F: Frame>(
+    frame: &mut F,
+    ethernet: &Ethernet,
+    written: Result<(), DropReason>,
+) -> Refusal {
+    let back = Macs::new(ethernet.source, ethernet.destination);
     if written.is_ok() && frame.write(0, back).is_some() {
         Refusal::Written
     } else {

@@ -6,7 +6,7 @@ use crate::verdict::{DropReason, Verdict};
 
 use super::ip::{End, Ip};
 use super::parse::{Link, Packet, Place, Transport};
-use super::{Found, Frame, Outcome, Step, Stop, emit};
+use super::{Found, Frame, Next, Outcome, Stop, emit};
 
 /// Gives a reply the listener's address back and sends it to the client.
 ///
@@ -24,9 +24,11 @@ pub fn handle<I: Ip, F: Frame, T: Tables>(
     let kind = super::kind_of_address(tables, packet.destination.words());
     if kind != 0 {
         let is_snat = kind & Endpoint::SNAT != 0;
-        return if is_snat { Err(Stop::Snat(Step::PASS)) } else { Ok(Verdict::Pass) };
+        return if is_snat { Err(Stop::Snat(Next::PASS)) } else { Ok(Verdict::Pass) };
     }
-    if tables.has_direct_flows(target.index) && is_direct::<I, F, T>(frame, tables, &packet.place())
+    let registered = tables.target(target.index).ok_or(DropReason::TableInconsistent)?;
+    if tables.has_direct_flows(target.index, registered)
+        && is_direct::<I, F, T>(frame, tables, &packet.place())
     {
         return Ok(Verdict::Pass);
     }

@@ -48,7 +48,7 @@ pub fn deliver<I: Ip, F: Frame, T: Tables>(
     let Some(target) = serving(tables, index) else {
         return Err(Stop::Answer(DropReason::TargetDown));
     };
-    forget_direct(frame, tables, packet, index);
+    forget_direct(frame, tables, packet, index, target);
     if target.hop.ifindex == 0 {
         tables.report_unresolved(target.address);
         return Err(DropReason::NextHopUnresolved.into());

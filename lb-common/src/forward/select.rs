@@ -10,7 +10,7 @@ use crate::wire::Tcp;
 
 use super::ip::Ip;
 use super::parse::{Packet, Place, Transport};
-use super::{Found, Frame, Recall, Selected, Step, Stop};
+use super::{Found, Frame, Next, Recall, Selected, Step, Stop};
 
 /// Slots that a new connection tries when its 4-tuple is taken at a target: of two targets, both
 /// are among them but once in 32,768 cases.
@@ -46,8 +46,9 @@ pub fn forget_direct<I: Ip, F: Frame, T: Tables>(
     tables: &T,
     packet: &Packet<I>,
     index: u32,
+    target: &Target,
 ) {
-    if tables.has_direct_flows(index) {
+    if tables.has_direct_flows(index, target) {
         forget_direct_flow::<I, F, T>(frame, tables, &packet.place(), index);
     }
 }
@@ -81,18 +82,17 @@ pub fn serving<T: Tables>(tables: &T, index: u32) -> Option<&Target> {
 /// Recalls the flow, and remembers it if it must: it may be older than the slot's last change, or
 /// is tracked anyway.
 #[inline(never)]
-pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step) {
-    let Some((key, transport)) = step.place.flow::<I, F>(frame) else { return };
+pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step) -> u64 {
+    let Some((key, transport)) = step.place.flow::<I, F>(frame) else {
+        return Next::with(Next::PASS, 0);
+    };
     match remember(tables, &key, &transport, &step.recall) {
         Ok(selected) => {
             step.selected = selected;
             let mode = tables.target(selected.index).map_or(0, |target| target.mode);
-            step.action = if mode == Target::SNAT { Step::SNAT } else { Step::DELIVER };
+            Next::with(if mode == Target::SNAT { Next::SNAT } else { Next::DELIVER }, 0)
         }
-        Err(reason) => {
-            step.action = Step::ANSWER;
-            step.argument = reason as u32;
-        }
+        Err(reason) => Next::with(Next::ANSWER, reason as u32),
     }
 }
 

@@ -5,7 +5,7 @@
 //! [`select`](super::select), but for the most frequent ones: those of a flow that is well known and
 //! was seen lately need no more than one lookup.
 
-use crate::flow::{FlowKey, Keys, UDP};
+use crate::flow::{FlowKey, Keys};
 use crate::snat::{
     Atomics, Entered, MAX_SNAT_ADDRESSES, NO_PORT, PortPool, SnatFlow, SnatReturn, Stamp,
 };
@@ -18,7 +18,7 @@ use crate::wire::{Address, Be16, Ipv4, Ipv6, Tcp};
 use super::ip::{Ip, V4, V6};
 use super::parse::{Link, Packet, Ports, Transport};
 use super::select::serving;
-use super::{Frame, Outcome, Selected, Step, Stop, emit};
+use super::{Frame, Next, Outcome, Selected, Step, emit};
 
 /// What a packet's ends become. Plain numbers that are always written, see [`Step`].
 pub struct Ends {
@@ -45,24 +45,29 @@ impl Ends {
     }
 }
 
-/// A client's packet. It comes here twice if its flow is not well known: the second time its target
-/// has been chosen.
+/// A client's packet amid a flow that was seen lately, which changes nothing of what is remembered.
+/// Others must be recalled.
 #[inline(never)]
-pub fn request<I: Readdress, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) {
+pub fn resume<I: Readdress, F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    step: &mut Step,
+) -> u64 {
     let mut ends = Ends::unknown();
-    if step.action == Step::RECALL {
-        resume::<I, F, T>(frame, tables, step, &mut ends);
-    } else {
-        bind::<I, F, T>(frame, tables, step, &mut ends);
+    find_usual::<I, F, T>(frame, tables, step, &mut ends);
+    if ends.is_known == 0 {
+        return Next::with(Next::RECALL, 0);
     }
-    if ends.is_known != 0 {
-        send_request::<I, F, T>(frame, tables, step, &ends);
-    }
+    send_request::<I, F, T>(frame, tables, step, &ends)
 }
 
-/// A packet amid a flow that was seen lately changes nothing of what is remembered.
 #[inline(never)]
-fn resume<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step, ends: &mut Ends) {
+fn find_usual<I: Ip, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &T,
+    step: &mut Step,
+    ends: &mut Ends,
+) {
     let Some((key, transport)) = step.place.flow::<I, F>(frame) else { return };
     let Some(flow) = tables.snat_flow(&key) else { return };
     let is_usual = flow.stamp.state() == Stamp::ESTABLISHED
@@ -74,9 +79,32 @@ fn resume<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step, en
     }
 }
 
-/// Finds the flow's source address and port, or takes one.
+/// A client's packet whose target has been chosen.
 #[inline(never)]
-fn bind<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step, ends: &mut Ends) {
+pub fn request<I: Readdress, F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    step: &mut Step,
+) -> u64 {
+    let mut ends = Ends::unknown();
+    find_flow::<I, F, T>(frame, tables, step, &mut ends);
+    if ends.is_known == 0 {
+        let refused = open::<I, F, T>(frame, tables, step, &mut ends);
+        if ends.is_known == 0 {
+            return refused;
+        }
+    }
+    send_request::<I, F, T>(frame, tables, step, &ends)
+}
+
+/// Finds the flow's source address and port, where it has them.
+#[inline(never)]
+fn find_flow<I: Ip, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &T,
+    step: &mut Step,
+    ends: &mut Ends,
+) {
     let Some((key, transport)) = step.place.flow::<I, F>(frame) else { return };
     let now = tables.now();
     if let Some(flow) = tables.snat_flow(&key)
@@ -89,9 +117,7 @@ fn bind<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step, ends
     {
         step.selected.index = flow.target;
         lead(ends, target, flow.address, flow.port);
-        return;
     }
-    open::<I, F, T>(frame, tables, step, ends);
 }
 
 #[inline(always)]
@@ -125,20 +151,25 @@ fn renew<T: Tables>(
     tables.stamp_snat_return(&reply, stamp) && tables.stamp_snat(key, stamp)
 }
 
-/// A new flow: it gets a port of one of the target's source addresses.
+/// A new flow: it gets a port of one of the target's source addresses. If there is none: what is to
+/// be done.
 #[inline(never)]
-fn open<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step, ends: &mut Ends) {
-    let Some(packet) = step.place.read::<I, F>(frame) else { return };
-    let Some(transport) = packet.transport else { return };
+fn open<I: Ip, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &T,
+    step: &Step,
+    ends: &mut Ends,
+) -> u64 {
+    let malformed = Next::with(Next::DROP, DropReason::Malformed as u32);
+    let Some(packet) = step.place.read::<I, F>(frame) else { return malformed };
+    let Some(transport) = packet.transport else { return malformed };
     let number = step.selected.index;
     let Some(target) = serving(tables, number) else {
-        refuse(step, DropReason::TargetDown);
-        return;
+        return Next::with(Next::ANSWER, DropReason::TargetDown as u32);
     };
     // A packet that dies on the way takes no port.
     if let Err(reason) = can_leave(tables, target, &packet) {
-        step.conclude(Err(Stop::Drop(reason)), step.place);
-        return;
+        return Next::with(Next::DROP, reason as u32);
     }
     let key = packet.flow(transport.ports);
     let hash = tables.keys().flow(&key) as u32 >> 8;
@@ -161,7 +192,7 @@ fn open<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step, ends
         }
         let entered = enter::<I, T>(tables, &key, target, index % target.sources, &mut back, ends);
         if entered == Entered::New as u32 {
-            return;
+            return Next::with(Next::DELIVER, 0);
         }
         if entered == Entered::Full as u32 {
             break;
@@ -169,7 +200,7 @@ fn open<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step, ends
     }
     // Not a flow of that target, then.
     tables.forget(&key);
-    refuse(step, DropReason::PortAllocationError);
+    Next::with(Next::ANSWER, DropReason::PortAllocationError as u32)
 }
 
 /// Ports of an address that are tried: more than one where another CPU takes the same one just then.
@@ -231,12 +262,6 @@ fn reply_key(target: &Target, address: Address, port: Be16, protocol: u8) -> Flo
     }
 }
 
-#[inline(always)]
-fn refuse(step: &mut Step, reason: DropReason) {
-    step.action = Step::ANSWER;
-    step.argument = reason as u32;
-}
-
 /// Whether a packet can go to the target, for all that is known.
 #[inline(always)]
 fn can_leave<I: Ip, T: Tables>(
@@ -263,9 +288,9 @@ fn send_request<I: Readdress, F: Frame, T: Tables>(
     tables: &T,
     step: &mut Step,
     ends: &Ends,
-) {
+) -> u64 {
     let outcome = write_request::<I, F, T>(frame, tables, step, ends);
-    step.conclude(outcome, step.place);
+    step.conclude(outcome, step.place)
 }
 
 #[inline(always)]
@@ -288,18 +313,21 @@ fn write_request<I: Readdress, F: Frame, T: Tables>(
 }
 
 /// A packet to an address of this machine that flows to targets come from. One that belongs to none
-/// of them is not ours, and meets what [`Step::otherwise`] says.
+/// of them is not ours: what it meets `otherwise` is passing, or dropping where no listener is.
 #[inline(never)]
-pub fn reply<I: Readdress, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) {
+pub fn reply<I: Readdress, F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    step: &mut Step,
+    otherwise: u32,
+) -> u64 {
     let mut ends = Ends::unknown();
     let mut origin = Origin { listener: 0, target: 0 };
-    find_client::<I, F, T>(frame, tables, step, &mut ends, &mut origin);
+    find_client::<I, F, T>(frame, tables, &mut ends, &mut origin);
     if ends.is_known == 0 {
-        step.action = step.argument;
-        step.argument = DropReason::NoListener as u32;
-        return;
+        return Next::with(otherwise, DropReason::NoListener as u32);
     }
-    send_reply::<I, F, T>(frame, tables, step, &ends, &origin);
+    send_reply::<I, F, T>(frame, tables, step, &ends, &origin)
 }
 
 /// The listener and the target that a flow came by.
@@ -312,14 +340,12 @@ struct Origin {
 fn find_client<I: Ip, F: Frame, T: Tables>(
     frame: &F,
     tables: &T,
-    step: &mut Step,
     ends: &mut Ends,
     origin: &mut Origin,
 ) {
     let Some((_, packet)) = super::parse::<I, F>(frame) else { return };
     let Some(transport) = packet.transport else { return };
     let key = packet.flow(transport.ports);
-    step.place = packet.place();
     let own = super::lookup(tables, &EndpointKey::of_address(key.destination));
     let port = key.destination_port.get() as u32;
     if !own.has(Endpoint::SNAT) || port < own.listener || port > own.index {
@@ -339,13 +365,13 @@ fn find_client<I: Ip, F: Frame, T: Tables>(
         destination_port: back.client_port,
         is_known: 1,
     };
-    renew_return::<I, F, T>(tables, &key, &back, transport.flags, ends, now);
+    renew_return(tables, &key, &back, transport.flags, ends, now);
 }
 
 /// As [`renew`], for a packet of the target. A change of state is written for the client's packets
 /// too, unless the client's port has begun another flow since.
 #[inline(always)]
-fn renew_return<I: Ip, F: Frame, T: Tables>(
+fn renew_return<T: Tables>(
     tables: &T,
     key: &FlowKey,
     back: &SnatReturn,
@@ -390,9 +416,9 @@ fn send_reply<I: Readdress, F: Frame, T: Tables>(
     step: &mut Step,
     ends: &Ends,
     origin: &Origin,
-) {
+) -> u64 {
     let outcome = write_reply::<I, F, T>(frame, tables, ends, origin);
-    step.conclude(outcome, step.place);
+    step.conclude(outcome, step.place)
 }
 
 #[inline(always)]
@@ -434,22 +460,14 @@ fn translate<I: Readdress, F: Frame>(
     transport: &Transport,
     ends: &Ends,
 ) -> Result<(), DropReason> {
-    let (source, destination) = (ends.source_port, ends.destination_port);
+    let ports = Ports { source: ends.source_port, destination: ends.destination_port };
     I::readdress(frame, packet.l3, &packet.header, ends)?;
-    frame.write(packet.l4, Ports { source, destination }).ok_or(DropReason::Malformed)?;
-    if packet.protocol == UDP && transport.checksum.raw() == 0 {
-        return Ok(());
-    }
     let sum = Sum::of(transport.checksum)
-        .replace16(transport.ports.source, source)
-        .replace16(transport.ports.destination, destination);
+        .replace16(transport.ports.source, ports.source)
+        .replace16(transport.ports.destination, ports.destination);
     let sum = I::replace_address(sum, packet.source, ends.source);
-    let mut checksum = I::replace_address(sum, packet.destination, ends.destination).checksum();
-    if packet.protocol == UDP && checksum.raw() == 0 {
-        // Zero would say that there is none (RFC 768).
-        checksum = Be16::from_raw(0xffff);
-    }
-    frame.write(transport.checksum_at, checksum).ok_or(DropReason::Malformed)
+    let sum = I::replace_address(sum, packet.destination, ends.destination);
+    emit::write_transport(frame, packet, transport, ports, sum)
 }
 
 /// Writing both addresses of an IP header at once.

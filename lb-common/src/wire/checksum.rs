@@ -48,6 +48,19 @@ impl Sum {
         self.add32(!old.raw()).add32(new.raw())
     }
 
+    /// Adds another sum.
+    #[inline(always)]
+    pub fn plus(self, other: Self) -> Self {
+        Self(self.0 + other.0)
+    }
+
+    /// Takes one from the upper byte of a 16-bit word: a hop from an IPv4 header (RFC 1141).
+    #[inline(always)]
+    pub fn decrement_upper(self) -> Self {
+        // ~m + m' is the same for every m.
+        self.add16(Be16::new(!0x0100))
+    }
+
     /// Replaces an address by one of its family.
     #[inline(always)]
     pub fn replace_address(self, old: Address, new: Address) -> Self {
@@ -58,9 +71,8 @@ impl Sum {
     /// The checksum.
     #[inline(always)]
     pub fn checksum(self) -> Be16 {
-        // Five folds would be needed for any u64; sums of less than 2^16 words need these.
-        let sum = (self.0 >> 32) + (self.0 & 0xffff_ffff);
-        let sum = (sum >> 16) + (sum & 0xffff);
+        // Enough for less than 2^15 pairs of words.
+        let sum = (self.0 >> 16) + (self.0 & 0xffff);
         let sum = (sum >> 16) + (sum & 0xffff);
         let sum = (sum >> 16) + (sum & 0xffff);
         Be16::from_raw(!(sum as u16))

@@ -33,20 +33,35 @@ impl EtherType {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
 #[repr(C)]
 pub struct Ethernet {
-    /// Both MAC addresses.
-    pub macs: Macs,
-    /// What follows.
-    pub ether_type: EtherType,
-}
-
-/// Destination and source of a frame.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
-#[repr(C)]
-pub struct Macs {
     /// The receiver's MAC address.
     pub destination: Mac,
     /// The sender's MAC address.
     pub source: Mac,
+    /// What follows.
+    pub ether_type: EtherType,
+}
+
+/// Destination and source of a frame, which begins with them.
+///
+/// Held as words: the kernel copies bytes one by one, by a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct Macs {
+    words: [u32; 3],
+}
+
+impl Macs {
+    /// The receiver's MAC address and the sender's.
+    #[inline(always)]
+    pub fn new(destination: Mac, source: Mac) -> Self {
+        Self { words: bytemuck::cast([destination, source]) }
+    }
+
+    /// The receiver's MAC address.
+    pub fn destination(&self) -> Mac {
+        let [destination, _]: [Mac; 2] = bytemuck::cast(self.words);
+        destination
+    }
 }
 
 /// A VLAN tag without the EtherType that announces it.

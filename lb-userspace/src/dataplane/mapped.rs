@@ -54,7 +54,12 @@ impl<T: Pod> MappedArray<T> {
 
     /// Writes an element, first word first.
     pub fn store(&self, index: u32, value: &T) {
-        let bytes = bytemuck::bytes_of(value).chunks(8);
+        self.store_front(index, value, Self::STRIDE);
+    }
+
+    /// Writes the first `words` words of an element.
+    pub fn store_front(&self, index: u32, value: &T, words: usize) {
+        let bytes = bytemuck::bytes_of(value).chunks(8).take(words);
         for (word, bytes) in self.words(index).iter().zip(bytes) {
             let mut whole = [0; 8];
             whole[..bytes.len()].copy_from_slice(bytes);

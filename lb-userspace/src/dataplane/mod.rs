@@ -6,6 +6,7 @@ mod pod;
 mod snat;
 
 use std::collections::BTreeMap;
+use std::mem::offset_of;
 use std::os::fd::AsFd as _;
 use std::sync::atomic::Ordering;
 
@@ -53,6 +54,9 @@ pub struct LoadOptions {
     pub log: bool,
 }
 
+/// The word of a target that the kernel writes.
+const KERNELS_WORD: usize = offset_of!(Target, is_direct) / 8;
+
 type Owned<K, V> = HashMap<MapData, Raw<K>, Raw<V>>;
 
 /// The loaded program and its maps. Dropping it detaches and frees everything.
@@ -66,7 +70,6 @@ pub struct Dataplane {
     listeners: MappedArray<Listener>,
     slots: MappedArray<Slot>,
     generation: MappedArray<u32>,
-    direct_targets: MappedArray<u32>,
     overflow: Owned<EndpointKey, Endpoint>,
     admission: LpmTrie<MapData, Raw<AdmissionKey>, u32>,
     interfaces: HashMap<MapData, u32, Raw<Interface>>,
@@ -86,6 +89,14 @@ impl Dataplane {
     /// # Errors
     /// Missing privileges or memory, a kernel too old, and what the verifier says.
     pub fn load(options: &LoadOptions) -> anyhow::Result<Self> {
+        Self::load_object(OBJECT, options)
+    }
+
+    /// Loads another build of [`OBJECT`], to compare the two. Its maps must be the same.
+    ///
+    /// # Errors
+    /// As [`Self::load`]; or if it is no such object.
+    pub fn load_object(object: &[u8], options: &LoadOptions) -> anyhow::Result<Self> {
         let keys = HashKeys::from_seed(options.hash_seed);
         let log_level: u8 = if options.log { u8::MAX } else { 0 };
         let slots = MAX_RINGS * options.ring_size;
@@ -99,7 +110,7 @@ impl Dataplane {
             .override_global("HASH_KEYS", &keys.words()[..], true)
             .override_global("RING_SIZE", &options.ring_size, true)
             .override_global("AYA_LOG_LEVEL", &log_level, true)
-            .load(OBJECT)
+            .load(object)
             .context("load the maps into the kernel")?;
         program(&mut ebpf)?.load().context("load the XDP program into the kernel")?;
         Ok(Self {
@@ -110,7 +121,6 @@ impl Dataplane {
             listeners: mapped(&mut ebpf, "LISTENERS", MAX_LISTENERS)?,
             slots: mapped(&mut ebpf, "SLOTS", slots)?,
             generation: mapped(&mut ebpf, "GENERATION", 1)?,
-            direct_targets: mapped(&mut ebpf, "DIRECT_TARGETS", MAX_TARGETS)?,
             overflow: take(&mut ebpf, "OVERFLOW")?.try_into()?,
             admission: take(&mut ebpf, "ADMISSION")?.try_into()?,
             interfaces: take(&mut ebpf, "INTERFACES")?.try_into()?,
@@ -189,11 +199,10 @@ impl Dataplane {
             Step::AddDevice(index) => self.devices.insert(*index, *index, None, 0)?,
             Step::RemoveDevice(index) => removed(self.devices.remove(*index))?,
             Step::SetTarget(index, target) => {
-                self.targets.store(*index, target);
+                self.targets.store_front(*index, target, KERNELS_WORD);
             }
             Step::ClearTarget(index) => {
                 self.targets.store(*index, &Target::default());
-                self.direct_targets.store(*index, &0);
                 self.zero(*index, Counter::Target)?;
             }
             Step::SetListener(index, listener) => self.listeners.store(*index, listener),

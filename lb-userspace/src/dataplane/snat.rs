@@ -97,6 +97,11 @@ impl SnatTables {
         self.returns.iter().filter_map(Result::ok).map(|(key, flow)| (key.0, flow.0))
     }
 
+    /// The ports.
+    pub fn pools(&self) -> &PortPools {
+        &self.pools
+    }
+
     /// Removes an entry by its client's packets, if it still is as `is_over` wants it.
     pub fn remove_flow(&mut self, key: &FlowKey, is_over: impl FnOnce(&SnatFlow) -> bool) {
         // The client may have begun another flow from the same port since.

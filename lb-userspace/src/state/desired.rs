@@ -230,7 +230,7 @@ impl State {
             ));
         }
         let NextHop { ifindex, vlan, source_mac, destination_mac, mtu, .. } = *hop;
-        let macs = Macs { destination: destination_mac, source: source_mac };
+        let macs = Macs::new(destination_mac, source_mac);
         Ok(tables::NextHop { ifindex, macs, vlan: vlan.unwrap_or(0), mtu })
     }
 

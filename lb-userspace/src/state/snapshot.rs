@@ -149,7 +149,7 @@ impl State {
     }
 
     fn describe(&self, hop: &lb_common::tables::NextHop) -> String {
-        let mac: Vec<_> = hop.macs.destination.iter().map(|byte| format!("{byte:02x}")).collect();
+        let mac: Vec<_> = hop.macs.destination().iter().map(|byte| format!("{byte:02x}")).collect();
         let name = self.network.interfaces.get(&hop.ifindex).map_or("?", |nic| nic.name.as_str());
         let vlan = if hop.vlan == 0 { String::new() } else { format!(" VLAN {}", hop.vlan) };
         format!("{} on {name}{vlan}", mac.join(":"))

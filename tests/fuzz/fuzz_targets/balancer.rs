@@ -164,7 +164,7 @@ fn add(
 }
 
 fn hop(control: Control, ifindex: u32) -> NextHop {
-    let macs = Macs { destination: [2, 0, 0, 0, 1, 1], source: [2, 0, 0, 0, 0, ifindex as u8] };
+    let macs = Macs::new([2, 0, 0, 0, 1, 1], [2, 0, 0, 0, 0, ifindex as u8]);
     NextHop { ifindex, macs, vlan: control.vlan(), mtu: control.mtu() }
 }
 

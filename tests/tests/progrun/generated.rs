@@ -44,6 +44,7 @@ fn host_and_kernel_agree() {
             change(&mut scene, &mut generator);
             world.set(scene.desired.clone()).unwrap();
             age(world, &mut generator);
+            world.walk_snat().unwrap();
         }
         let counts = world.counts().unwrap();
         println!("{actions:?} {:?}", counts.drops);
@@ -121,6 +122,7 @@ fn age(world: &mut World<'_>, generator: &mut Generator) {
         let closing = if is_tcp(&key) { flow.closing } else { 0 };
         world.remember(key, flow.target, closing, ago()).unwrap();
     }
+    world.age_snat(&mut ago).unwrap();
     for (key, flow) in returns {
         world.remember_return(key, flow.listener, flow.target, ago()).unwrap();
     }

@@ -11,10 +11,14 @@ mod generated;
 mod passing;
 mod refusals;
 mod rewriting;
+mod snat;
 
 use std::net::{IpAddr, SocketAddr};
 
-use lb_common::{tables::Traffic, verdict::DropReason};
+use lb_common::{
+    tables::{Endpoint, Traffic},
+    verdict::DropReason,
+};
 use lb_tests::{
     packets::{Checksum, Packet, Transport},
     progrun::{Action, Counts, Network, World, device_mac, gateway_mac, hex},

@@ -15,7 +15,7 @@ const CLIENT: &str = "192.0.10.7:4000";
 const CLIENT6: &str = "[2001:db8:10::7]:4000";
 
 /// The port unreachable that answers a datagram, quoting its headers.
-fn unreachable(refused: &Packet) -> Vec<u8> {
+pub fn unreachable(refused: &Packet) -> Vec<u8> {
     let frame = refused.build();
     let l3 = 14 + 4 * refused.vlans.len();
     let macs = (refused.destination_mac, refused.source_mac);

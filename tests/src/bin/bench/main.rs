@@ -27,6 +27,12 @@ struct PacketOptions {
     /// The CPU to measure on
     #[arg(long, default_value_t = 1)]
     cpu: usize,
+    /// Only the floors and the kinds whose name contains this text
+    #[arg(long, default_value = "")]
+    only: String,
+    /// Another build of the eBPF object, measured in the same rounds; its rows begin with `*`
+    #[arg(long, value_name = "OBJECT")]
+    against: Option<PathBuf>,
     /// Where to write the figures
     #[arg(long, default_value = "target/bench/packet.json")]
     json: PathBuf,

@@ -51,11 +51,14 @@ const XDP_REDIRECT: u32 = 4;
 enum Subject {
     Floor(Floor),
     Balancer,
+    /// The other build.
+    Other,
 }
 
 /// One line of the table.
+#[derive(Clone)]
 struct Row {
-    name: &'static str,
+    name: String,
     subject: Subject,
     packet: Packet,
     varying: Varying,
@@ -75,22 +78,30 @@ pub fn run(options: &PacketOptions) -> Result<()> {
 
 fn measure(options: &PacketOptions) -> Result<()> {
     pin_to_cpu(options.cpu).with_context(|| format!("run on CPU {}", options.cpu))?;
-    let mut dataplane = Dataplane::load(&LOAD)?;
-    dataplane.apply(&diff(&Desired::default(), &tables()))?;
-    let balancer = dataplane.program()?.fd()?.try_clone()?;
-    let mut wrapper = Wrapper::load()?;
+    let mut dataplane = ready(Dataplane::load(&LOAD)?)?;
     let mut rows = rows();
+    rows.retain(|row| row.is_floor() || row.name.contains(&options.only));
+    let mut subjects = Subjects { balancer: program(&mut dataplane)?, other: None };
+    // Kept until the end: with it the program's tables would go.
+    let mut _other = None;
+    if let Some(path) = &options.against {
+        let object = fs::read(path).with_context(|| format!("read {}", path.display()))?;
+        let other = _other.insert(ready(Dataplane::load_object(&object, &LOAD)?)?);
+        subjects.other = Some(program(other)?);
+        rows = with_other(rows);
+    }
+    let mut wrapper = Wrapper::load()?;
 
     // Once without counting: flow tables and caches fill, and every row does what it should.
     for row in &mut rows {
         let repeats = options.repeats.max(row.flows);
-        row.measure(&mut wrapper, &balancer, repeats)?;
+        row.measure(&mut wrapper, &subjects, repeats)?;
         row.samples.clear();
     }
     for round in 1..=options.rounds {
         eprint!("\rround {round} of {}", options.rounds);
         for row in &mut rows {
-            row.measure(&mut wrapper, &balancer, options.repeats)?;
+            row.measure(&mut wrapper, &subjects, options.repeats)?;
         }
     }
     eprintln!("\r{:30}", "");
@@ -99,21 +110,54 @@ fn measure(options: &PacketOptions) -> Result<()> {
     write_json(&rows, &program, options)
 }
 
+/// The programs that are measured.
+struct Subjects {
+    balancer: ProgramFd,
+    other: Option<ProgramFd>,
+}
+
+fn program(dataplane: &mut Dataplane) -> Result<ProgramFd> {
+    Ok(dataplane.program()?.fd()?.try_clone()?)
+}
+
+fn ready(mut dataplane: Dataplane) -> Result<Dataplane> {
+    dataplane.apply(&diff(&Desired::default(), &tables()))?;
+    Ok(dataplane)
+}
+
+/// Every row of ours, followed by the other build's.
+fn with_other(rows: Vec<Row>) -> Vec<Row> {
+    let twice = |row: Row| {
+        let other = (!row.is_floor()).then(|| Row {
+            name: format!("* {}", row.name),
+            subject: Subject::Other,
+            ..row.clone()
+        });
+        [Some(row), other].into_iter().flatten()
+    };
+    rows.into_iter().flat_map(twice).collect()
+}
+
 impl Row {
-    fn measure(&mut self, wrapper: &mut Wrapper, balancer: &ProgramFd, repeats: u32) -> Result<()> {
+    fn measure(&mut self, wrapper: &mut Wrapper, subjects: &Subjects, repeats: u32) -> Result<()> {
         match self.subject {
             Subject::Floor(floor) => wrapper.call_floor(floor)?,
-            Subject::Balancer => wrapper.call(balancer)?,
+            Subject::Balancer => wrapper.call(&subjects.balancer)?,
+            Subject::Other => wrapper.call(subjects.other.as_ref().context("no other build")?)?,
         }
         wrapper.make(&self.packet, self.varying, self.flows)?;
         let run = wrapper.run(repeats)?;
-        let (name, wanted) = (self.name, self.verdict);
+        let (name, wanted) = (&self.name, self.verdict);
         ensure!(run.verdict == wanted, "{name}: verdict {} instead of {wanted}", run.verdict);
-        if matches!(self.subject, Subject::Balancer) {
-            verify_checksums(&run.frame).with_context(|| name)?;
+        if !self.is_floor() {
+            verify_checksums(&run.frame).with_context(|| name.clone())?;
         }
         self.samples.push(run.nanoseconds);
         Ok(())
+    }
+
+    fn is_floor(&self) -> bool {
+        matches!(self.subject, Subject::Floor(_))
     }
 
     fn median(&self) -> f64 {
@@ -225,9 +269,17 @@ fn rows() -> Vec<Row> {
 }
 
 impl Row {
-    fn new(name: &'static str, subject: Subject, packet: &Packet, flows: u32) -> Self {
+    fn new(name: &str, subject: Subject, packet: &Packet, flows: u32) -> Self {
         let (packet, varying, verdict) = (packet.clone(), Varying::Source, XDP_TX);
-        Self { name, subject, packet, varying, flows, verdict, samples: Vec::new() }
+        Self {
+            name: name.to_owned(),
+            subject,
+            packet,
+            varying,
+            flows,
+            verdict,
+            samples: Vec::new(),
+        }
     }
 }
 
