@@ -89,8 +89,7 @@ impl Endpoint {
     /// Flag of a target: several listeners use it, the tracked flow knows which. A flow that is
     /// not known is of [`Self::listener`], the only one before, unless that is [`NO_LISTENER`].
     pub const SHARED: u8 = 0x20;
-    /// Flag of a listener: it has targets of mode [`Target::SNAT`], and is [`Self::TRACKED`] too. Flag
-    /// of an address of this machine: flows to such targets come from it.
+    /// Flag of an address of this machine: flows to targets of mode [`Target::SNAT`] come from it.
     pub const SNAT: u8 = 0x40;
     /// Flag of the first place in a bucket: the bucket is full, look in the overflow table too.
     pub const OVERFLOW: u8 = 0x80;

@@ -376,7 +376,7 @@ impl<'a> World<'a> {
 
     /// Checks that both sides remember the same flows whose both ends are rewritten, and that exactly
     /// their ports are taken.
-    fn check_snat(&mut self) -> Result<()> {
+    fn check_snat(&self) -> Result<()> {
         let tables = self.kernel.snat_tables()?;
         let (flows, returns) = (tables.flows().collect(), tables.returns().collect());
         let same_stamp = |a: Stamp, b: Stamp| {

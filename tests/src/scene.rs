@@ -179,8 +179,7 @@ impl Scene {
     /// A listener with one target of mode [`Target::SNAT`] and the same number.
     pub fn snat_listener(&mut self, number: u32, protocol: u8, at: &str, target: &str) {
         self.target(number, Target::SNAT, target, Way::by(11));
-        let flags = Endpoint::TRACKED | Endpoint::SNAT;
-        self.listener_of(number, protocol, at, &[Slot::settled(number)], OPEN, flags);
+        self.listener_of(number, protocol, at, &[Slot::settled(number)], OPEN, Endpoint::TRACKED);
     }
 
     /// Targets of [`Self::snat_listener`]s by protocol, with the addresses that they see.

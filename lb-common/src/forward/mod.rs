@@ -97,12 +97,7 @@ fn forward_ip<I: Answer + Readdress, F: Frame, T: Tables>(frame: &mut F, tables:
     let mut step = Step::new();
     let mut next = Next::from(to_listener::<I, F, T>(frame, tables, &mut step));
     if next.action == Next::RECALL {
-        if step.recall.is_tracked & Endpoint::SNAT as u32 != 0 {
-            next = Next::from(snat::resume::<I, F, T>(frame, tables, &mut step));
-        }
-        if next.action == Next::RECALL {
-            next = Next::from(select::recall::<I, F, T>(frame, tables, &mut step));
-        }
+        next = Next::from(select::recall::<I, F, T>(frame, tables, &mut step));
         if next.action == Next::DELIVER {
             next = Next::from(deliver::<I, F, T>(frame, tables, &mut step));
         } else if next.action == Next::SNAT {
@@ -181,8 +176,7 @@ struct Recall {
     ring: u32,
     /// Index of the listener.
     listener: u32,
-    /// Not 0 if the listener tracks every flow: [`Endpoint::TRACKED`], and [`Endpoint::SNAT`] if it
-    /// has targets of that mode.
+    /// Not 0 if the listener tracks every flow.
     is_tracked: u32,
 }
 

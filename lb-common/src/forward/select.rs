@@ -30,12 +30,12 @@ pub fn select<I: Ip, T: Tables>(
     let hash = tables.keys().flow(&packet.flow(transport.ports));
     let chosen = flow::slot(hash, tables.ring_size());
     let slot = slot(tables, listener.index, chosen)?;
-    let is_tracked = listener.kind & (Endpoint::TRACKED | Endpoint::SNAT) as u32;
-    if slot.is_settled() && is_tracked == 0 {
+    let is_tracked = listener.has(Endpoint::TRACKED);
+    if slot.is_settled() && !is_tracked {
         return Ok(Selected { index: slot.current, is_new: transport.is_syn() as u32 });
     }
     let (ring, listener) = (listener.index, listener.listener);
-    Err(Stop::Recall(Recall { slot, chosen, ring, listener, is_tracked }))
+    Err(Stop::Recall(Recall { slot, chosen, ring, listener, is_tracked: is_tracked as u32 }))
 }
 
 /// A client that talked to the target's own address talks to the listener now, from the same

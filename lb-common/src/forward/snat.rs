@@ -2,8 +2,7 @@
 //! answers there.
 //!
 //! A listener with such targets tracks every flow, so its packets come here by way of
-//! [`select`](super::select), but for the most frequent ones: those of a flow that is well known and
-//! was seen lately need no more than one lookup.
+//! [`select`](super::select).
 
 use crate::flow::{FlowKey, Keys};
 use crate::snat::{
@@ -20,7 +19,9 @@ use super::parse::{Link, Packet, Ports, Transport};
 use super::select::serving;
 use super::{Frame, Next, Outcome, Selected, Step, emit};
 
-/// What a packet's ends become. Plain numbers that are always written, see [`Step`].
+/// What a packet's ends become. Plain numbers that are always written, see [`Step`]; in this order, so
+/// that no address lies beside its port and is copied with it, byte by byte.
+#[repr(C)]
 pub struct Ends {
     source: Address,
     destination: Address,
@@ -42,40 +43,6 @@ impl Ends {
             destination_port: Be16::from_raw(zero as u16),
             is_known: zero as u32,
         }
-    }
-}
-
-/// A client's packet amid a flow that was seen lately, which changes nothing of what is remembered.
-/// Others must be recalled.
-#[inline(never)]
-pub fn resume<I: Readdress, F: Frame, T: Tables>(
-    frame: &mut F,
-    tables: &T,
-    step: &mut Step,
-) -> u64 {
-    let mut ends = Ends::unknown();
-    find_usual::<I, F, T>(frame, tables, step, &mut ends);
-    if ends.is_known == 0 {
-        return Next::with(Next::RECALL, 0);
-    }
-    send_request::<I, F, T>(frame, tables, step, &ends)
-}
-
-#[inline(never)]
-fn find_usual<I: Ip, F: Frame, T: Tables>(
-    frame: &F,
-    tables: &T,
-    step: &mut Step,
-    ends: &mut Ends,
-) {
-    let Some((key, transport)) = step.place.flow::<I, F>(frame) else { return };
-    let Some(flow) = tables.snat_flow(&key) else { return };
-    let is_usual = flow.stamp.state() == Stamp::ESTABLISHED
-        && transport.flags & (Tcp::SYN | Tcp::FIN | Tcp::RST) == 0
-        && !flow.stamp.is_stale(tables.now());
-    if is_usual && let Some(target) = serving(tables, flow.target) {
-        step.selected = Selected { index: flow.target, is_new: 0 };
-        lead(ends, target, flow.address, flow.port);
     }
 }
 
@@ -184,17 +151,16 @@ fn open<I: Ip, F: Frame, T: Tables>(
         target: number,
         pool: 0,
     };
-    for attempt in 0..ATTEMPTS {
-        // The address that the hash says, while it has ports; then the others.
-        let index = hash.wrapping_add(attempt / ATTEMPTS_EACH);
-        if attempt / ATTEMPTS_EACH >= target.sources {
-            break;
-        }
-        let entered = enter::<I, T>(tables, &key, target, index % target.sources, &mut back, ends);
+    for attempt in 0..MAX_SNAT_ADDRESSES {
+        // The address that the hash says, while it has ports; then the others. The same one again
+        // where another CPU took the port just then.
+        let next = attempt.wrapping_add(1);
+        let index = hash.wrapping_add(attempt) % if target.sources == 0 { 1 } else { target.sources };
+        let entered = enter::<T>(tables, &key, target, index, &mut back, ends);
         if entered == Entered::New as u32 {
             return Next::with(Next::DELIVER, 0);
         }
-        if entered == Entered::Full as u32 {
+        if entered == Entered::Full as u32 || (entered == NONE_FREE && next >= target.sources) {
             break;
         }
     }
@@ -203,15 +169,13 @@ fn open<I: Ip, F: Frame, T: Tables>(
     Next::with(Next::ANSWER, DropReason::PortAllocationError as u32)
 }
 
-/// Ports of an address that are tried: more than one where another CPU takes the same one just then.
-const ATTEMPTS_EACH: u32 = 3;
-/// Ports that are tried.
-const ATTEMPTS: u32 = ATTEMPTS_EACH * MAX_SNAT_ADDRESSES;
+/// Beside what can become of an entry: no port is free.
+const NONE_FREE: u32 = 3;
 
 /// Takes a port of one of the target's addresses and remembers the flow for both directions. One of
-/// [`Entered`].
+/// [`Entered`], or [`NONE_FREE`].
 #[inline(never)]
-fn enter<I: Ip, T: Tables>(
+fn enter<T: Tables>(
     tables: &T,
     key: &FlowKey,
     target: &Target,
@@ -220,14 +184,15 @@ fn enter<I: Ip, T: Tables>(
     ends: &mut Ends,
 ) -> u32 {
     let index = back.target.wrapping_mul(MAX_SNAT_ADDRESSES).wrapping_add(index);
-    let Some(source) = tables.source(index) else { return Entered::Taken as u32 };
-    let Some(pool) = tables.pool(source.pool) else { return Entered::Taken as u32 };
-    let port = find_port::<T::Atomics>(pool, source.first as u32, source.last as u32);
-    if port == NO_PORT {
-        return Entered::Taken as u32;
+    let Some(source) = tables.source(index) else { return NONE_FREE };
+    let Some(pool) = tables.pool(source.pool) else { return NONE_FREE };
+    let mut port = 0;
+    find_port::<T::Atomics>(pool, source.first as u32, source.last as u32, &mut port);
+    if port as u32 == NO_PORT {
+        return NONE_FREE;
     }
     back.pool = source.pool;
-    let (stamp, address, number) = (back.stamp, source.address, Be16::new(port as u16));
+    let (stamp, address, number) = (back.stamp, source.address, Be16::new(port));
     let reply = reply_key(target, address, number, key.protocol);
     let entered = tables.enter_snat_return(&reply, back);
     if entered != Entered::New {
@@ -238,15 +203,16 @@ fn enter<I: Ip, T: Tables>(
         tables.forget_snat_return(&reply);
         return Entered::Full as u32;
     }
-    pool.mark::<T::Atomics>(port as u16);
+    pool.mark::<T::Atomics>(port);
     lead(ends, target, address, number);
     Entered::New as u32
 }
 
-/// A function of its own in the kernel too, with stack of its own.
+/// A function of its own in the kernel too, with stack of its own. The port is left in a half word,
+/// which the verifier does not track: it would follow each of the many ways to one to the end.
 #[inline(never)]
-fn find_port<A: Atomics>(pool: &PortPool, first: u32, last: u32) -> u32 {
-    pool.find::<A>(first, last)
+fn find_port<A: Atomics>(pool: &PortPool, first: u32, last: u32, port: &mut u16) {
+    *port = pool.find::<A>(first, last) as u16;
 }
 
 /// The flow as the target's packets show it.

@@ -16,7 +16,7 @@ pub use pool::HostAtomics;
 pub use pool::{Atomics, NO_PORT, PortPool};
 
 /// Source addresses of one target at most.
-pub const MAX_SNAT_ADDRESSES: u32 = 8;
+pub const MAX_SNAT_ADDRESSES: u32 = 4;
 /// A UDP flow of which the client sent one datagram only is forgotten after this time, nanoseconds:
 /// most of those are a question and its answer, and a flood of them must not hold the ports for
 /// the whole idle timeout. (Linux's `nf_conntrack_udp_timeout` has the same 30 s.)

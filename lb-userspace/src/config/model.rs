@@ -121,7 +121,7 @@ pub enum Forwarding {
 /// What the targets of a group with [`Forwarding::Snat`] see as their clients.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Snat {
-    /// Addresses, at most 8 of a family. Of a family that has none here: this machine's own towards
+    /// Addresses, at most 4 of a family. Of a family that has none here: this machine's own towards
     /// the target.
     pub addresses: Vec<IpAddr>,
     /// Ports, from 1024 on.

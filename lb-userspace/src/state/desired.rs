@@ -271,11 +271,9 @@ impl State {
             let is_shared = ways_back
                 .values()
                 .any(|ways| ways.len() > 1 && ways.iter().any(|(listener, _)| *listener == number));
-            let tracked = match group.forwarding {
-                Forwarding::Snat => Endpoint::TRACKED | Endpoint::SNAT,
-                _ if group.track_every_flow || is_shared => Endpoint::TRACKED,
-                _ => 0,
-            };
+            let is_tracked =
+                group.track_every_flow || is_shared || group.forwarding == Forwarding::Snat;
+            let tracked = if is_tracked { Endpoint::TRACKED } else { 0 };
             let endpoint = Endpoint {
                 address,
                 port: Be16::new(key.port),

@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use lb_common::verdict::DropReason::{PortAllocationError, TtlExceeded};
+use lb_common::{
+    snat::MAX_SNAT_ADDRESSES,
+    verdict::DropReason::{PortAllocationError, TtlExceeded},
+};
 use lb_tests::packets::{Checksum, Packet, endpoints};
 
 use super::{refusals::unreachable, *};
@@ -157,7 +160,7 @@ fn without_a_port_the_client_is_told() {
     let mut scene = Scene::everything();
     scene.source(37, "10.0.11.2", 5, (20_100, 20_100));
     for (key, source) in &mut scene.desired.sources {
-        if [36 * 8, 37 * 8].contains(key) {
+        if [36, 37].map(|target| target * MAX_SNAT_ADDRESSES).contains(key) {
             source.last = source.first + 1;
         }
     }
@@ -235,7 +238,7 @@ fn a_target_s_reset_gives_the_port_back_soon() {
 #[test]
 fn fifty_thousand_flows_to_one_target() {
     let mut scene = Scene::everything();
-    let source = scene.desired.sources.get_mut(&(36 * 8)).unwrap();
+    let source = scene.desired.sources.get_mut(&(36 * MAX_SNAT_ADDRESSES)).unwrap();
     (source.first, source.last) = (10_000, 59_999);
     let address = scene.desired.endpoints.values_mut();
     for endpoint in address.filter(|endpoint| endpoint.kind & Endpoint::SNAT != 0) {
