@@ -151,7 +151,7 @@ fn open<I: Ip, F: Frame, T: Tables>(
         target: number,
         pool: 0,
     };
-    for attempt in 0..MAX_SNAT_ADDRESSES {
+    for attempt in 0..ATTEMPTS {
         // The address that the hash says, while it has ports; then the others. The same one again
         // where another CPU took the port just then.
         let next = attempt.wrapping_add(1);
@@ -168,6 +168,9 @@ fn open<I: Ip, F: Frame, T: Tables>(
     tables.forget(&key);
     Next::with(Next::ANSWER, DropReason::PortAllocationError as u32)
 }
+
+/// Ports that are tried: the verifier follows each search to its end.
+const ATTEMPTS: u32 = 2;
 
 /// Beside what can become of an entry: no port is free.
 const NONE_FREE: u32 = 3;

@@ -37,6 +37,13 @@ macro_rules! target_group {
     };
 }
 
+/// A target group that rewrites both ends, with the given keys.
+macro_rules! snat {
+    ($keys:expr) => {
+        target_group!(concat!("forwarding = \"snat\"\n", $keys))
+    };
+}
+
 /// A health check with the given keys.
 macro_rules! health_check {
     ($keys:expr) => {
@@ -138,6 +145,29 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("target_group_security_group", target_group!("security_group = \"web-target\"")),
     ("snat_addresses", target_group!("snat_addresses = [\"10.0.0.7\"]")),
     ("snat_ports", target_group!("snat_ports = \"20000-30000\"")),
+    ("snat_addresses_none", snat!("snat_addresses = []")),
+    ("snat_addresses_no_list", snat!("snat_addresses = \"10.0.0.7\"")),
+    ("snat_addresses_name", snat!("snat_addresses = [\"balancer\"]")),
+    ("snat_addresses_twice", snat!("snat_addresses = [\"10.0.0.7\",\n  \"10.0.0.7\"]")),
+    (
+        "snat_addresses_many",
+        snat!("snat_addresses = [\"10.0.0.1\", \"10.0.0.2\", \"10.0.0.3\", \"10.0.0.4\", \"10.0.0.5\"]"),
+    ),
+    (
+        "snat_address_of_target",
+        snat!("targets = [\"10.0.2.11\"]\nsnat_addresses = [\"10.0.2.11\"]"),
+    ),
+    (
+        "snat_address_of_listener",
+        snat!(
+            "snat_addresses = [\"192.0.2.1\"]\n[load_balancer.web]\naddresses = [\"192.0.2.1\"]\n\
+             [[load_balancer.web.listener]]\nport = 10080\ntarget_group = \"web\"\n\
+             [target_group.other]"
+        ),
+    ),
+    ("snat_ports_integer", snat!("snat_ports = 20000")),
+    ("snat_ports_low", snat!("snat_ports = \"80-20000\"")),
+    ("snat_ports_order", snat!("snat_ports = \"30000-20000\"")),
     ("targets_no_list", target_group!("targets = \"10.0.2.11\"")),
     ("target_name", target_group!("targets = [\"web1.example.com\"]")),
     ("target_port_range", target_group!("targets = [\"10.0.2.11:70000\"]")),
