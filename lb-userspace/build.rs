@@ -14,6 +14,11 @@ fn main() -> anyhow::Result<()> {
     let variables = [
         // `-Z build-std=core` needs it.
         ("RUSTC_BOOTSTRAP", "1".into()),
+        // With 32-bit instructions and jumps (Linux 5.1): a tenth fewer instructions. aya-build sets
+        // flags of its own, so these come with the profile; the second keeps them from the host's.
+        ("CARGO_UNSTABLE_PROFILE_RUSTFLAGS", "true".into()),
+        ("CARGO_PROFILE_RELEASE_RUSTFLAGS", "-Ctarget-cpu=v3".into()),
+        ("CARGO_PROFILE_RELEASE_BUILD_OVERRIDE_RUSTFLAGS", "-Cdebuginfo=0".into()),
         // Progress would come out as warnings of this package.
         ("CARGO_TERM_QUIET", "true".into()),
         // `core` and the rest are built once, not for every profile and set of features of ours.

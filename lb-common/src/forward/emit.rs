@@ -4,6 +4,7 @@ use crate::flow::UDP;
 use crate::tables::NextHop;
 use crate::verdict::{DropReason, Verdict};
 use crate::wire::checksum::Sum;
+use crate::wire::eth::Macs;
 use crate::wire::{Address, Be16, EtherType, Tcp, Udp, VlanTag};
 
 use super::Frame;
@@ -68,11 +69,18 @@ fn udp_checksum(old: Be16, sum: Sum) -> Be16 {
     }
 }
 
+/// Writes the beginning of the Ethernet header.
+#[inline(always)]
+fn write_macs<F: Frame>(frame: &mut F, macs: Macs) -> Result<(), DropReason> {
+    let (first, last) = macs.parts();
+    frame.write_pair::<{ size_of::<u64>() }, _, _>(0, first, last).ok_or(DropReason::Malformed)
+}
+
 /// Gives the frame its next hop's MAC addresses and VLAN tag.
 #[inline(always)]
 pub fn send<F: Frame>(frame: &mut F, link: &Link, hop: &NextHop) -> Result<Verdict, DropReason> {
     if link.tags == 0 && hop.vlan == 0 {
-        frame.write(0, hop.macs).ok_or(DropReason::Malformed)?;
+        write_macs(frame, hop.macs)?;
     } else {
         retag(frame, link, hop)?;
     }
@@ -92,7 +100,7 @@ fn retag<F: Frame>(frame: &mut F, link: &Link, hop: &NextHop) -> Result<(), Drop
     if missing != 0 {
         frame.grow_front(missing * TAG).ok_or(DropReason::NoHeadroom)?;
     }
-    frame.write(0, hop.macs).ok_or(DropReason::Malformed)?;
+    write_macs(frame, hop.macs)?;
     if wanted == 0 {
         return frame.write(Link::ETHER_TYPE_AT, link.ether_type).ok_or(DropReason::Malformed);
     }

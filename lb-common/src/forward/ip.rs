@@ -5,7 +5,7 @@ use crate::verdict::DropReason;
 use crate::wire::checksum::Sum;
 use crate::wire::icmp::Icmp;
 use crate::wire::ipv6::{Extension, FragmentHeader};
-use crate::wire::{Address, Ipv4, Ipv6};
+use crate::wire::{Address, EtherType, Ethernet, Ipv4, Ipv6};
 
 use super::Frame;
 use super::parse::whole;
@@ -19,8 +19,14 @@ pub trait Ip: Sized {
     /// The header without options.
     type Header: bytemuck::Pod;
 
-    /// Reads the headers at `l3`; `None` for what is no packet of this version.
-    fn parse<F: Frame>(frame: &F, l3: usize) -> Option<Parsed<Self::Header>>;
+    /// Its EtherType.
+    const ETHER_TYPE: EtherType;
+
+    /// Whether the transport header of an untagged frame is where it mostly is.
+    fn is_plain<F: Frame>(frame: &F) -> bool;
+
+    /// Reads the headers at `l3`; `None` for what is no packet of this version, or not of the shape.
+    fn parse<const SHAPE: bool, F: Frame>(frame: &F, l3: usize) -> Option<Parsed<Self::Header>>;
 
     /// Replaces an address and decrements TTL or hop limit, as a router does. `difference` is what
     /// the address changes in a checksum's sum.
@@ -48,6 +54,12 @@ pub trait Ip: Sized {
     /// Corrects a transport checksum's sum for a changed address.
     fn replace_address(sum: Sum, old: Address, new: Address) -> Sum;
 }
+
+/// Shape of a packet: without VLAN tags, IP options or extension headers, so that all offsets are
+/// constants.
+pub const PLAIN: bool = true;
+/// Any shape.
+pub const ANY: bool = false;
 
 /// Which address of a packet is rewritten.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,9 +95,20 @@ impl Ip for V4 {
     const ECHO_REQUEST: u8 = Icmp::ECHO_REQUEST;
     type Header = Ipv4;
 
+    const ETHER_TYPE: EtherType = EtherType::IPV4;
+
     #[inline(always)]
-    fn parse<F: Frame>(frame: &F, l3: usize) -> Option<Parsed<Ipv4>> {
+    fn is_plain<F: Frame>(frame: &F) -> bool {
+        frame.read::<u8>(size_of::<Ethernet>()) == Some(PLAIN_VERSION_IHL)
+    }
+
+    #[inline(always)]
+    fn parse<const SHAPE: bool, F: Frame>(frame: &F, l3: usize) -> Option<Parsed<Ipv4>> {
         let header: Ipv4 = frame.read(l3)?;
+        // Known already. So that the compiler knows the length too.
+        if SHAPE == PLAIN && header.version_ihl != PLAIN_VERSION_IHL {
+            return None;
+        }
         let header_length = header.header_length();
         if header.version_ihl >> 4 != 4 || header_length < size_of::<Ipv4>() {
             return None;
@@ -141,6 +164,9 @@ impl Ip for V4 {
         sum.replace32(old.low32(), new.low32())
     }
 }
+
+/// First byte of a header without options.
+const PLAIN_VERSION_IHL: u8 = 0x45;
 
 /// IP version 6.
 pub struct V6;
@@ -215,8 +241,16 @@ impl Ip for V6 {
     const ECHO_REQUEST: u8 = Icmp::V6_ECHO_REQUEST;
     type Header = Ipv6;
 
+    const ETHER_TYPE: EtherType = EtherType::IPV6;
+
     #[inline(always)]
-    fn parse<F: Frame>(frame: &F, l3: usize) -> Option<Parsed<Ipv6>> {
+    fn is_plain<F: Frame>(frame: &F) -> bool {
+        let next_header = frame.read::<u8>(size_of::<Ethernet>() + Ipv6::NEXT_HEADER_AT);
+        next_header.is_some_and(|protocol| !is_extension(protocol))
+    }
+
+    #[inline(always)]
+    fn parse<const SHAPE: bool, F: Frame>(frame: &F, l3: usize) -> Option<Parsed<Ipv6>> {
         let header: Ipv6 = frame.read(l3)?;
         let (source, destination) = Self::addresses(&header);
         // IPv4 addresses in an IPv6 header are not for the wire (RFC 4942 section 2.2): here they
@@ -226,7 +260,7 @@ impl Ip for V6 {
         }
         let l4 = (l3 + Ipv6::LENGTH) as u16;
         let mut upper = Upper { l4, fragment: 0, protocol: header.next_header, is_first: 1 };
-        if is_extension(header.next_header) {
+        if SHAPE == ANY && is_extension(header.next_header) {
             skip_extensions(frame, l3, &mut upper);
         }
         Some(Parsed {

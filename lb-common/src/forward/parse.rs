@@ -22,6 +22,12 @@ impl Link {
     /// Offset of the first EtherType.
     pub const ETHER_TYPE_AT: usize = 12;
 
+    /// Of a frame without tags.
+    #[inline(always)]
+    pub fn untagged<I: Ip>() -> Self {
+        Self { ether_type: I::ETHER_TYPE, tags: 0, priority: 0, l3: size_of::<Ethernet>() }
+    }
+
     /// Reads the Ethernet header and up to two tags.
     #[inline(always)]
     pub fn parse<F: Frame>(frame: &F) -> Option<Self> {
@@ -135,8 +141,9 @@ impl Transport {
 impl<I: Ip> Packet<I> {
     /// Reads IP and transport headers.
     #[inline(always)]
-    pub fn parse<F: Frame>(frame: &F, link: &Link) -> Option<Self> {
-        let Parsed { header, protocol, l4, fragment, is_first } = I::parse(frame, link.l3)?;
+    pub fn parse<const SHAPE: bool, F: Frame>(frame: &F, link: &Link) -> Option<Self> {
+        let Parsed { header, protocol, l4, fragment, is_first } =
+            I::parse::<SHAPE, F>(frame, link.l3)?;
         let (source, destination) = I::addresses(&header);
         Some(Self {
             source,

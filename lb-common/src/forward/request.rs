@@ -6,7 +6,7 @@ use crate::verdict::DropReason;
 use super::ip::{End, Ip};
 use super::parse::{Link, Packet, Transport};
 use super::select::{forget_direct, select, serving};
-use super::{Found, Frame, Outcome, Selected, Stop, admit, emit};
+use super::{Found, Frame, Outcome, Selected, Step, Stop, admit, emit};
 
 /// Admits the packet, chooses its target and sends it there.
 #[inline(always)]
@@ -17,6 +17,7 @@ pub fn handle<I: Ip, F: Frame, T: Tables>(
     packet: &Packet<I>,
     transport: &Transport,
     listener: &Found,
+    step: &mut Step,
 ) -> Outcome {
     admit(tables, packet, listener)?;
     // Before lengths are looked at: the UDP header of a first fragment has the whole's.
@@ -29,7 +30,7 @@ pub fn handle<I: Ip, F: Frame, T: Tables>(
     if listener.index == NO_RING {
         return Err(Stop::Answer(DropReason::NoTarget));
     }
-    let selected = select(tables, packet, transport, listener)?;
+    let selected = select(tables, packet, transport, listener, &mut step.recall)?;
     deliver(frame, tables, link, packet, transport, listener.listener, selected)
 }
 

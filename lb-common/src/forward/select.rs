@@ -19,13 +19,14 @@ const ATTEMPTS: u32 = 16;
 /// Chooses the target of a packet's flow, by the hash alone where its slot is settled.
 ///
 /// # Errors
-/// [`Stop::Recall`] where it is not, or every flow is tracked.
+/// [`Stop::Recall`] where it is not, or every flow is tracked: then `recall` says what is asked.
 #[inline(always)]
 pub fn select<I: Ip, T: Tables>(
     tables: &T,
     packet: &Packet<I>,
     transport: &Transport,
     listener: &Found,
+    recall: &mut Recall,
 ) -> Result<Selected, Stop> {
     let hash = tables.keys().flow(&packet.flow(transport.ports));
     let chosen = flow::slot(hash, tables.ring_size());
@@ -35,7 +36,8 @@ pub fn select<I: Ip, T: Tables>(
         return Ok(Selected { index: slot.current, is_new: transport.is_syn() as u32 });
     }
     let (ring, listener) = (listener.index, listener.listener);
-    Err(Stop::Recall(Recall { slot, chosen, ring, listener, is_tracked: is_tracked as u32 }))
+    *recall = Recall { slot, chosen, ring, listener, is_tracked: is_tracked as u32 };
+    Err(Stop::Recall)
 }
 
 /// A client that talked to the target's own address talks to the listener now, from the same

@@ -14,7 +14,7 @@ use crate::wire::checksum::Sum;
 use crate::wire::ipv4::TtlProtocolChecksum;
 use crate::wire::{Address, Be16, Ipv4, Ipv6, Tcp};
 
-use super::ip::{Ip, V4, V6};
+use super::ip::{ANY, Ip, V4, V6};
 use super::parse::{Link, Packet, Ports, Transport};
 use super::select::serving;
 use super::{Frame, Next, Outcome, Selected, Step, emit};
@@ -312,7 +312,7 @@ fn find_client<I: Ip, F: Frame, T: Tables>(
     ends: &mut Ends,
     origin: &mut Origin,
 ) {
-    let Some((_, packet)) = super::parse::<I, F>(frame) else { return };
+    let Some((_, packet)) = super::parse::<ANY, I, F>(frame) else { return };
     let Some(transport) = packet.transport else { return };
     let key = packet.flow(transport.ports);
     let own = super::lookup(tables, &EndpointKey::of_address(key.destination));
@@ -400,7 +400,7 @@ fn write_reply<I: Readdress, F: Frame, T: Tables>(
     let Some(hop) = tables.route(frame.ingress(), ends.source, ends.destination) else {
         return Err(DropReason::NextHopUnresolved.into());
     };
-    let (link, packet) = super::parse::<I, F>(frame).ok_or(DropReason::Malformed)?;
+    let (link, packet) = super::parse::<ANY, I, F>(frame).ok_or(DropReason::Malformed)?;
     let transport = packet.transport.ok_or(DropReason::Malformed)?;
     // Before lengths are looked at: the UDP header of a first fragment has the whole's.
     if packet.is_fragment() {

@@ -43,7 +43,8 @@ pub struct Ethernet {
 
 /// Destination and source of a frame, which begins with them.
 ///
-/// Held as words: the kernel copies bytes one by one, by a call.
+/// Held as words, and written as numbers: of bytes, and of any structure that is copied, the
+/// compiler makes a call of a function that copies byte by byte.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
 #[repr(C)]
 pub struct Macs {
@@ -55,6 +56,14 @@ impl Macs {
     #[inline(always)]
     pub fn new(destination: Mac, source: Mac) -> Self {
         Self { words: bytemuck::cast([destination, source]) }
+    }
+
+    /// All 12 bytes, as they lie in memory.
+    #[inline(always)]
+    pub fn parts(&self) -> (u64, u32) {
+        let [a, b, c] = self.words;
+        let (first, second) = if cfg!(target_endian = "little") { (b, a) } else { (a, b) };
+        ((first as u64) << 32 | second as u64, c)
     }
 
     /// The receiver's MAC address.

@@ -49,6 +49,8 @@ pub struct FragmentHeader {
 impl Ipv6 {
     /// Length of the header, bytes.
     pub const LENGTH: usize = 40;
+    /// Offset of [`Self::next_header`], bytes.
+    pub const NEXT_HEADER_AT: usize = 6;
     /// Offset of [`Self::hop_limit`], bytes.
     pub const HOP_LIMIT_AT: usize = 7;
     /// Offset of [`Self::source`], bytes.

@@ -6,6 +6,7 @@
 
 use std::{
     collections::BTreeSet,
+    fmt::{self, Display, Formatter},
     fs,
     net::{IpAddr, Ipv4Addr},
     sync::Arc,
@@ -88,6 +89,7 @@ fn measure(options: &PacketOptions) -> Result<()> {
         let object = fs::read(path).with_context(|| format!("read {}", path.display()))?;
         let other = _other.insert(ready(Dataplane::load_object(&object, &LOAD)?)?);
         subjects.other = Some(program(other)?);
+        println!("* is {}: {}", path.display(), Program::of(other)?);
         rows = with_other(rows);
     }
     let mut wrapper = Wrapper::load()?;
@@ -290,6 +292,14 @@ struct Program {
     verified: u32,
 }
 
+impl Display for Program {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let Self { instructions, jited, verified } = self;
+        write!(f, "{instructions} instructions, {jited} bytes of machine code; ")?;
+        write!(f, "the verifier processed {verified}")
+    }
+}
+
 impl Program {
     fn of(dataplane: &mut Dataplane) -> Result<Self> {
         let info = dataplane.program()?.info()?;
@@ -308,10 +318,7 @@ fn floors(rows: &[Row]) -> [f64; 3] {
 
 fn print_table(rows: &[Row], program: &Program, options: &PacketOptions) {
     let [drop, swap, encap] = floors(rows);
-    println!(
-        "lb_balancer: {} instructions, {} bytes of machine code; the verifier processed {}",
-        program.instructions, program.jited, program.verified
-    );
+    println!("lb_balancer: {program}");
     println!(
         "medians of {} rounds of {} packets, CPU {}\n",
         options.rounds, options.repeats, options.cpu
