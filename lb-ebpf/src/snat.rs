@@ -8,7 +8,8 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap};
 use lb_common::flow::FlowKey;
 use lb_common::snat::{
-    Atomics, Entered, MAX_SNAT_ADDRESSES, PortPool, SnatFlow, SnatReturn, SnatSource, SnatTables, Stamp,
+    Atomics, Entered, MAX_SNAT_ADDRESSES, PortPool, SnatFlow, SnatReturn, SnatSource, SnatTables,
+    Stamp,
 };
 use lb_common::tables::MAX_TARGETS;
 

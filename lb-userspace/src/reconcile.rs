@@ -287,7 +287,8 @@ mod tests {
                     let entry =
                         Target { address, port: Be16::new(8000 + hop), ..Target::default() };
                     desired.targets.insert(*target, entry);
-                    let source = SnatSource { pool: target * 10 + u32::from(hop), ..SnatSource::default() };
+                    let source =
+                        SnatSource { pool: target * 10 + u32::from(hop), ..SnatSource::default() };
                     desired.pools.insert(source.pool, 7);
                     desired.sources.insert(*target * MAX_SNAT_ADDRESSES, source);
                     let endpoint = Endpoint {

@@ -58,7 +58,12 @@ impl Generator {
     /// A generator for a scene.
     pub fn new(seed: u64, scene: &Scene) -> Self {
         let rng = StdRng::seed_from_u64(seed);
-        Self { rng, listeners: scene.listeners(), targets: scene.ways_back(), snat: scene.snat_targets() }
+        Self {
+            rng,
+            listeners: scene.listeners(),
+            targets: scene.ways_back(),
+            snat: scene.snat_targets(),
+        }
     }
 
     /// The source of chance, for what else a test leaves to it.

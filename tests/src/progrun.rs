@@ -18,9 +18,9 @@ use aya::{
 };
 use lb_common::{
     flow::{Flow, FlowKey, ReturnFlow},
-    snat::{PortPool, SnatFlow, SnatReturn, Stamp},
     forward::forward,
     model::{Bytes, Model},
+    snat::{PortPool, SnatFlow, SnatReturn, Stamp},
     tables::{NextHop, Tables as _, Traffic},
     verdict::{DropReason, Verdict},
     wire::{Address, eth::Macs},
@@ -386,9 +386,14 @@ impl<'a> World<'a> {
         same("snat flow", &model.flows.borrow(), &flows, |a: &SnatFlow, b: &SnatFlow| {
             same_stamp(a.stamp, b.stamp) && SnatFlow { stamp: b.stamp, ..*a } == *b
         })?;
-        same("snat return", &model.returns.borrow(), &returns, |a: &SnatReturn, b: &SnatReturn| {
-            same_stamp(a.stamp, b.stamp) && SnatReturn { stamp: b.stamp, ..*a } == *b
-        })?;
+        same(
+            "snat return",
+            &model.returns.borrow(),
+            &returns,
+            |a: &SnatReturn, b: &SnatReturn| {
+                same_stamp(a.stamp, b.stamp) && SnatReturn { stamp: b.stamp, ..*a } == *b
+            },
+        )?;
         for (number, pool) in &model.pools {
             let of_pool = returns.iter().filter(|(_, flow)| flow.pool == *number);
             let ports: BTreeSet<u16> = of_pool.map(|(key, _)| key.destination_port.get()).collect();
@@ -412,9 +417,8 @@ impl<'a> World<'a> {
         let returns: Vec<_> =
             self.model.snat.returns.borrow().iter().map(|(k, f)| (*k, *f)).collect();
         for (reply, mut back) in returns {
-            let stamp = |old: Stamp, ago: Duration| {
-                Stamp::new(now - ago.as_nanos() as u64, old.state())
-            };
+            let stamp =
+                |old: Stamp, ago: Duration| Stamp::new(now - ago.as_nanos() as u64, old.state());
             let ago = ago();
             back.stamp = stamp(back.stamp, ago);
             self.model.snat.returns.borrow_mut().insert(reply, back);
@@ -427,7 +431,9 @@ impl<'a> World<'a> {
                 destination_port: listener.port,
                 ..reply
             };
-            let Some(mut flow) = self.model.snat.flows.borrow().get(&key).copied() else { continue };
+            let Some(mut flow) = self.model.snat.flows.borrow().get(&key).copied() else {
+                continue;
+            };
             if flow.port == reply.destination_port && flow.address == reply.destination {
                 flow.stamp = stamp(flow.stamp, ago);
                 self.model.snat.flows.borrow_mut().insert(key, flow);

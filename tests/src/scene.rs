@@ -23,8 +23,13 @@ use lb_userspace::{
 use crate::progrun::device_mac;
 
 /// What the program is loaded with: small rings, the same hash on every run.
-pub const OPTIONS: LoadOptions =
-    LoadOptions { hash_seed: 0x5eed, ring_size: 61, flow_table_size: 1 << 16, port_pools: 16, log: false };
+pub const OPTIONS: LoadOptions = LoadOptions {
+    hash_seed: 0x5eed,
+    ring_size: 61,
+    flow_table_size: 1 << 16,
+    port_pools: 16,
+    log: false,
+};
 
 /// A balancer to be, in readable steps.
 #[derive(Clone, Debug, Default)]

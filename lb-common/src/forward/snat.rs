@@ -66,12 +66,7 @@ pub fn request<I: Readdress, F: Frame, T: Tables>(
 
 /// Finds the flow's source address and port, where it has them.
 #[inline(never)]
-fn find_flow<I: Ip, F: Frame, T: Tables>(
-    frame: &F,
-    tables: &T,
-    step: &mut Step,
-    ends: &mut Ends,
-) {
+fn find_flow<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step, ends: &mut Ends) {
     let Some((key, transport)) = step.place.flow::<I, F>(frame) else { return };
     let now = tables.now();
     if let Some(flow) = tables.snat_flow(&key)
@@ -121,12 +116,7 @@ fn renew<T: Tables>(
 /// A new flow: it gets a port of one of the target's source addresses. If there is none: what is to
 /// be done.
 #[inline(never)]
-fn open<I: Ip, F: Frame, T: Tables>(
-    frame: &F,
-    tables: &T,
-    step: &Step,
-    ends: &mut Ends,
-) -> u64 {
+fn open<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &Step, ends: &mut Ends) -> u64 {
     let malformed = Next::with(Next::DROP, DropReason::Malformed as u32);
     let Some(packet) = step.place.read::<I, F>(frame) else { return malformed };
     let Some(transport) = packet.transport else { return malformed };
@@ -155,7 +145,8 @@ fn open<I: Ip, F: Frame, T: Tables>(
         // The address that the hash says, while it has ports; then the others. The same one again
         // where another CPU took the port just then.
         let next = attempt.wrapping_add(1);
-        let index = hash.wrapping_add(attempt) % if target.sources == 0 { 1 } else { target.sources };
+        let index =
+            hash.wrapping_add(attempt) % if target.sources == 0 { 1 } else { target.sources };
         let entered = enter::<T>(tables, &key, target, index, &mut back, ends);
         if entered == Entered::New as u32 {
             return Next::with(Next::DELIVER, 0);

@@ -256,7 +256,10 @@ impl Agent {
     /// Replies of NAT leave by the kernel's routes, which wants forwarding switched on.
     fn check_forwarding(&mut self) {
         let config = self.state.config();
-        let routes = config.target_groups.values().any(|group| matches!(group.forwarding, Forwarding::Nat | Forwarding::Snat));
+        let routes = config
+            .target_groups
+            .values()
+            .any(|group| matches!(group.forwarding, Forwarding::Nat | Forwarding::Snat));
         let mut problems = Vec::new();
         let families = [
             (IpFamily::V4, self.state.addresses().iter().any(IpAddr::is_ipv4)),

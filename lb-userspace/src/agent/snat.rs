@@ -33,12 +33,13 @@ impl Agent {
     /// Keeps the ports of flows from connections of this machine's own: a reply to those would be
     /// taken for one of a flow.
     pub(super) fn reserve_ports(&mut self) {
-        self.port_problem = self.reserved_ports.reserve(&self.state.snat_ports()).err().map(|error| {
-            format!(
-                "snat_ports are not reserved: connections of this machine may meet flows of \
+        self.port_problem =
+            self.reserved_ports.reserve(&self.state.snat_ports()).err().map(|error| {
+                format!(
+                    "snat_ports are not reserved: connections of this machine may meet flows of \
                  clients there; add them to net.ipv4.ip_local_reserved_ports ({error})"
-            )
-        });
+                )
+            });
         if let Some(problem) = &self.port_problem {
             warn!("{problem}");
         }

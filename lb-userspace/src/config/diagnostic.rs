@@ -103,7 +103,13 @@ impl<'a> Report<'a> {
     pub(super) fn new(file_name: &str, text: &'a str) -> Self {
         let line_starts =
             std::iter::once(0).chain(text.match_indices('\n').map(|(at, _)| at + 1)).collect();
-        Self { file: file_name.into(), text, line_starts, found: RefCell::default(), unless_local: RefCell::default() }
+        Self {
+            file: file_name.into(),
+            text,
+            line_starts,
+            found: RefCell::default(),
+            unless_local: RefCell::default(),
+        }
     }
 
     /// Notes an error at `span`: what is wrong, and what would be right.

@@ -49,11 +49,8 @@ pub struct Parsed {
 impl Parsed {
     /// All warnings that hold on this machine, in its network namespace.
     pub fn warnings_here(&self) -> impl Iterator<Item = &Diagnostic> {
-        let local: BTreeSet<IpAddr> = if self.unless_local.is_empty() {
-            BTreeSet::new()
-        } else {
-            file::local_addresses()
-        };
+        let local: BTreeSet<IpAddr> =
+            if self.unless_local.is_empty() { BTreeSet::new() } else { file::local_addresses() };
         let foreign = self.unless_local.iter().filter(move |(address, _)| !local.contains(address));
         self.warnings.iter().chain(foreign.map(|(_, warning)| warning))
     }

@@ -66,8 +66,7 @@ impl Pools {
         }
         let taken: BTreeSet<u32> = self.pools.values().map(|pool| pool.number).collect();
         let number = (0..self.limit).find(|number| !taken.contains(number))?;
-        let pool =
-            Pool { number, start: rand::random(), ports: ports.clone(), is_wanted: true };
+        let pool = Pool { number, start: rand::random(), ports: ports.clone(), is_wanted: true };
         self.pools.insert(key, pool);
         Some(number)
     }

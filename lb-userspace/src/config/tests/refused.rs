@@ -151,7 +151,9 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("snat_addresses_twice", snat!("snat_addresses = [\"10.0.0.7\",\n  \"10.0.0.7\"]")),
     (
         "snat_addresses_many",
-        snat!("snat_addresses = [\"10.0.0.1\", \"10.0.0.2\", \"10.0.0.3\", \"10.0.0.4\", \"10.0.0.5\"]"),
+        snat!(
+            "snat_addresses = [\"10.0.0.1\", \"10.0.0.2\", \"10.0.0.3\", \"10.0.0.4\", \"10.0.0.5\"]"
+        ),
     ),
     (
         "snat_address_of_target",

@@ -34,8 +34,13 @@ use serde_json::json;
 use crate::PacketOptions;
 
 /// The default configuration's rings; flow tables that 1,000,000 flows fit into.
-const LOAD: LoadOptions =
-    LoadOptions { hash_seed: 0x5eed, ring_size: 16_381, flow_table_size: 1 << 21, port_pools: 256, log: false };
+const LOAD: LoadOptions = LoadOptions {
+    hash_seed: 0x5eed,
+    ring_size: 16_381,
+    flow_table_size: 1 << 21,
+    port_pools: 256,
+    log: false,
+};
 /// Targets of each listener.
 const TARGETS: u32 = 100;
 /// The device that program runs come in by.
