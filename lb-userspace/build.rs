@@ -1,40 +1,9 @@
 //! Builds the eBPF object that the agent embeds.
 
-use std::env;
-use std::path::PathBuf;
-
-use anyhow::Context as _;
-use aya_build::{Package, Toolchain, build_ebpf};
-
-/// The compiler of rust-toolchain.toml, which builds everything.
-const TOOLCHAIN: &str = "1.95.0";
+#[path = "../lb-ebpf/embed.rs"]
+mod embed;
 
 fn main() -> anyhow::Result<()> {
     println!("cargo:rerun-if-changed=../lb-common/src");
-    let variables = [
-        // `-Z build-std=core` needs it.
-        ("RUSTC_BOOTSTRAP", "1".into()),
-        // With 32-bit instructions and jumps (Linux 5.1): a tenth fewer instructions. aya-build sets
-        // flags of its own, so these come with the profile; the second keeps them from the host's.
-        ("CARGO_UNSTABLE_PROFILE_RUSTFLAGS", "true".into()),
-        ("CARGO_PROFILE_RELEASE_RUSTFLAGS", "-Ctarget-cpu=v3".into()),
-        ("CARGO_PROFILE_RELEASE_BUILD_OVERRIDE_RUSTFLAGS", "-Cdebuginfo=0".into()),
-        // Progress would come out as warnings of this package.
-        ("CARGO_TERM_QUIET", "true".into()),
-        // `core` and the rest are built once, not for every profile and set of features of ours.
-        ("CARGO_BUILD_BUILD_DIR", shared_build_dir()?),
-    ];
-    for (name, value) in variables {
-        // SAFETY: a build script is one thread, nothing reads the environment meanwhile.
-        unsafe { env::set_var(name, value) };
-    }
-    let package = Package { name: "lb-ebpf", root_dir: "../lb-ebpf", ..Package::default() };
-    build_ebpf([package], Toolchain::Custom(TOOLCHAIN))
-        .context("build lb-ebpf (`cargo xtask setup` installs bpf-linker and rust-src)")
-}
-
-/// `target/ebpf`, as seen from `target/PROFILE/build/PACKAGE/out`.
-fn shared_build_dir() -> anyhow::Result<PathBuf> {
-    let out = PathBuf::from(env::var_os("OUT_DIR").context("OUT_DIR is not set")?);
-    Ok(out.ancestors().nth(4).context("OUT_DIR is not in a target folder")?.join("ebpf"))
+    embed::build("lb-ebpf", "../lb-ebpf")
 }

@@ -14,10 +14,15 @@ pub const ICMP: u8 = network_types::ip::IpProto::Icmp as u8;
 /// IP protocol number of ICMPv6.
 pub const ICMPV6: u8 = network_types::ip::IpProto::Ipv6Icmp as u8;
 
-/// A silent TCP flow is forgotten after this time, nanoseconds (AWS: 350 s).
-pub const TCP_IDLE: u64 = 350 * SECOND;
-/// A silent UDP flow is forgotten after this time, nanoseconds (AWS: 120 s).
-pub const UDP_IDLE: u64 = 120 * SECOND;
+/// A silent TCP flow is forgotten after this time unless its listener says otherwise, seconds
+/// (AWS: 350 s).
+pub const TCP_IDLE: u32 = 350;
+/// A silent UDP flow is forgotten after this time unless its listener says otherwise, seconds
+/// (AWS: 120 s).
+pub const UDP_IDLE: u32 = 120;
+/// The longest idle timeout that a listener can have, seconds (AWS: 6000 s). The way back of a flow
+/// counts as known for as long: it is asked only for what a target sends.
+pub const MAX_IDLE: u32 = 6000;
 /// A TCP flow that has seen FIN or RST is forgotten after this time, nanoseconds.
 pub const CLOSING_IDLE: u64 = 10 * SECOND;
 /// How stale the time of a flow's last packet may be: it is not written for every packet.
@@ -64,15 +69,40 @@ pub struct Flow {
 }
 
 impl Flow {
-    /// Whether it is still alive: an entry past its idle timeout is no entry.
+    /// Whether it is still alive: an entry past its listener's idle timeout (seconds) is no entry.
     #[inline(always)]
-    pub fn is_alive(&self, now: u64, protocol: u8) -> bool {
-        let idle = match (protocol, self.closing) {
-            (TCP, 0) => TCP_IDLE,
-            (TCP, _) => CLOSING_IDLE,
-            _ => UDP_IDLE,
-        };
-        now.wrapping_sub(self.last_seen) < idle
+    pub fn is_alive(&self, now: u64, idle: u32) -> bool {
+        // The last packet may have come later than is written.
+        let limit = if self.closing == 0 { idle as u64 * SECOND + REFRESH } else { CLOSING_IDLE };
+        idle != 0 && now.wrapping_sub(self.last_seen) < limit
+    }
+}
+
+/// The tables that remember flows. What one packet of a flood can make lies in tables of its own,
+/// so that it pushes out only its like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u32)]
+pub enum FlowTable {
+    /// Flows that have shown themselves twice.
+    Flows = 0,
+    /// TCP connections of which only SYNs came.
+    HalfOpen = 1,
+    /// Flows of which one packet came that was no SYN.
+    OnceSeen = 2,
+}
+
+impl FlowTable {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Self; 3] = [Self::Flows, Self::HalfOpen, Self::OnceSeen];
+
+    /// The table with this number.
+    #[inline(always)]
+    pub fn of(number: u32) -> Self {
+        match number {
+            0 => Self::Flows,
+            1 => Self::HalfOpen,
+            _ => Self::OnceSeen,
+        }
     }
 }
 
@@ -89,10 +119,10 @@ pub struct ReturnFlow {
 }
 
 impl ReturnFlow {
-    /// Whether it is still alive.
+    /// Whether it is still alive, by its listener's idle timeout in seconds.
     #[inline(always)]
-    pub fn is_alive(&self, now: u64, protocol: u8) -> bool {
-        Flow { last_seen: self.last_seen, target: 0, closing: 0 }.is_alive(now, protocol)
+    pub fn is_alive(&self, now: u64, idle: u32) -> bool {
+        Flow { last_seen: self.last_seen, target: 0, closing: 0 }.is_alive(now, idle)
     }
 }
 
@@ -120,6 +150,18 @@ pub trait Keys {
                 .wrapping_add(product(g, self.key::<6>(), h, self.key::<7>()))
         };
         finish(addresses.wrapping_add(ports))
+    }
+
+    /// Hash of a client, 64 bits, of which the upper ones choose the slot where all its flows are to
+    /// go to one target. Words that are not there count as 0, as UMAC pads a message.
+    #[inline(always)]
+    fn source(&self, address: Address) -> u64 {
+        let [a, b, c, d] = address.quarters();
+        if address.is_v4() {
+            return finish(product(d, self.key::<0>(), 0, self.key::<1>()));
+        }
+        let first = product(a, self.key::<0>(), b, self.key::<1>());
+        finish(first.wrapping_add(product(c, self.key::<2>(), d, self.key::<3>())))
     }
 
     /// Hash of an endpoint, 64 bits, of which the upper ones choose the bucket.
@@ -219,10 +261,14 @@ mod tests {
     /// deviation 22.6; 255 + 6 * 22.6 = 391 is missed less than once in ten million runs, and the
     /// seeds are fixed.
     fn assert_uniform(flows: impl Iterator<Item = FlowKey>, keys: &HashKeys, what: &str) {
+        assert_hashes_uniform(flows.map(|flow| keys.flow(&flow)), what);
+    }
+
+    fn assert_hashes_uniform(hashes: impl Iterator<Item = u64>, what: &str) {
         let mut slots = vec![0_u32; 256];
         let mut total = 0_u32;
-        for flow in flows {
-            slots[slot(keys.flow(&flow), 256) as usize] += 1;
+        for hash in hashes {
+            slots[slot(hash, 256) as usize] += 1;
             total += 1;
         }
         let expected = f64::from(total) / 256.0;
@@ -247,6 +293,23 @@ mod tests {
     }
 
     #[test]
+    fn clients_spread_evenly_by_their_address_alone() {
+        for seed in 0..20 {
+            let keys = HashKeys::from_seed(seed);
+            let v4 = |n: u32| IpAddr::from((0x0a00_0000_u32 + n).to_be_bytes());
+            let far = |n: u32| IpAddr::from((n << 16 | 7).to_be_bytes());
+            let v6 = |n: u32| IpAddr::from((0xfd00_u128 << 112 | u128::from(n)).to_be_bytes());
+            let site =
+                |n: u32| IpAddr::from((0x2001_u128 << 112 | u128::from(n) << 64).to_be_bytes());
+            let of = |address: IpAddr| keys.source(address.into());
+            assert_hashes_uniform((0..60_000).map(v4).map(of), "clients of one network");
+            assert_hashes_uniform((0..60_000).map(far).map(of), "one host of each network");
+            assert_hashes_uniform((0..60_000).map(v6).map(of), "IPv6 clients of one network");
+            assert_hashes_uniform((0..60_000).map(site).map(of), "IPv6 networks");
+        }
+    }
+
+    #[test]
     fn the_seed_decides() {
         let flow = key([10, 1, 2, 3].into(), 4711);
         let hashes: std::collections::BTreeSet<u64> =
@@ -257,10 +320,14 @@ mod tests {
     #[test]
     fn an_entry_past_its_idle_timeout_is_no_entry() {
         let flow = Flow { last_seen: 5 * SECOND, target: 1, closing: 0 };
-        assert!(flow.is_alive(5 * SECOND + TCP_IDLE - 1, TCP));
-        assert!(!flow.is_alive(5 * SECOND + TCP_IDLE, TCP));
-        assert!(!flow.is_alive(5 * SECOND + UDP_IDLE, UDP));
+        let later = |seconds: u32| 5 * SECOND + u64::from(seconds) * SECOND;
+        assert!(flow.is_alive(later(TCP_IDLE), TCP_IDLE));
+        assert!(flow.is_alive(later(TCP_IDLE) + REFRESH - 1, TCP_IDLE));
+        assert!(!flow.is_alive(later(TCP_IDLE) + REFRESH, TCP_IDLE));
+        assert!(!flow.is_alive(later(UDP_IDLE) + REFRESH, UDP_IDLE));
+        assert!(!flow.is_alive(later(0), 0), "of a listener that is gone");
         let closing = Flow { closing: 1, ..flow };
-        assert!(!closing.is_alive(5 * SECOND + CLOSING_IDLE, TCP));
+        assert!(closing.is_alive(later(10) - 1, TCP_IDLE));
+        assert!(!closing.is_alive(later(10), TCP_IDLE));
     }
 }

@@ -17,6 +17,8 @@ extern crate std;
 #[cfg(any(test, feature = "std"))]
 pub mod endpoints;
 #[cfg(any(test, feature = "std"))]
+pub mod lru;
+#[cfg(any(test, feature = "std"))]
 pub mod maglev;
 #[cfg(any(test, feature = "std"))]
 pub mod model;
@@ -25,5 +27,6 @@ pub mod flow;
 pub mod forward;
 pub mod snat;
 pub mod tables;
+pub mod tunnel;
 pub mod verdict;
 pub mod wire;

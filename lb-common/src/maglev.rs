@@ -18,8 +18,9 @@ pub struct Candidate {
     pub target: u32,
     /// What its permutation is made from, equal on every node; see [`identity`].
     pub identity: u64,
-    /// Its share relative to the others; without a share it gets no slot.
-    pub weight: u32,
+    /// Its share relative to the others; without a share it gets no slot. The sum of all of them
+    /// must be less than 2^64 / `size`.
+    pub weight: u64,
 }
 
 /// What names a target on every node alike, whatever index it has there.
@@ -36,29 +37,33 @@ pub fn identity(address: Address, port: Be16) -> u64 {
 ///
 /// `size` must be a prime, so that each permutation reaches every slot.
 pub fn ring(candidates: &[Candidate], size: u32) -> Vec<u32> {
+    let Some(heaviest) = candidates.iter().map(|c| c.weight).max().filter(|weight| *weight > 0)
+    else {
+        return Vec::new();
+    };
     let mut picking: Vec<Picking> = quotas(candidates, size)
         .into_iter()
         .zip(candidates)
-        .filter(|(_, candidate)| candidate.weight > 0)
+        .filter(|(quota, _)| *quota > 0)
         .map(|(quota, candidate)| Picking::new(candidate, quota, size))
         .collect();
     picking.sort_by_key(|picking| picking.identity);
-    let Some(heaviest) = picking.iter().map(|picking| picking.weight).max() else {
-        return Vec::new();
-    };
     let mut slots = vec![FREE; size as usize];
-    let mut free = size;
-    while free > 0 {
+    while !picking.is_empty() {
+        // Rounds in which nobody has the credit to pick are taken at once: a million rounds may lie
+        // between the picks of the lightest.
+        let rounds = picking.iter().map(|picking| picking.rounds_to_wait(heaviest)).min();
+        let rounds = rounds.unwrap_or(1);
         for picking in &mut picking {
-            picking.credit += picking.weight;
-            if picking.credit >= heaviest && picking.quota > 0 {
+            picking.credit += picking.weight * rounds;
+            if picking.credit >= heaviest {
                 picking.credit -= heaviest;
                 picking.quota -= 1;
-                free -= 1;
                 let slot = picking.next_free(&slots, size);
                 slots[slot as usize] = picking.target;
             }
         }
+        picking.retain(|picking| picking.quota > 0);
     }
     slots
 }
@@ -82,7 +87,12 @@ impl Picking {
         let next = (splitmix64(&mut state) % u64::from(size)) as u32;
         let skip = (splitmix64(&mut state) % u64::from(size.max(2) - 1)) as u32 + 1;
         let Candidate { target, identity, weight } = *candidate;
-        Self { target, identity, weight: weight.into(), credit: 0, quota, next, skip }
+        Self { target, identity, weight, credit: 0, quota, next, skip }
+    }
+
+    /// Rounds until it may pick, at least 1.
+    fn rounds_to_wait(&self, heaviest: u64) -> u64 {
+        heaviest.saturating_sub(self.credit).div_ceil(self.weight).max(1)
     }
 
     /// The first free slot of the rest of its permutation. The caller has made sure of one.
@@ -100,11 +110,11 @@ impl Picking {
 /// How many slots each candidate gets: its share rounded down, and what is left over to the
 /// largest remainders.
 fn quotas(candidates: &[Candidate], size: u32) -> Vec<u32> {
-    let total: u64 = candidates.iter().map(|candidate| u64::from(candidate.weight)).sum();
+    let total: u64 = candidates.iter().map(|candidate| candidate.weight).sum();
     if total == 0 {
         return vec![0; candidates.len()];
     }
-    let share = |candidate: &Candidate| u64::from(candidate.weight) * u64::from(size);
+    let share = |candidate: &Candidate| candidate.weight * u64::from(size);
     let mut quotas: Vec<u32> = candidates.iter().map(|c| (share(c) / total) as u32).collect();
     let mut by_remainder: Vec<usize> = (0..candidates.len()).collect();
     by_remainder
@@ -126,7 +136,7 @@ mod tests {
 
     const SIZE: u32 = 16381;
 
-    fn candidate(n: u32, weight: u32) -> Candidate {
+    fn candidate(n: u32, weight: u64) -> Candidate {
         let address = Ipv4Addr::from(0x0a00_0000 + n);
         Candidate { target: n, identity: identity(address.into(), Be16::new(80)), weight }
     }
@@ -154,21 +164,49 @@ mod tests {
         );
     }
 
+    /// A canary's group grows from 10 % to 50 %: 40 % of the slots must move.
+    #[test]
+    fn a_group_that_grows_moves_little_more_than_it_must() {
+        let groups = |web: u64, canary: u64| {
+            let web = (1..=6).map(|n| candidate(n, web * 2));
+            let canary = (7..=10).map(|n| candidate(n, canary * 3));
+            ring(&web.chain(canary).collect::<Vec<_>>(), SIZE)
+        };
+        let (before, after) = (groups(90, 10), groups(50, 50));
+        let moved = before.iter().zip(&after).filter(|(a, b)| a != b).count() as u32;
+        let must =
+            (0..=10).map(|n| count(&after, n).saturating_sub(count(&before, n))).sum::<u32>();
+        assert!(must.abs_diff(SIZE * 2 / 5) < 10, "{must}");
+        assert!(moved < must * 3 / 2, "{moved} of {SIZE} slots moved, {must} must");
+    }
+
+    /// Of a thousand million million rounds only those count in which somebody picks.
+    #[test]
+    fn weights_far_apart_take_no_longer() {
+        let heavy = candidate(0, 1 << 37);
+        let light = (1..=1000).map(|n| candidate(n, 1 << 11));
+        let ring = ring(&[heavy].into_iter().chain(light).collect::<Vec<_>>(), SIZE);
+        assert_eq!(count(&ring, 0), SIZE);
+        let light = (1..=1000).map(|n| candidate(n, 1 << 18));
+        let candidates = [heavy].into_iter().chain(light).collect::<Vec<_>>();
+        assert!((SIZE - count(&super::ring(&candidates, SIZE), 0)).abs_diff(31) <= 1);
+    }
+
     proptest! {
         #[test]
-        fn shares_are_right_to_a_slot(weights in prop::collection::vec(0_u32..1000, 1..60)) {
+        fn shares_are_right_to_a_slot(weights in prop::collection::vec(0_u64..1000, 1..60)) {
             let candidates: Vec<_> =
                 weights.iter().zip(1..).map(|(weight, n)| candidate(n, *weight)).collect();
             let ring = ring(&candidates, SIZE);
-            let total: u32 = weights.iter().sum();
+            let total: u64 = weights.iter().sum();
             for candidate in &candidates {
-                let exact = f64::from(SIZE) * f64::from(candidate.weight) / f64::from(total.max(1));
+                let exact = f64::from(SIZE) * candidate.weight as f64 / total.max(1) as f64;
                 prop_assert!((f64::from(count(&ring, candidate.target)) - exact).abs() <= 1.0);
             }
         }
 
         #[test]
-        fn the_order_does_not_matter(weights in prop::collection::vec(1_u32..5, 2..20)) {
+        fn the_order_does_not_matter(weights in prop::collection::vec(1_u64..5, 2..20)) {
             let mut candidates: Vec<_> =
                 weights.iter().zip(1..).map(|(weight, n)| candidate(n, *weight)).collect();
             let forwards = ring(&candidates, 1021);

@@ -9,13 +9,14 @@ use std::vec::Vec;
 use bytemuck::Pod;
 
 use crate::endpoints::EndpointTable;
-use crate::flow::{Flow, FlowKey, HashKeys, ReturnFlow};
-use crate::forward::Frame;
+use crate::flow::{Flow, FlowKey, FlowTable, HashKeys, ReturnFlow};
+use crate::forward::{Frame, forward};
+use crate::lru::Lru;
 use crate::snat::SnatModel;
 use crate::tables::{
     Bucket, Endpoint, EndpointKey, Listener, NextHop, Slot, Tables, Target, Traffic,
 };
-use crate::verdict::DropReason;
+use crate::verdict::{DropReason, Verdict};
 use crate::wire::Address;
 
 /// All tables of one balancer.
@@ -39,8 +40,10 @@ pub struct Model {
     pub prefixes: Vec<(u32, Address, u32)>,
     /// Next hops of replies by destination.
     pub routes: BTreeMap<Address, NextHop>,
-    /// Remembered flows.
-    pub flows: RefCell<BTreeMap<FlowKey, Flow>>,
+    /// Remembered flows, by [`FlowTable`].
+    pub flows: [RefCell<Lru<FlowKey, Flow>>; FlowTable::ALL.len()],
+    /// Packets for which remembered flows were looked up.
+    pub lookups: Cell<u64>,
     /// Which listener flows came by.
     pub return_flows: RefCell<BTreeMap<FlowKey, ReturnFlow>>,
     /// Clients that talk to targets' own addresses.
@@ -73,7 +76,8 @@ impl Model {
             rings: BTreeMap::new(),
             prefixes: Vec::new(),
             routes: BTreeMap::new(),
-            flows: RefCell::default(),
+            flows: Default::default(),
+            lookups: Cell::new(0),
             return_flows: RefCell::default(),
             direct_flows: RefCell::default(),
             direct_targets: RefCell::default(),
@@ -83,6 +87,21 @@ impl Model {
             target_traffic: RefCell::default(),
             drops: RefCell::default(),
         }
+    }
+
+    /// Runs a frame through the pipeline. Compiled here, where tests have it optimised.
+    pub fn run(&self, frame: &mut Bytes) -> Verdict {
+        forward(frame, self)
+    }
+
+    /// A table of remembered flows.
+    pub fn flow_table(&self, table: FlowTable) -> &RefCell<Lru<FlowKey, Flow>> {
+        &self.flows[table as usize]
+    }
+
+    /// How many flows all tables remember.
+    pub fn remembered(&self) -> usize {
+        self.flows.iter().map(|table| table.borrow().len()).sum()
     }
 }
 
@@ -130,16 +149,26 @@ impl Tables for Model {
         })
     }
 
-    fn flow(&self, key: &FlowKey) -> Option<Flow> {
-        self.flows.borrow().get(key).copied()
+    fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow> {
+        if table == FlowTable::Flows {
+            self.lookups.set(self.lookups.get() + 1);
+        }
+        self.flow_table(table).borrow_mut().get(key)
     }
 
-    fn remember(&self, key: &FlowKey, flow: &Flow) {
-        self.flows.borrow_mut().insert(*key, *flow);
+    fn remember(&self, table: FlowTable, key: &FlowKey, flow: &Flow) {
+        self.flow_table(table).borrow_mut().insert(*key, *flow);
     }
 
-    fn forget(&self, key: &FlowKey) {
-        self.flows.borrow_mut().remove(key);
+    fn refresh(&self, table: FlowTable, key: &FlowKey, flow: &Flow) {
+        let mut table = self.flow_table(table).borrow_mut();
+        if let Some(known) = table.get(key) {
+            table.insert(*key, Flow { target: known.target, ..*flow });
+        }
+    }
+
+    fn forget(&self, table: FlowTable, key: &FlowKey) {
+        self.flow_table(table).borrow_mut().remove(key);
     }
 
     fn return_flow(&self, key: &FlowKey) -> Option<ReturnFlow> {

@@ -6,8 +6,9 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::flow::{Flow, FlowKey, Keys, ReturnFlow};
+use crate::flow::{Flow, FlowKey, FlowTable, Keys, ReturnFlow};
 use crate::snat::SnatTables;
+use crate::tunnel::Tunnel;
 use crate::wire::eth::Macs;
 use crate::wire::{Address, Be16};
 
@@ -15,10 +16,12 @@ use crate::wire::{Address, Be16};
 pub const BUCKETS: u32 = 8192;
 /// Endpoints that found their bucket full.
 pub const OVERFLOW_ENDPOINTS: u32 = 8192;
-/// Listeners: pairs of address and listener.
-pub const MAX_LISTENERS: u32 = 4096;
-/// Targets: (target group, address, port); index 0 is never used.
-pub const MAX_TARGETS: u32 = 16384;
+/// Listeners: pairs of address and listener; index 0 is never used. Four times what a configuration
+/// may have, as an index rests for minutes before it is another's.
+pub const MAX_LISTENERS: u32 = 16384;
+/// Targets: (target group, address, port); index 0 is never used. Twice what a configuration may
+/// have.
+pub const MAX_TARGETS: u32 = 32768;
 /// Rings, a few of them spare so that a full table can still be replaced ring by ring.
 pub const MAX_RINGS: u32 = 264;
 /// Prefixes of all admission classes together.
@@ -91,6 +94,9 @@ impl Endpoint {
     pub const SHARED: u8 = 0x20;
     /// Flag of an address of this machine: flows to targets of mode [`Target::SNAT`] come from it.
     pub const SNAT: u8 = 0x40;
+    /// Flag of a listener (so it is no [`Self::SHARED`]): the source address alone chooses the slot,
+    /// so that all flows of a client go to one target.
+    pub const BY_SOURCE: u8 = 0x20;
     /// Flag of the first place in a bucket: the bucket is full, look in the overflow table too.
     pub const OVERFLOW: u8 = 0x80;
 
@@ -146,7 +152,7 @@ impl EndpointKey {
     }
 }
 
-/// What a reply is rewritten to.
+/// A listener: what a reply is rewritten to, and what its flows are remembered by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
 #[repr(C)]
 pub struct Listener {
@@ -157,7 +163,9 @@ pub struct Listener {
     /// IP protocol number.
     pub protocol: u8,
     /// Zero.
-    pub zero: [u8; 5],
+    pub zero: u8,
+    /// A flow that is silent for longer is over, seconds.
+    pub idle: u32,
 }
 
 /// A way out.
@@ -180,18 +188,16 @@ pub struct NextHop {
 pub struct Target {
     /// Its address.
     pub address: Address,
-    /// Its port.
+    /// Its port; [`Self::DSR_GUE`]: the UDP port that its tunnel ends at.
     pub port: Be16,
     /// How packets reach it: one of the modes.
     pub mode: u8,
     /// See [`Self::SERVES`].
     pub flags: u8,
-    /// How to get there.
+    /// How to get there. Its MTU is that of packets before encapsulation.
     pub hop: NextHop,
-    /// [`Self::SNAT`]: how many source addresses it has.
-    pub sources: u32,
-    /// Zero.
-    pub zero: [u8; 12],
+    /// [`Self::DSR_IPIP`], [`Self::DSR_GUE`]: what the outer header is made of.
+    pub tunnel: Tunnel,
     /// 1 once some client talked to it directly, through us. The kernel's word, which the agent
     /// clears with the rest but never overwrites.
     pub is_direct: u64,
@@ -204,9 +210,30 @@ impl Target {
     pub const DSR_L2: u8 = 2;
     /// Mode: rewrite both ends, with a source port for each flow.
     pub const SNAT: u8 = 3;
+    /// Mode: put one more IP header in front. This and the modes beyond are tunnels.
+    pub const DSR_IPIP: u8 = 4;
+    /// Mode: put an IP and a UDP header in front.
+    pub const DSR_GUE: u8 = 5;
     /// Flag: it takes packets of the flows it has: it is in the ring, draining, or unhealthy while
     /// connection termination is off.
     pub const SERVES: u8 = 1;
+    /// Flag: it takes new flows.
+    pub const IN_RING: u8 = 2;
+    /// Where in the flags the number of source addresses is, see [`Self::sources`].
+    const SOURCES_SHIFT: u32 = 5;
+
+    /// [`Self::SNAT`]: how many source addresses it has.
+    #[inline(always)]
+    pub const fn sources(&self) -> u32 {
+        (self.flags >> Self::SOURCES_SHIFT) as u32
+    }
+
+    /// Says how many source addresses it has, [`MAX_SNAT_ADDRESSES`](crate::snat::MAX_SNAT_ADDRESSES)
+    /// at most.
+    pub const fn set_sources(&mut self, sources: u32) {
+        let others = (1 << Self::SOURCES_SHIFT) - 1;
+        self.flags = (sources as u8) << Self::SOURCES_SHIFT | (self.flags & others);
+    }
 
     /// Whether packets of its flows still go to it.
     #[inline(always)]
@@ -319,6 +346,16 @@ pub struct Traffic {
     pub zero: [u64; 3],
 }
 
+/// Changes of a table of flows since the program was loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct FlowChanges {
+    /// Entries made.
+    pub created: u64,
+    /// Entries taken out, other than by eviction.
+    pub removed: u64,
+}
+
 /// The lookups, for the kernel and for the host.
 ///
 /// Methods take `&self`: in the kernel, all tables are shared with other CPUs anyway.
@@ -346,12 +383,14 @@ pub trait Tables: SnatTables {
     /// Whether the class admits the source address.
     fn admits(&self, class: u32, source: Address) -> bool;
 
-    /// What is remembered of a flow; the time of its last packet is not checked.
-    fn flow(&self, key: &FlowKey) -> Option<Flow>;
-    /// Remembers a flow.
-    fn remember(&self, key: &FlowKey, flow: &Flow);
+    /// What a table remembers of a flow; the time of its last packet is not checked.
+    fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow>;
+    /// Remembers a flow; replaces what was there.
+    fn remember(&self, table: FlowTable, key: &FlowKey, flow: &Flow);
+    /// Brings the time and the end of a remembered flow up to date; nothing if it is gone.
+    fn refresh(&self, table: FlowTable, key: &FlowKey, flow: &Flow);
     /// Forgets a flow.
-    fn forget(&self, key: &FlowKey);
+    fn forget(&self, table: FlowTable, key: &FlowKey);
     /// Which listener a target's flow came by; the time of its last packet is not checked.
     fn return_flow(&self, key: &FlowKey) -> Option<ReturnFlow>;
     /// Remembers which listener a target's flow came by; replaces what was there.
@@ -384,6 +423,7 @@ const _: () = {
     assert!(size_of::<Endpoint>() == 32);
     assert!(size_of::<Bucket>() == 64);
     assert!(size_of::<Target>() == 64);
+    assert!(size_of::<Listener>() == 24);
     assert!(size_of::<Slot>() == 8);
     assert!(BUCKETS.is_power_of_two());
     assert!(NEXT_HOP_CACHE.is_power_of_two());

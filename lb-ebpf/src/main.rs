@@ -12,17 +12,80 @@ mod snat;
 use aya_ebpf::bindings::xdp_action;
 use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
-use lb_common::forward::forward;
+use lb_common::forward::{Next, Stage, Step, begin, go_on};
 use lb_common::verdict::Verdict;
 
 use frame::XdpFrame;
 use maps::Maps;
 
-/// The balancer, attached to every NIC that clients or targets are behind.
+/// The balancer's first stage, attached to every NIC that clients or targets are behind.
 #[xdp]
 pub fn lb_balancer(ctx: XdpContext) -> u32 {
     let maps = Maps::new(&ctx);
-    match forward(&mut XdpFrame::new(&ctx), &maps) {
+    let mut step = Step::new();
+    let next = begin(&mut XdpFrame::new(&ctx), &maps, &mut step);
+    end(&ctx, &maps, next, &step)
+}
+
+/// Asks what is remembered of a flow.
+#[xdp]
+pub fn lb_recall(ctx: XdpContext) -> u32 {
+    later(&ctx, Stage::Recall)
+}
+
+/// Sends a packet to the target that was recalled for it.
+#[xdp]
+pub fn lb_deliver(ctx: XdpContext) -> u32 {
+    later(&ctx, Stage::Deliver)
+}
+
+/// Refuses a packet so that the client hears of it.
+#[xdp]
+pub fn lb_answer(ctx: XdpContext) -> u32 {
+    later(&ctx, Stage::Answer)
+}
+
+/// Sends a packet to its target through a tunnel.
+#[xdp]
+pub fn lb_encapsulate(ctx: XdpContext) -> u32 {
+    later(&ctx, Stage::Encapsulate)
+}
+
+/// Sends a packet to its target from an address and a port of this machine.
+#[xdp]
+pub fn lb_snat_request(ctx: XdpContext) -> u32 {
+    later(&ctx, Stage::SnatRequest)
+}
+
+/// Takes a source port for a new flow, and sends its first packet.
+#[xdp]
+pub fn lb_snat_open(ctx: XdpContext) -> u32 {
+    later(&ctx, Stage::SnatOpen)
+}
+
+/// Sends a target's packet to the client whose flow has its destination port.
+#[xdp]
+pub fn lb_snat_reply(ctx: XdpContext) -> u32 {
+    later(&ctx, Stage::SnatReply)
+}
+
+/// A stage that another program has handed over to.
+#[inline(always)]
+fn later(ctx: &XdpContext, stage: Stage) -> u32 {
+    let maps = Maps::new(ctx);
+    let Some(step) = maps.step() else { return xdp_action::XDP_DROP };
+    let next = go_on(stage, &mut XdpFrame::new(ctx), &maps, step);
+    let step = *step;
+    end(ctx, &maps, next, &step)
+}
+
+/// The verdict, or the next stage.
+#[inline(always)]
+fn end(ctx: &XdpContext, maps: &Maps<'_>, next: Next, step: &Step) -> u32 {
+    if let Some(stage) = next.stage() {
+        return maps.hand_over(ctx, stage, step.for_stage(next));
+    }
+    match next.verdict(maps) {
         Verdict::Pass => xdp_action::XDP_PASS,
         Verdict::Drop => xdp_action::XDP_DROP,
         Verdict::Transmit => xdp_action::XDP_TX,

@@ -1,17 +1,20 @@
 //! The maps, and the pipeline's lookups in them.
 
-use aya_ebpf::bindings::{BPF_F_MMAPABLE, bpf_fib_lookup as FibLookup, xdp_action};
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_NOEXIST, bpf_fib_lookup as FibLookup, xdp_action};
 use aya_ebpf::helpers::{bpf_fib_lookup, bpf_ktime_get_ns};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::lpm_trie::Key;
-use aya_ebpf::maps::{Array, DevMapHash, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
+use aya_ebpf::maps::{
+    Array, DevMapHash, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, RingBuf,
+};
 use aya_ebpf::programs::XdpContext;
 use aya_ebpf::{EbpfContext as _, Global};
 use aya_log_ebpf::debug;
-use lb_common::flow::{Flow, FlowKey, HashKeys, Keys, ReturnFlow};
+use lb_common::flow::{Flow, FlowKey, FlowTable, HashKeys, Keys, ReturnFlow};
+use lb_common::forward::{Stage, Step};
 use lb_common::tables::{
-    AdmissionKey, BUCKETS, Bucket, CachedHop, Endpoint, EndpointKey, Interface, Listener,
-    MAX_DEVICES, MAX_DIRECT_FLOWS, MAX_LISTENERS, MAX_PREFIXES, MAX_RINGS, MAX_TARGETS,
+    AdmissionKey, BUCKETS, Bucket, CachedHop, Endpoint, EndpointKey, FlowChanges, Interface,
+    Listener, MAX_DEVICES, MAX_DIRECT_FLOWS, MAX_LISTENERS, MAX_PREFIXES, MAX_RINGS, MAX_TARGETS,
     NEXT_HOP_CACHE, NextHop, OVERFLOW_ENDPOINTS, Slot, Tables, Target, Traffic,
 };
 use lb_common::verdict::DropReason;
@@ -41,9 +44,18 @@ static INTERFACES: HashMap<u32, Interface> = HashMap::with_max_entries(MAX_DEVIC
 #[map]
 static DEVICES: DevMapHash = DevMapHash::with_max_entries(MAX_DEVICES, 0);
 
-// Sized by the agent: `flow_table_size`.
+// Sized by the agent: `flow_table_size`, `half_open_table_size`, `once_seen_table_size`.
 #[map]
 static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(1, 0);
+#[map]
+static HALF_OPEN: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(1, 0);
+#[map]
+static ONCE_SEEN: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(1, 0);
+/// How many entries each of the three got, and how many were taken out again: what is neither
+/// there nor taken out was evicted.
+#[map]
+static FLOW_CHANGES: PerCpuArray<FlowChanges> =
+    PerCpuArray::with_max_entries(FlowTable::ALL.len() as u32, 0);
 #[map]
 static RETURN_FLOWS: LruHashMap<FlowKey, ReturnFlow> = LruHashMap::with_max_entries(1, 0);
 #[map]
@@ -62,6 +74,13 @@ static DROPS: PerCpuArray<u64> = PerCpuArray::with_max_entries(DropReason::ALL.l
 #[map]
 static UNRESOLVED: RingBuf = RingBuf::with_byte_size(1 << 14, 0);
 
+/// The programs of the later stages, by number.
+#[map]
+static STAGES: ProgramArray = ProgramArray::with_max_entries(Stage::ALL.len() as u32, 0);
+/// What one stage leaves to the next.
+#[map]
+static STEP: PerCpuArray<Step> = PerCpuArray::with_max_entries(1, 0);
+
 /// Keys of the flow hash, set by the agent before the program is loaded.
 #[unsafe(no_mangle)]
 static HASH_KEYS: Global<[u32; HashKeys::LEN]> = Global::new([0; HashKeys::LEN]);
@@ -79,6 +98,37 @@ impl<'a> Maps<'a> {
     #[inline(always)]
     pub fn new(ctx: &'a XdpContext) -> Self {
         Self { ctx }
+    }
+
+    /// What the stage before left.
+    #[inline(always)]
+    pub fn step(&self) -> Option<&'a mut Step> {
+        // SAFETY: this CPU's element; no other program run touches it before this one ends.
+        STEP.get_ptr_mut(0).map(|step| unsafe { &mut *step })
+    }
+
+    /// Goes on with a later stage. Each has a call of its own: of a number that the kernel knows
+    /// beforehand it makes a direct jump.
+    #[inline(always)]
+    pub fn hand_over(&self, ctx: &XdpContext, stage: Stage, step: Step) -> u32 {
+        if let Some(to) = self.step() {
+            *to = step;
+            // SAFETY: nothing here waits to be dropped.
+            unsafe {
+                match stage {
+                    Stage::Recall => STAGES.tail_call(ctx, Stage::Recall as u32),
+                    Stage::Deliver => STAGES.tail_call(ctx, Stage::Deliver as u32),
+                    Stage::Answer => STAGES.tail_call(ctx, Stage::Answer as u32),
+                    Stage::Encapsulate => STAGES.tail_call(ctx, Stage::Encapsulate as u32),
+                    Stage::SnatRequest => STAGES.tail_call(ctx, Stage::SnatRequest as u32),
+                    Stage::SnatOpen => STAGES.tail_call(ctx, Stage::SnatOpen as u32),
+                    Stage::SnatReply => STAGES.tail_call(ctx, Stage::SnatReply as u32),
+                };
+            }
+        }
+        // It is back: the agent has not put the stage there.
+        self.count_drop(DropReason::TableInconsistent as u32);
+        xdp_action::XDP_DROP
     }
 
     /// Sends the packet out of another NIC.
@@ -166,6 +216,63 @@ fn admits(class: u32, high: u64, low: u64) -> bool {
     ADMISSION.get(Key::new(bits, key)).is_some()
 }
 
+#[inline(always)]
+fn flow_map(table: FlowTable) -> &'static LruHashMap<FlowKey, Flow> {
+    match table {
+        FlowTable::Flows => &FLOWS,
+        FlowTable::HalfOpen => &HALF_OPEN,
+        FlowTable::OnceSeen => &ONCE_SEEN,
+    }
+}
+
+/// Each of these is a function of its own in the kernel too, told the table by number: what follows
+/// is looked at once by the verifier. What they return is for the verifier's sake as well.
+#[inline(never)]
+fn insert_flow(table: u32, key: &FlowKey, flow: &Flow) -> i32 {
+    let table = FlowTable::of(table);
+    if flow_map(table).insert(key, flow, BPF_NOEXIST as u64).is_ok() {
+        count_change(table, |changes| changes.created += 1);
+    } else {
+        // It is there, or nothing at all could be evicted: that leaves the flow as if it had been
+        // evicted right away.
+        let _ = flow_map(table).insert(key, flow, 0);
+    }
+    0
+}
+
+#[inline(never)]
+fn refresh_flow(table: u32, key: &FlowKey, last_seen: u64, closing: u32) -> i32 {
+    // In place: an update would put the entry elsewhere in its bucket, where the agent's walk could
+    // miss it. The target stays as it is.
+    if let Some(entry) = flow_map(FlowTable::of(table)).get_ptr_mut(key) {
+        // SAFETY: the map's element. Should it be evicted and used again right now, another flow is
+        // taken for alive a little longer, or for over a little sooner.
+        unsafe {
+            (&raw mut (*entry).last_seen).write_volatile(last_seen);
+            (&raw mut (*entry).closing).write_volatile(closing);
+        }
+    }
+    0
+}
+
+#[inline(never)]
+fn remove_flow(table: u32, key: &FlowKey) -> i32 {
+    let table = FlowTable::of(table);
+    // Gone already is as good.
+    if flow_map(table).remove(key).is_ok() {
+        count_change(table, |changes| changes.removed += 1);
+    }
+    0
+}
+
+#[inline(always)]
+fn count_change(table: FlowTable, change: impl FnOnce(&mut FlowChanges)) {
+    if let Some(changes) = FLOW_CHANGES.get_ptr_mut(table as u32) {
+        // SAFETY: this CPU's element; no other program run touches it before this one ends.
+        change(unsafe { &mut *changes });
+    }
+}
+
 /// Changes a counter of this CPU.
 #[inline(always)]
 fn update(counter: Option<*mut Traffic>, change: impl FnOnce(&mut Traffic)) {
@@ -243,22 +350,24 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(always)]
-    fn flow(&self, key: &FlowKey) -> Option<Flow> {
+    fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow> {
         // SAFETY: copied at once.
-        unsafe { FLOWS.get(key) }.copied()
+        unsafe { flow_map(table).get(key) }.copied()
     }
 
     #[inline(always)]
-    fn remember(&self, key: &FlowKey, flow: &Flow) {
-        // A full table evicts its oldest entry; that nothing at all could be evicted leaves the
-        // flow as if it had been evicted right away.
-        let _ = FLOWS.insert(key, flow, 0);
+    fn remember(&self, table: FlowTable, key: &FlowKey, flow: &Flow) {
+        insert_flow(table as u32, key, flow);
     }
 
     #[inline(always)]
-    fn forget(&self, key: &FlowKey) {
-        // Gone already is as good.
-        let _ = FLOWS.remove(key);
+    fn refresh(&self, table: FlowTable, key: &FlowKey, flow: &Flow) {
+        refresh_flow(table as u32, key, flow.last_seen, flow.closing);
+    }
+
+    #[inline(always)]
+    fn forget(&self, table: FlowTable, key: &FlowKey) {
+        remove_flow(table as u32, key);
     }
 
     #[inline(always)]

@@ -18,7 +18,7 @@ use socket2::{Domain, SockAddr, SockAddrStorage, Socket, Type};
 
 use crate::netns::Namespace;
 
-/// Sends frames from an interface and receives what arrives at it, not what leaves it.
+/// Sends frames from an interface and receives what arrives at it.
 #[derive(Debug)]
 pub struct PacketSocket(Socket);
 
@@ -29,12 +29,22 @@ impl PacketSocket {
     ///
     /// If there is no such interface.
     pub fn open(namespace: &Namespace, interface: &str) -> Result<Self> {
+        let socket = Self::watch(namespace, interface)?;
+        set_option(&socket.0, libc::PACKET_IGNORE_OUTGOING)?;
+        Ok(socket)
+    }
+
+    /// Opens one that receives what leaves the interface, too.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such interface.
+    pub fn watch(namespace: &Namespace, interface: &str) -> Result<Self> {
         namespace.run(|| {
             let index = if_nametoindex(interface).with_context(|| interface.to_owned())?;
             // No protocol yet: only `bind` makes frames arrive, of this interface alone.
             let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
             set_option(&socket, libc::PACKET_AUXDATA)?;
-            set_option(&socket, libc::PACKET_IGNORE_OUTGOING)?;
             socket.bind(&link_address(index))?;
             Ok(Self(socket))
         })

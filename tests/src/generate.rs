@@ -123,6 +123,15 @@ impl Generator {
         if source.is_ipv6() && self.rng.random_ratio(1, 6) {
             self.add_extensions(&mut frame, l3);
         }
+        if self.rng.random_ratio(1, 4) {
+            // Type of service or traffic class; and whether routers may fragment.
+            frame[l3 + 1] = self.rng.random();
+            if source.is_ipv4() {
+                frame[l3 + 6] ^= 0x40;
+            } else {
+                frame[l3] = 0x60 | self.rng.random_range(0..16_u8);
+            }
+        }
         if !packet.vlans.is_empty() {
             frame[14] |= self.rng.random::<u8>() & 0xf0;
         }

@@ -9,8 +9,10 @@
 
 pub mod agent;
 pub mod clients;
+pub mod ecmp;
 pub mod frames;
 pub mod generate;
+pub mod history;
 pub mod netns;
 pub mod packets;
 pub mod programs;
@@ -19,6 +21,8 @@ pub mod scene;
 pub mod servers;
 pub mod site;
 pub mod topology;
+pub mod transfers;
+pub mod tunnels;
 
 use std::{
     thread,

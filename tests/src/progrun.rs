@@ -17,22 +17,22 @@ use aya::{
     programs::{TestRun as _, TestRunOptions},
 };
 use lb_common::{
-    flow::{Flow, FlowKey, ReturnFlow},
-    forward::forward,
+    flow::{Flow, FlowKey, FlowTable, ReturnFlow},
+    lru::Lru,
     model::{Bytes, Model},
-    snat::{PortPool, SnatFlow, SnatReturn, Stamp},
+    snat::{SnatFlow, SnatReturn, Stamp},
     tables::{NextHop, Tables as _, Traffic},
     verdict::{DropReason, Verdict},
     wire::{Address, eth::Macs},
 };
 use lb_userspace::{
-    dataplane::{Dataplane, LoadOptions, Raw},
+    dataplane::{Dataplane, FlowTableUsage, LoadOptions, Raw, map_name},
     reconcile::{Desired, diff},
     state::Counters as _,
 };
 use nix::time::ClockId;
 
-use crate::netns::Namespace;
+use crate::{history::copy_tables, netns::Namespace};
 
 /// How far the two sides' clocks may be apart, nanoseconds: they look one after the other.
 const CLOCK_SLACK: u64 = 500_000_000;
@@ -220,29 +220,7 @@ impl<'a> World<'a> {
     /// If the kernel refuses an entry.
     pub fn set(&mut self, desired: Desired) -> Result<()> {
         self.kernel.apply(&diff(&self.desired, &desired))?;
-        let model = &mut self.model;
-        model.listeners = desired.listeners.clone();
-        model.targets = desired.targets.clone();
-        model.rings = desired.rings.iter().map(|(n, ring)| (*n, ring.to_vec())).collect();
-        let prefixes = desired.classes.iter().flat_map(|(class, prefixes)| {
-            prefixes.iter().map(|prefix| (*class, prefix.address, u32::from(prefix.bits)))
-        });
-        model.prefixes = prefixes.collect();
-        for key in self.desired.endpoints.keys().filter(|key| !desired.endpoints.contains_key(key))
-        {
-            model.endpoints.remove(key);
-        }
-        for endpoint in desired.endpoints.values() {
-            model.endpoints.insert(*endpoint);
-        }
-        model.snat.sources = desired.sources.clone();
-        for (number, start) in &desired.pools {
-            if self.desired.pools.get(number) != Some(start) {
-                let pool = PortPool::new();
-                pool.reset(*start);
-                model.snat.pools.insert(*number, pool);
-            }
-        }
+        copy_tables(&mut self.model, &self.desired, &desired);
         self.desired = desired;
         Ok(())
     }
@@ -285,7 +263,7 @@ impl<'a> World<'a> {
     fn run_model(&self, ingress: u32, frame: &[u8]) -> Result<Outcome> {
         self.model.now.set(monotonic()?);
         let mut bytes = Bytes { bytes: frame.to_vec(), ingress };
-        let action = match forward(&mut bytes, &self.model) {
+        let action = match self.model.run(&mut bytes) {
             Verdict::Pass => Action::Pass,
             Verdict::Drop => Action::Drop,
             Verdict::Transmit => Action::Transmit,
@@ -356,13 +334,17 @@ impl<'a> World<'a> {
     ///
     /// If they do not; last times may differ by what lies between the two looks at the clock.
     pub fn check_flows(&mut self) -> Result<()> {
-        let flows: BTreeMap<FlowKey, Flow> = self.dump("FLOWS")?;
+        for table in FlowTable::ALL {
+            let flows: BTreeMap<FlowKey, Flow> = self.dump(map_name(table))?;
+            let known = contents(&self.model.flow_table(table).borrow());
+            same(map_name(table), &known, &flows, |a, b| {
+                let times = [a.last_seen, b.last_seen];
+                times[0].abs_diff(times[1]) < CLOCK_SLACK
+                    && Flow { last_seen: times[1], ..*a } == *b
+            })?;
+        }
         let returns: BTreeMap<FlowKey, ReturnFlow> = self.dump("RETURN_FLOWS")?;
         let direct: BTreeMap<FlowKey, u32> = self.dump("DIRECT_FLOWS")?;
-        same("flow", &self.model.flows.borrow(), &flows, |a, b| {
-            let times = [a.last_seen, b.last_seen];
-            times[0].abs_diff(times[1]) < CLOCK_SLACK && Flow { last_seen: times[1], ..*a } == *b
-        })?;
         same("return flow", &self.model.return_flows.borrow(), &returns, |a, b| {
             let times = [a.last_seen, b.last_seen];
             times[0].abs_diff(times[1]) < CLOCK_SLACK
@@ -453,9 +435,9 @@ impl<'a> World<'a> {
         let mut tables = self.kernel.snat_tables()?;
         let model = &self.model.snat;
         model.flows.borrow_mut().retain(|key, flow| {
-            let is_over = flow.stamp.is_over(now, key.protocol);
+            let is_over = flow.stamp.is_over(now, key.protocol, flow.idle);
             if is_over {
-                tables.remove_flow(key, |flow| flow.stamp.is_over(now, key.protocol));
+                tables.remove_flow(key, |flow| flow.stamp.is_over(now, key.protocol, flow.idle));
             }
             !is_over
         });
@@ -463,7 +445,7 @@ impl<'a> World<'a> {
             .returns
             .borrow()
             .iter()
-            .filter(|(key, back)| back.stamp.is_over(now, key.protocol))
+            .filter(|(key, back)| back.stamp.is_over(now, key.protocol, back.idle))
             .map(|(key, back)| (*key, *back))
             .collect();
         for (key, back) in over {
@@ -487,9 +469,27 @@ impl<'a> World<'a> {
         ago: Duration,
     ) -> Result<()> {
         let flow = Flow { last_seen: monotonic()? - ago.as_nanos() as u64, target, closing };
-        self.model.flows.borrow_mut().insert(key, flow);
-        let mut map = self.map::<Flow>("FLOWS")?;
+        self.model.flow_table(FlowTable::Flows).borrow_mut().insert(key, flow);
+        let mut map = self.map::<Flow>(map_name(FlowTable::Flows))?;
         Ok(map.insert(Raw(key), Raw(flow), 0)?)
+    }
+
+    /// Makes all that both sides remember as old as `age` says, by key.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel's table does not take it.
+    pub fn age(&mut self, mut age: impl FnMut(&FlowKey) -> Duration) -> Result<()> {
+        let now = monotonic()?;
+        for table in FlowTable::ALL {
+            let flows = contents(&self.model.flow_table(table).borrow());
+            for (key, flow) in flows {
+                let flow = Flow { last_seen: now - age(&key).as_nanos() as u64, ..flow };
+                self.model.flow_table(table).borrow_mut().insert(key, flow);
+                self.map::<Flow>(map_name(table))?.insert(Raw(key), Raw(flow), 0)?;
+            }
+        }
+        Ok(())
     }
 
     /// The same for the other direction.
@@ -516,12 +516,32 @@ impl<'a> World<'a> {
     ///
     /// What the kernel says.
     pub fn forget_all(&mut self) -> Result<()> {
-        self.model.flows.borrow_mut().clear();
+        for table in FlowTable::ALL {
+            self.model.flow_table(table).borrow_mut().clear();
+            self.clear::<Flow>(map_name(table))?;
+        }
         self.model.return_flows.borrow_mut().clear();
         self.model.direct_flows.borrow_mut().clear();
-        self.clear::<Flow>("FLOWS")?;
         self.clear::<ReturnFlow>("RETURN_FLOWS")?;
         self.clear::<u32>("DIRECT_FLOWS")
+    }
+
+    /// How full the kernel's tables of flows are.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn usage(&mut self) -> Result<[FlowTableUsage; FlowTable::ALL.len()]> {
+        self.kernel.flow_table_usage()
+    }
+
+    /// How many flows a table of the kernel's holds.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn entries(&mut self, table: FlowTable) -> Result<usize> {
+        Ok(self.dump::<Flow>(map_name(table))?.len())
     }
 
     fn map<V: bytemuck::Pod>(&mut self, name: &str) -> Result<FlowMap<'_, V>> {
@@ -544,6 +564,10 @@ impl<'a> World<'a> {
 }
 
 type FlowMap<'a, V> = HashMap<&'a mut MapData, Raw<FlowKey>, Raw<V>>;
+
+fn contents<V: Copy>(table: &Lru<FlowKey, V>) -> BTreeMap<FlowKey, V> {
+    table.iter().map(|(key, value)| (*key, *value)).collect()
+}
 
 fn same<V: std::fmt::Debug>(
     what: &str,

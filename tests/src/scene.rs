@@ -2,12 +2,12 @@
 
 use std::{
     collections::BTreeSet,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
 };
 
 use lb_common::{
-    flow::{HashKeys, ICMP, ICMPV6, TCP, UDP},
+    flow::{HashKeys, ICMP, ICMPV6, TCP, TCP_IDLE, UDP, UDP_IDLE},
     snat::{MAX_SNAT_ADDRESSES, SnatSource},
     tables::{
         Endpoint, EndpointKey, Interface, Listener, NO_LISTENER, NO_RING, NextHop, OPEN, Slot,
@@ -27,9 +27,17 @@ pub const OPTIONS: LoadOptions = LoadOptions {
     hash_seed: 0x5eed,
     ring_size: 61,
     flow_table_size: 1 << 16,
+    half_open_table_size: 1 << 16,
+    once_seen_table_size: 1 << 16,
     port_pools: 16,
     log: false,
 };
+
+/// Sources of tunnels: 172.16.0.0/16 and 100::/64.
+const TUNNEL_SOURCES: (Ipv4Addr, Ipv6Addr) =
+    (Ipv4Addr::new(172, 16, 0, 0), Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 0));
+/// UDP port of tunnels.
+pub const GUE_PORT: u16 = 6080;
 
 /// A balancer to be, in readable steps.
 #[derive(Clone, Debug, Default)]
@@ -90,9 +98,14 @@ impl Scene {
             address: at.ip().into(),
             port: Be16::new(at.port()),
             mode,
-            flags: Target::SERVES,
+            flags: Target::SERVES | Target::IN_RING,
             hop: NextHop { ifindex: way.device, macs, vlan: way.vlan, mtu: way.mtu },
             ..Target::default()
+        };
+        let target = match at {
+            _ if !target.is_tunnelled() => target,
+            SocketAddr::V4(_) => target.through_v4(TUNNEL_SOURCES.0, 16, GUE_PORT),
+            SocketAddr::V6(_) => target.through_v6(TUNNEL_SOURCES.1, GUE_PORT),
         };
         self.desired.targets.insert(number, target);
         number
@@ -101,6 +114,11 @@ impl Scene {
     /// A target stops serving.
     pub fn fail(&mut self, number: u32) {
         self.desired.targets.get_mut(&number).expect("a target").flags = 0;
+    }
+
+    /// A target only keeps the flows it has.
+    pub fn drain(&mut self, number: u32) {
+        self.desired.targets.get_mut(&number).expect("a target").flags = Target::SERVES;
     }
 
     /// A listener whose ring has these slots in turn, and the way back from their targets that are
@@ -122,7 +140,8 @@ impl Scene {
         let at: SocketAddr = at.parse().expect("an address and a port");
         let (address, port) = (Address::from(at.ip()), Be16::new(at.port()));
         let ring = if slots.is_empty() { NO_RING } else { number };
-        let listener = Listener { address, port, protocol, ..Listener::default() };
+        let idle = if protocol == TCP { TCP_IDLE } else { UDP_IDLE };
+        let listener = Listener { address, port, protocol, idle, ..Listener::default() };
         self.desired.listeners.insert(number, listener);
         self.endpoint(Endpoint {
             address,
@@ -167,8 +186,9 @@ impl Scene {
     pub fn source(&mut self, target: u32, address: &str, pool: u32, (first, last): (u16, u16)) {
         let address = Address::from(ip(address));
         let entry = self.desired.targets.get_mut(&target).expect("a target");
-        let index = target * MAX_SNAT_ADDRESSES + entry.sources;
-        entry.sources += 1;
+        let sources = entry.sources();
+        let index = target * MAX_SNAT_ADDRESSES + sources;
+        entry.set_sources(sources + 1);
         let source = SnatSource { address, pool, first, last, zero: 0 };
         self.desired.sources.insert(index, source);
         self.desired.pools.insert(pool, 0);
@@ -282,6 +302,8 @@ impl Scene {
         scene.unsettled_listeners();
         scene.tracked_listeners();
         scene.overflowing_listeners();
+        scene.tunnel_listeners();
+        scene.sticky_listeners();
         scene.snat_listeners();
         scene
     }
@@ -382,6 +404,55 @@ impl Scene {
         }
         self.share(40, TCP, 30);
         self.share(41, TCP, NO_LISTENER);
+    }
+
+    /// Listeners 60 to 67: each family in each, by both kinds of tunnel, TCP and (with 20 more) UDP.
+    /// Then ways of a special kind.
+    fn tunnel_listeners(&mut self) {
+        use lb_common::tables::SlotState::{Learning, Settled};
+        let by11 = Way::by(11);
+        let mut tunnel = |n: u32, protocol, vip: usize, mode, v6: bool, way, state| {
+            let at = if v6 { format!("[fd00:11::{n:x}]:80") } else { format!("10.0.11.{n}:80") };
+            self.target(n, mode, &at, way);
+            let vip = SocketAddr::new(ip(VIPS[vip]), 40 + n as u16);
+            self.listener(n, protocol, &vip.to_string(), &[Slot::new(n, 0, state)]);
+        };
+        for n in 60..68 {
+            let mode = if n % 2 == 0 { Target::DSR_IPIP } else { Target::DSR_GUE };
+            let (vip, is_v6) = ((n as usize - 60) / 4, n % 4 >= 2);
+            tunnel(n, TCP, vip, mode, is_v6, by11, Settled);
+            tunnel(n + 20, UDP, vip, mode, is_v6, by11, Settled);
+        }
+        tunnel(70, TCP, 0, Target::DSR_IPIP, false, Way { vlan: 200, ..by11 }, Settled);
+        tunnel(71, TCP, 1, Target::DSR_GUE, true, Way { vlan: 200, ..by11 }, Settled);
+        tunnel(72, TCP, 0, Target::DSR_GUE, true, Way::by(10), Settled);
+        tunnel(73, TCP, 0, Target::DSR_IPIP, false, by11, Learning);
+        tunnel(74, UDP, 1, Target::DSR_GUE, false, by11, Learning);
+        tunnel(75, TCP, 0, Target::DSR_IPIP, true, Way::by(0), Settled);
+    }
+
+    /// Listeners 100 to 107 choose by the source address among targets 100 to 103, or 104 to 107 in
+    /// IPv6:
+    /// settled ones for TCP and UDP, one that learns, one that tracks.
+    fn sticky_listeners(&mut self) {
+        use lb_common::tables::SlotState::Learning;
+        for n in 100..104 {
+            self.target(n, Target::NAT, &format!("10.0.11.{}:8080", 120 + n), Way::by(11));
+            self.target(n + 4, Target::NAT, &format!("[fd00:11::{n}]:8080"), Way::by(11));
+        }
+        for (first, vip) in [(100, VIPS[0]), (104, "[fd00:10::100]")] {
+            let settled: Vec<_> = (first..first + 4).map(Slot::settled).collect();
+            let learning = [Slot::new(first, first + 1, Learning)];
+            for (n, protocol, port, slots, flags) in [
+                (first, TCP, 96, &settled[..], 0),
+                (first + 1, UDP, 96, &settled[..], 0),
+                (first + 2, TCP, 97, &learning[..], 0),
+                (first + 3, TCP, 98, &settled[..], Endpoint::TRACKED),
+            ] {
+                let at = format!("{vip}:{port}");
+                self.listener_of(n, protocol, &at, slots, OPEN, Endpoint::BY_SOURCE | flags);
+            }
+        }
     }
 
     /// Listeners 50 to 53, more than fit into the one bucket that they belong in.

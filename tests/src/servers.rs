@@ -19,6 +19,8 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::TokioIo;
+use rcgen::{CertificateParams, KeyPair};
+use rustls::{ServerConfig, crypto::ring, pki_types::PrivateKeyDer};
 use socket2::SockRef;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -27,8 +29,9 @@ use tokio::{
     sync::watch,
     task::JoinSet,
 };
+use tokio_rustls::TlsAcceptor;
 
-use crate::netns::Namespace;
+use crate::{netns::Namespace, transfers};
 
 /// A running server. To restart it, drop it and make another at the same address.
 #[derive(Debug)]
@@ -63,6 +66,24 @@ impl Server {
                 () = echo_datagrams(&socket, &served) => {}
                 _ = stopped.changed() => {}
             }
+        })
+    }
+
+    /// The server of [`Transfers`](crate::transfers::Transfers), which says `number` first.
+    ///
+    /// # Errors
+    ///
+    /// If the address is taken or not the namespace's.
+    pub fn transfers(namespace: &Namespace, address: SocketAddr, number: u8) -> Result<Self> {
+        let serve = move |mut stream: TcpStream, mut stopped: watch::Receiver<()>| async move {
+            tokio::select! {
+                // What fails is seen by the client too, who tells.
+                _ = transfers::serve(&mut stream, number) => {}
+                _ = stopped.changed() => reset(&stream),
+            }
+        };
+        Self::start(namespace, address, async move |socket: TcpListener, served, stopped| {
+            accept(&socket, stopped, served, serve).await;
         })
     }
 
@@ -134,6 +155,32 @@ impl HttpServer {
             let connections = Arc::new(AtomicU64::new(0));
             accept(&socket, stopped, connections, |stream, stopped| {
                 serve_http(stream, stopped, Arc::clone(&site), Arc::clone(&served))
+            })
+            .await;
+        };
+        Ok(Self { server: Server::start(namespace, address, serve)?, healthy })
+    }
+
+    /// The same over TLS, with a self-signed certificate.
+    ///
+    /// # Errors
+    ///
+    /// If the address is taken or not the namespace's.
+    pub fn start_tls(namespace: &Namespace, address: SocketAddr) -> Result<Self> {
+        let acceptor = self_signed()?;
+        let healthy = Arc::new(AtomicBool::new(true));
+        let site = Site { name: namespace.role().to_owned(), healthy: Arc::clone(&healthy) };
+        let site = Arc::new(site);
+        let serve = async move |socket: TcpListener, served: Arc<AtomicU64>, stopped| {
+            let connections = Arc::new(AtomicU64::new(0));
+            accept(&socket, stopped, connections, |stream, stopped| {
+                serve_https(
+                    acceptor.clone(),
+                    stream,
+                    stopped,
+                    Arc::clone(&site),
+                    Arc::clone(&served),
+                )
             })
             .await;
         };
@@ -269,6 +316,37 @@ async fn serve_http(
         _ = &mut connection => {}
         _ = stopped.changed() => reset(connection.into_parts().io.inner()),
     }
+}
+
+async fn serve_https(
+    acceptor: TlsAcceptor,
+    stream: TcpStream,
+    mut stopped: watch::Receiver<()>,
+    site: Arc<Site>,
+    served: Arc<AtomicU64>,
+) {
+    let Ok(client) = stream.peer_addr() else { return };
+    // A client that does not speak TLS may try.
+    let Ok(stream) = acceptor.accept(stream).await else { return };
+    let service = service_fn(|request| {
+        served.fetch_add(1, Relaxed);
+        answer(&site, client, request)
+    });
+    tokio::select! {
+        _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service) => {}
+        _ = stopped.changed() => {}
+    }
+}
+
+fn self_signed() -> Result<TlsAcceptor> {
+    let key = KeyPair::generate()?;
+    let certificate = CertificateParams::new(["target.invalid".to_owned()])?.self_signed(&key)?;
+    let key = PrivateKeyDer::Pkcs8(key.serialize_der().into());
+    let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate.der().clone()], key)?;
+    Ok(Arc::new(config).into())
 }
 
 async fn answer(

@@ -205,7 +205,7 @@ pub fn target_host(index: u8) -> Dual {
 }
 
 /// A bridge that forwards from its first packet.
-fn new_switch() -> Result<Namespace> {
+pub(crate) fn new_switch() -> Result<Namespace> {
     let switch = Namespace::new("switch")?;
     // Snooping would hold multicast back, and so neighbour discovery, until it knows who listens.
     switch
@@ -214,13 +214,13 @@ fn new_switch() -> Result<Namespace> {
 }
 
 /// Links a machine's interface to a port of the switch that has the machine's name.
-fn plug(switch: &Namespace, machine: &Namespace, interface: &str) -> Result<()> {
+pub(crate) fn plug(switch: &Namespace, machine: &Namespace, interface: &str) -> Result<()> {
     let port = machine.role();
     link((machine, interface), (switch, port))?;
     switch.ip(&format!("link set {port} master bridge"))
 }
 
-fn new_router(role: &str) -> Result<Namespace> {
+pub(crate) fn new_router(role: &str) -> Result<Namespace> {
     let router = Namespace::new(role)?;
     for (key, value) in [
         ("net/ipv4/ip_forward", "1"),
@@ -234,7 +234,7 @@ fn new_router(role: &str) -> Result<Namespace> {
 }
 
 /// Gives an interface the MAC address of `host` and its addresses.
-fn become_host(machine: &Namespace, interface: &str, host: Dual) -> Result<()> {
+pub(crate) fn become_host(machine: &Namespace, interface: &str, host: Dual) -> Result<()> {
     let mac = host.mac().map(|byte| format!("{byte:02x}")).join(":");
     machine.ip(&format!("link set {interface} address {mac}"))?;
     add_address(machine, interface, host)
@@ -246,13 +246,13 @@ fn add_address(machine: &Namespace, interface: &str, Dual { v4, v6 }: Dual) -> R
     ))
 }
 
-fn default_route(machine: &Namespace, Dual { v4, v6 }: Dual) -> Result<()> {
+pub(crate) fn default_route(machine: &Namespace, Dual { v4, v6 }: Dual) -> Result<()> {
     machine.ip(&format!("route add default via {v4}\nroute add default via {v6}"))
 }
 
 /// Lets a target of direct server return accept packets to the listener's address without saying
 /// so on the segment. IPv6 never answers for an address of another interface.
-fn hold_silently(target: &Namespace, Dual { v4, v6 }: Dual) -> Result<()> {
+pub(crate) fn hold_silently(target: &Namespace, Dual { v4, v6 }: Dual) -> Result<()> {
     target.sysctl("net/ipv4/conf/all/arp_ignore", "1")?;
     target.sysctl("net/ipv4/conf/all/arp_announce", "2")?;
     target.ip(&format!("address add {v4}/32 dev lo\naddress add {v6}/128 dev lo nodad"))

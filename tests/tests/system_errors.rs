@@ -3,7 +3,10 @@
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt as _,
+    os::{
+        fd::{FromRawFd as _, OwnedFd},
+        unix::fs::PermissionsExt as _,
+    },
     process::{Command, Output},
 };
 
@@ -13,6 +16,7 @@ use lb_tests::{
     programs::{Attached, Floor},
     topology::{Picture, Topology},
 };
+use nix::libc;
 
 /// A configuration without anything.
 const NOTHING: &str = "# nothing\n";
@@ -57,12 +61,33 @@ fn a_foreign_xdp_program_is_left_alone() {
     let mut foreign = Attached::load(Floor::Pass).unwrap();
     foreign.attach(&topology.balancer, "eth1").unwrap();
     let outcome = run(&topology.balancer, &home, &["--iface", "eth0", "--iface", "eth1"]);
-    assert_says(&outcome, 1, &["eth1 already has an XDP program", "ip link set eth1 xdp off"]);
+    let advice = "`bpftool link detach id ";
+    assert_says(&outcome, 1, &["eth1 already has an XDP program", advice]);
     let links = topology.balancer.command("ip").args(["link"]).output().unwrap();
     let links = String::from_utf8(links.stdout).unwrap();
     assert_eq!(links.matches(" xdp ").count(), 1, "the foreign one only: {links}");
-    drop(foreign);
+
+    // The advice helps.
+    let (_, id) = outcome.1.split_once(advice).unwrap();
+    detach_link(id.split_once('`').unwrap().0.parse().unwrap());
     Agent::start_in(home, &topology.balancer, topology.interfaces, &[]).unwrap().stop().unwrap();
+}
+
+/// What `bpftool link detach id ID` does.
+fn detach_link(id: u32) {
+    // Numbers of <linux/bpf.h>; both commands take one number first.
+    const LINK_GET_FD_BY_ID: libc::c_long = 30;
+    const LINK_DETACH: libc::c_long = 34;
+    let bpf = |command: libc::c_long, number: u32| {
+        let attributes = [u64::from(number), 0];
+        let size = size_of_val(&attributes);
+        // SAFETY: the attributes are as long as said, and the kernel only reads them.
+        unsafe { libc::syscall(libc::SYS_bpf, command, attributes.as_ptr(), size) }
+    };
+    let link = u32::try_from(bpf(LINK_GET_FD_BY_ID, id)).expect("the link exists");
+    assert_eq!(bpf(LINK_DETACH, link), 0, "{}", std::io::Error::last_os_error());
+    // SAFETY: nobody else has this descriptor.
+    drop(unsafe { OwnedFd::from_raw_fd(link.cast_signed()) });
 }
 
 #[test]
@@ -137,5 +162,8 @@ fn an_interface_without_native_xdp() {
     // By default: generic, and it says so.
     let agent = Agent::start_in(home, &balancer, &["eth0"], &[]).unwrap();
     assert_eq!(agent.status().unwrap()["interfaces"][0]["mode"], "generic");
-    assert!(agent.stop().unwrap().contains("falling back to generic mode"));
+    let log = agent.stop().unwrap();
+    for expected in ["falling back to generic mode", "MTU", "ip link set eth0 mtu 1500"] {
+        assert!(log.contains(expected), "no {expected:?} in:\n{log}");
+    }
 }

@@ -16,7 +16,7 @@ use lb_tests::{
     clients,
     netns::Namespace,
     programs::{Attached, Floor},
-    servers::Server,
+    servers::{HttpServer, Server},
     site::{PATIENCE, Site},
     topology::{Picture, target_host},
     wait_until,
@@ -214,6 +214,40 @@ fn states_and_reasons() {
     }
     for index in 1..4 {
         site.wait_for_web(index, "healthy").unwrap();
+    }
+}
+
+#[test]
+fn targets_are_asked_by_https() {
+    const PORT: u16 = 8443;
+    let site = Site::start_with(Picture::TwoNics, 2, |config| {
+        config.health_check = format!("protocol = \"https\"\npath = \"/health\"\nport = {PORT}\n");
+    })
+    .unwrap();
+    let start = |index: u8| {
+        let namespace = &site.topology.targets[usize::from(index)];
+        let both = target_host(index).both();
+        both.map(|address| HttpServer::start_tls(namespace, (address, PORT).into()).unwrap())
+    };
+    let reason = |index| site.target("web", target_host(index).v4).unwrap()["reason"].clone();
+    // Target 1 speaks HTTP without TLS there.
+    let secure = start(0);
+    let plain = target_host(1).both().map(|address| {
+        HttpServer::start(&site.topology.targets[1], (address, PORT).into()).unwrap()
+    });
+    site.wait_for_web(0, "healthy").unwrap();
+    site.wait_for_web(1, "unhealthy").unwrap();
+    assert_eq!(reason(1), "Target.FailedHealthChecks");
+    drop(plain);
+    let _secure_too = start(1);
+    site.wait_for_web(1, "healthy").unwrap();
+
+    secure.iter().for_each(|server| server.set_healthy(false));
+    site.wait_for_web(0, "unhealthy").unwrap();
+    assert_eq!(reason(0), "Target.ResponseCodeMismatch");
+    for web in site.web() {
+        let text = site.client(|| clients::http_get(None, web, "/").unwrap().text());
+        assert!(text.ends_with("target1"), "{text}");
     }
 }
 

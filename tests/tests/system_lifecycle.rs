@@ -3,6 +3,7 @@
 
 use std::{fmt::Write as _, fs};
 
+use aya::{maps::loaded_maps, programs::loaded_programs};
 use lb_tests::{
     agent::{Agent, Home},
     clients,
@@ -43,6 +44,41 @@ fn works(site: &Site) {
     for web in site.web() {
         site.client(|| clients::http_get(None, web, "/").unwrap());
     }
+}
+
+/// The number of the XDP program on an interface.
+fn program_on(namespace: &Namespace, interface: &str) -> u32 {
+    let link = ip(namespace, &["link", "show", interface]);
+    let (_, id) = link.split_once("prog/xdp id ").unwrap();
+    id.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+/// The maps that a program uses.
+fn maps_of(program: u32) -> Vec<u32> {
+    let mut programs = loaded_programs().filter_map(Result::ok);
+    let info = programs.find(|info| info.id() == program).unwrap();
+    info.map_ids().unwrap().unwrap()
+}
+
+/// Identified by number: the agents of other tests have maps of the same names.
+#[test]
+fn no_map_is_left_behind() {
+    let site = Site::start(Picture::TwoNics, 1).unwrap();
+    works(&site);
+    let program = program_on(&site.topology.balancer, "eth0");
+    let maps = maps_of(program);
+    assert!(maps.len() > 5, "{maps:?}");
+    let left = || {
+        let loaded = loaded_maps().filter_map(Result::ok).map(|info| info.id());
+        loaded.filter(|id| maps.contains(id)).collect::<Vec<_>>()
+    };
+    assert_eq!(left().len(), maps.len());
+    let Site { agent, topology: _topology, servers: _servers, .. } = site;
+    agent.stop().unwrap();
+    // The kernel frees them a little later.
+    wait_until("end of the maps", PATIENCE, || left().is_empty()).unwrap();
+    let ids = loaded_programs().filter_map(Result::ok).map(|info| info.id());
+    assert!(!ids.into_iter().any(|id| id == program), "the program is gone");
 }
 
 #[test]

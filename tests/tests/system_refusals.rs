@@ -129,5 +129,5 @@ fn a_drop_is_in_the_log() {
     let [web, _] = site.web();
     let ask = || clients::udp_ping(None, (web.ip(), 9).into(), b"?", TIMEOUT).unwrap_err();
     site.client(ask);
-    site.agent.wait_for_log("lb_ebpf::maps: dropped for reason 1").unwrap();
+    site.agent.wait_for_log("lb_ebpf::maps: dropped: NoListener").unwrap();
 }

@@ -60,6 +60,24 @@ fn only_what_a_rule_allows_comes_in() {
 }
 
 #[test]
+fn direct_server_return_is_guarded_too() {
+    let rules = rule("tcp", Some("80"), client_host()) + &rule("udp", Some("7"), client_host());
+    let site = Site::start_with(Picture::Dsr, 2, |config| guard(config, &rules)).unwrap();
+    let stranger = site.topology.add_client(66).unwrap();
+    assert_eq!(can_echo(&site, client_host()), [true; 2]);
+    assert_eq!(site.drops(DENIED).unwrap(), 0);
+    assert_eq!(can_echo(&site, stranger), [false; 2]);
+    assert_eq!(site.drops(DENIED).unwrap(), 6);
+    for web in site.web() {
+        let from = |host: Dual| Some(SocketAddr::new(host.like(web.ip()), 0));
+        site.client(|| clients::http_get(from(client_host()), web, "/").unwrap());
+        site.client(|| clients::http_get(from(stranger), web, "/").unwrap_err());
+    }
+    let datagrams = site.servers.iter().flatten().map(|servers| servers.datagrams()).sum::<u64>();
+    assert_eq!(datagrams, 2, "no target heard of the stranger");
+}
+
+#[test]
 fn a_group_without_rules_denies_everything() {
     let site = guarded("");
     assert_eq!(can_echo(&site, client_host()), [false; 2]);

@@ -71,24 +71,26 @@ fn udp_checksum(old: Be16, sum: Sum) -> Be16 {
 
 /// Writes the beginning of the Ethernet header.
 #[inline(always)]
-fn write_macs<F: Frame>(frame: &mut F, macs: Macs) -> Result<(), DropReason> {
+fn write_macs<F: Frame>(frame: &mut F, macs: Macs) -> Option<()> {
     let (first, last) = macs.parts();
-    frame.write_pair::<{ size_of::<u64>() }, _, _>(0, first, last).ok_or(DropReason::Malformed)
+    frame.write_pair::<{ size_of::<u64>() }, _, _>(0, first, last)
 }
 
 /// Gives the frame its next hop's MAC addresses and VLAN tag.
 #[inline(always)]
 pub fn send<F: Frame>(frame: &mut F, link: &Link, hop: &NextHop) -> Result<Verdict, DropReason> {
     if link.tags == 0 && hop.vlan == 0 {
-        write_macs(frame, hop.macs)?;
+        write_macs(frame, hop.macs).ok_or(DropReason::Malformed)?;
     } else {
         retag(frame, link, hop)?;
     }
-    Ok(if hop.ifindex == frame.ingress() {
-        Verdict::Transmit
-    } else {
-        Verdict::Redirect(hop.ifindex)
-    })
+    Ok(leave(frame, hop))
+}
+
+/// Whether the packet goes out by the NIC it came in by, or which other.
+#[inline(always)]
+pub fn leave<F: Frame>(frame: &F, hop: &NextHop) -> Verdict {
+    if hop.ifindex == frame.ingress() { Verdict::Transmit } else { Verdict::Redirect(hop.ifindex) }
 }
 
 /// Replaces whatever tags the frame has by the next hop's: one or none.
@@ -100,11 +102,29 @@ fn retag<F: Frame>(frame: &mut F, link: &Link, hop: &NextHop) -> Result<(), Drop
     if missing != 0 {
         frame.grow_front(missing * TAG).ok_or(DropReason::NoHeadroom)?;
     }
-    write_macs(frame, hop.macs)?;
     if wanted == 0 {
-        return frame.write(Link::ETHER_TYPE_AT, link.ether_type).ok_or(DropReason::Malformed);
+        return write_untagged(frame, hop, link.ether_type).ok_or(DropReason::Malformed);
     }
-    let tag = VlanTag { control: Be16::new(link.priority | hop.vlan), ether_type: link.ether_type };
-    frame.write(Link::ETHER_TYPE_AT, EtherType::VLAN).ok_or(DropReason::Malformed)?;
-    frame.write(Link::ETHER_TYPE_AT + size_of::<EtherType>(), tag).ok_or(DropReason::Malformed)
+    write_tagged(frame, hop, link.priority, link.ether_type).ok_or(DropReason::Malformed)
+}
+
+/// Writes an Ethernet header.
+#[inline(always)]
+pub fn write_untagged<F: Frame>(frame: &mut F, hop: &NextHop, ether_type: EtherType) -> Option<()> {
+    write_macs(frame, hop.macs)?;
+    frame.write(Link::ETHER_TYPE_AT, ether_type)
+}
+
+/// Writes an Ethernet header and the next hop's VLAN tag.
+#[inline(always)]
+pub fn write_tagged<F: Frame>(
+    frame: &mut F,
+    hop: &NextHop,
+    priority: u16,
+    ether_type: EtherType,
+) -> Option<()> {
+    write_macs(frame, hop.macs)?;
+    frame.write(Link::ETHER_TYPE_AT, EtherType::VLAN)?;
+    let tag = VlanTag { control: Be16::new(priority | hop.vlan), ether_type };
+    frame.write(Link::ETHER_TYPE_AT + size_of::<EtherType>(), tag)
 }

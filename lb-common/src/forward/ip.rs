@@ -1,6 +1,7 @@
 //! What IPv4 and IPv6 do differently. The pipeline is compiled once for each.
 
 use crate::flow::{ICMP, ICMPV6};
+use crate::tunnel::Tunnel;
 use crate::verdict::DropReason;
 use crate::wire::checksum::Sum;
 use crate::wire::icmp::Icmp;
@@ -41,6 +42,18 @@ pub trait Ip: Sized {
         new: Address,
         difference: Sum,
     ) -> Result<(), DropReason>;
+
+    /// Takes a hop off the packet's life, and changes nothing else.
+    fn age<F: Frame>(frame: &mut F, l3: usize, header: &Self::Header) -> Option<()>;
+
+    /// The number by which an IP header says that one of this version follows.
+    const IN_IP: u8;
+
+    /// Type of service (RFC 2474, RFC 3168) or traffic class.
+    fn traffic_class(header: &Self::Header) -> u8;
+
+    /// Whether a router may cut the packet up.
+    fn may_be_fragmented(header: &Self::Header) -> bool;
 
     /// The hops that the packet may still go.
     fn hops(header: &Self::Header) -> u8;
@@ -142,6 +155,26 @@ impl Ip for V4 {
             End::Destination => frame.write_pair::<DESTINATION_AFTER_TTL, _, _>(at, ttl, new),
         };
         written.ok_or(DropReason::Malformed)
+    }
+
+    #[inline(always)]
+    fn age<F: Frame>(frame: &mut F, l3: usize, header: &Ipv4) -> Option<()> {
+        let mut ttl = header.ttl;
+        ttl.ttl = ttl.ttl.wrapping_sub(1);
+        ttl.checksum = Sum::of(ttl.checksum).decrement_upper().checksum();
+        frame.write(l3 + Ipv4::TTL_AT, ttl)
+    }
+
+    const IN_IP: u8 = Tunnel::IPV4;
+
+    #[inline(always)]
+    fn traffic_class(header: &Ipv4) -> u8 {
+        header.tos
+    }
+
+    #[inline(always)]
+    fn may_be_fragmented(header: &Ipv4) -> bool {
+        header.fragment.get() & Ipv4::DONT_FRAGMENT == 0
     }
 
     #[inline(always)]
@@ -291,6 +324,23 @@ impl Ip for V6 {
             }
         };
         written.ok_or(DropReason::Malformed)
+    }
+
+    #[inline(always)]
+    fn age<F: Frame>(frame: &mut F, l3: usize, header: &Ipv6) -> Option<()> {
+        frame.write(l3 + Ipv6::HOP_LIMIT_AT, header.hop_limit.wrapping_sub(1))
+    }
+
+    const IN_IP: u8 = Tunnel::IPV6;
+
+    #[inline(always)]
+    fn traffic_class(header: &Ipv6) -> u8 {
+        (header.version_class_label.get() >> 20) as u8
+    }
+
+    #[inline(always)]
+    fn may_be_fragmented(_header: &Ipv6) -> bool {
+        false
     }
 
     #[inline(always)]

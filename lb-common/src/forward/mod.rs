@@ -4,6 +4,7 @@
 //! bound, nothing is indexed by packet data, nothing panics, and nothing is written before it is
 //! certain that the packet is ours.
 
+mod decide;
 mod emit;
 mod ip;
 mod parse;
@@ -12,19 +13,23 @@ mod reply;
 mod request;
 mod select;
 mod snat;
+mod stage;
+mod tunnel;
 
-use bytemuck::{Pod, Zeroable};
+use bytemuck::Pod;
 
 use crate::flow::{TCP, UDP};
-use crate::tables::{Endpoint, EndpointKey, OPEN, Slot, Tables};
+use crate::tables::{Endpoint, EndpointKey, OPEN, Tables};
 use crate::verdict::{DropReason, Verdict};
 use crate::wire::icmp::Icmp;
 use crate::wire::{Address, Be16, EtherType};
 
 use ip::{ANY, Ip, PLAIN, V4, V6};
-use parse::{Link, Packet, Place};
+use parse::{Link, Packet};
 use reject::Answer;
-use snat::Readdress;
+use stage::{Recall, Selected};
+
+pub use stage::{Next, Stage, Step};
 
 /// The bytes of a packet. Every access checks its bounds.
 pub trait Frame {
@@ -66,9 +71,14 @@ enum Stop {
     Answer(DropReason),
     /// Its target is a matter of what is remembered of its flow: [`Step::recall`].
     Recall,
-    /// It may be a reply to an address that flows to targets come from; else it ends with this
-    /// action of [`Next`].
-    Snat(u32),
+    /// Larger than the way to [`Step::selected`] carries; the client hears of it.
+    TooBig,
+    /// It is to go through a tunnel to [`Step::selected`].
+    Encapsulate,
+    /// It is to go to [`Step::selected`] from an address and a port of this machine.
+    Snat,
+    /// It may be a reply to such an address; else it ends with this action of [`Next`].
+    SnatReply(u32),
 }
 
 impl From<DropReason> for Stop {
@@ -78,163 +88,79 @@ impl From<DropReason> for Stop {
     }
 }
 
-/// Decides what happens to a packet, rewrites it accordingly, and counts it.
-///
-/// The stages are functions of their own in the kernel too, called one after the other, each with
-/// the whole stack (512 bytes) to itself: what a packet does not need costs it nothing, and
-/// reading the headers again in a later stage is cheaper than keeping them in memory for it.
-#[inline(always)]
+/// Decides what happens to a packet, rewrites it accordingly, and counts it: all stages.
 pub fn forward<F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verdict {
-    let Some(link) = Link::parse(frame) else { return Verdict::Pass };
+    let mut step = Step::new();
+    let mut next = begin(frame, tables, &mut step);
+    while let Some(stage) = next.stage() {
+        step = step.for_stage(next);
+        next = go_on(stage, frame, tables, &mut step);
+    }
+    next.verdict(tables)
+}
+
+/// The first stage. Its parts are functions of their own in the kernel too, called one after the
+/// other: reading the headers again is cheaper than keeping them in memory.
+#[inline(always)]
+pub fn begin<F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) -> Next {
+    let Some(link) = Link::parse(frame) else { return Next::from(Next::with(Next::PASS, 0)) };
     match link.ether_type {
-        EtherType::IPV4 => forward_ip::<V4, F, T>(frame, tables, &link),
-        EtherType::IPV6 => forward_ip::<V6, F, T>(frame, tables, &link),
-        _ => Verdict::Pass,
+        EtherType::IPV4 => begin_ip::<V4, F, T>(frame, tables, step, &link),
+        EtherType::IPV6 => begin_ip::<V6, F, T>(frame, tables, step, &link),
+        _ => Next::from(Next::with(Next::PASS, 0)),
     }
 }
 
-/// The stages. The first two are compiled twice: most packets are plain, and with constant offsets
-/// they cost a third less.
+/// Both parts are compiled twice: most packets are plain, and with constant offsets they cost a
+/// third less.
 #[inline(always)]
-fn forward_ip<I: Answer + Readdress, F: Frame, T: Tables>(
+fn begin_ip<I: Answer, F: Frame, T: Tables>(
     frame: &mut F,
     tables: &T,
+    step: &mut Step,
     link: &Link,
-) -> Verdict {
-    let mut step = Step::new();
+) -> Next {
     let is_plain = link.tags == 0 && I::is_plain(frame);
-    let mut next = Next::from(if is_plain {
-        to_listener::<PLAIN, I, F, T>(frame, tables, &mut step)
+    let next = Next::from(if is_plain {
+        to_listener::<PLAIN, I, F, T>(frame, tables, step)
     } else {
-        to_listener::<ANY, I, F, T>(frame, tables, &mut step)
+        to_listener::<ANY, I, F, T>(frame, tables, step)
     });
-    if next.action == Next::RECALL {
-        next = Next::from(select::recall::<I, F, T>(frame, tables, &mut step));
-        if next.action == Next::DELIVER {
-            next = Next::from(deliver::<I, F, T>(frame, tables, &mut step));
-        } else if next.action == Next::SNAT {
-            next = Next::from(snat::request::<I, F, T>(frame, tables, &mut step));
-        }
-    } else if next.action == Next::UNDECIDED {
-        next = Next::from(if is_plain {
-            from_elsewhere::<PLAIN, I, F, T>(frame, tables, &mut step)
-        } else {
-            from_elsewhere::<ANY, I, F, T>(frame, tables, &mut step)
-        });
-        if next.action == Next::SNAT {
-            next = Next::from(snat::reply::<I, F, T>(frame, tables, &mut step, next.argument));
-        }
+    if !next.is_undecided() {
+        return next;
     }
-    match next.action {
-        Next::TRANSMIT => Verdict::Transmit,
-        Next::REDIRECT => Verdict::Redirect(next.argument),
-        Next::DROP => {
-            tables.count_drop(next.argument);
-            Verdict::Drop
-        }
-        Next::ANSWER => reject::answer::<I, F, T>(frame, tables, &step.place, next.argument),
-        _ => Verdict::Pass,
-    }
+    Next::from(if is_plain {
+        from_elsewhere::<PLAIN, I, F, T>(frame, tables, step)
+    } else {
+        from_elsewhere::<ANY, I, F, T>(frame, tables, step)
+    })
 }
 
-/// How a stage ended: what is to be done next. A stage returns it as one number, which stays in a
-/// register.
-#[derive(Clone, Copy)]
-struct Next {
-    action: u32,
-    /// By action: an interface, a [`DropReason`], another action.
-    argument: u32,
-}
-
-impl Next {
-    const UNDECIDED: u32 = 0;
-    const PASS: u32 = 1;
-    const TRANSMIT: u32 = 2;
-    const REDIRECT: u32 = 3;
-    const DROP: u32 = 4;
-    const ANSWER: u32 = 5;
-    const RECALL: u32 = 6;
-    const DELIVER: u32 = 7;
-    const SNAT: u32 = 8;
-
-    #[inline(always)]
-    fn with(action: u32, argument: u32) -> u64 {
-        (argument as u64) << 32 | action as u64
-    }
-}
-
-impl From<u64> for Next {
-    /// Hidden from the verifier, which would else follow every reason to drop a packet on its own.
-    #[inline(always)]
-    fn from(next: u64) -> Self {
-        let hidden = |half: u64| core::hint::black_box(half as u32);
-        Self { action: hidden(next), argument: hidden(next >> 32) }
-    }
-}
-
-/// What one stage leaves to the next, in memory. Plain numbers that are always written: an enum
-/// leaves bytes unset that the compiler copies all the same, and the verifier refuses.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Step {
-    recall: Recall,
-    place: Place,
-    selected: Selected,
-}
-
-/// What is asked of the flow table.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Recall {
-    /// The slot that the hash chose.
-    slot: Slot,
-    /// Its number in the ring.
-    chosen: u32,
-    /// The ring.
-    ring: u32,
-    /// Index of the listener.
-    listener: u32,
-    /// Not 0 if the listener tracks every flow.
-    is_tracked: u32,
-}
-
-/// A flow's target.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Selected {
-    /// Its index.
-    index: u32,
-    /// Not 0 for a flow that is new, as far as can be told.
-    is_new: u32,
-}
-
-impl Step {
-    /// Nothing is known yet. The zero is hidden from the compiler: it would make one call of all
-    /// the stores, to a function that clears the bytes one by one.
-    #[inline(always)]
-    fn new() -> Self {
-        bytemuck::cast([core::hint::black_box(0_u64); size_of::<Self>() / 8])
-    }
-
-    /// Takes down how a stage ended.
-    #[inline(always)]
-    fn conclude(&mut self, outcome: Outcome, place: Place) -> u64 {
-        match outcome {
-            Ok(Verdict::Pass | Verdict::Drop) => Next::with(Next::PASS, 0),
-            Ok(Verdict::Transmit) => Next::with(Next::TRANSMIT, 0),
-            Ok(Verdict::Redirect(ifindex)) => Next::with(Next::REDIRECT, ifindex),
-            Err(Stop::Drop(reason)) => Next::with(Next::DROP, reason as u32),
-            Err(Stop::Answer(reason)) => {
-                self.place = place;
-                Next::with(Next::ANSWER, reason as u32)
-            }
-            Err(Stop::Recall) => {
-                self.place = place;
-                Next::with(Next::RECALL, 0)
-            }
-            Err(Stop::Snat(otherwise)) => Next::with(Next::SNAT, otherwise),
-        }
-    }
+/// A later stage.
+#[inline(always)]
+pub fn go_on<F: Frame, T: Tables>(
+    stage: Stage,
+    frame: &mut F,
+    tables: &T,
+    step: &mut Step,
+) -> Next {
+    let is_v4 = Link::parse(frame).is_some_and(|link| link.ether_type == EtherType::IPV4);
+    Next::from(match (stage, is_v4) {
+        (Stage::Recall, true) => select::recall::<V4, F, T>(frame, tables, step),
+        (Stage::Recall, false) => select::recall::<V6, F, T>(frame, tables, step),
+        (Stage::Deliver, true) => deliver::<V4, F, T>(frame, tables, step),
+        (Stage::Deliver, false) => deliver::<V6, F, T>(frame, tables, step),
+        (Stage::Answer, true) => reject::answer::<V4, F, T>(frame, tables, step),
+        (Stage::Answer, false) => reject::answer::<V6, F, T>(frame, tables, step),
+        (Stage::Encapsulate, true) => tunnel::encapsulate::<V4, F, T>(frame, tables, step),
+        (Stage::Encapsulate, false) => tunnel::encapsulate::<V6, F, T>(frame, tables, step),
+        (Stage::SnatRequest, true) => snat::request::<V4, F, T>(frame, tables, step),
+        (Stage::SnatRequest, false) => snat::request::<V6, F, T>(frame, tables, step),
+        (Stage::SnatOpen, true) => snat::open::<V4, F, T>(frame, tables, step),
+        (Stage::SnatOpen, false) => snat::open::<V6, F, T>(frame, tables, step),
+        (Stage::SnatReply, true) => snat::reply::<V4, F, T>(frame, tables, step),
+        (Stage::SnatReply, false) => snat::reply::<V6, F, T>(frame, tables, step),
+    })
 }
 
 /// Whose packet is it? A listener's is decided here, with a target by the hash alone. Nothing is
@@ -277,8 +203,8 @@ fn deliver<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut
     let Some(link) = Link::parse(frame) else { return pass };
     let Some(packet) = step.place.read::<I, F>(frame) else { return pass };
     let Some(transport) = &packet.transport else { return pass };
-    let (selected, listener) = (step.selected, step.recall.listener);
-    let outcome = request::deliver(frame, tables, &link, &packet, transport, listener, selected);
+    let selected = (step.recall.listener, step.selected);
+    let outcome = request::deliver(frame, tables, &link, &packet, transport, selected, step);
     step.conclude(outcome, packet.place())
 }
 
@@ -308,7 +234,7 @@ fn of_nobody<I: Ip, T: Tables>(tables: &T, packet: &Packet<I>) -> Outcome {
     let kind = kind_of_address(tables, packet.destination.words());
     let is_owned = kind & Endpoint::KIND == Endpoint::OWNED;
     if kind & Endpoint::SNAT != 0 {
-        return Err(Stop::Snat(if is_owned { Next::DROP } else { Next::PASS }));
+        return Err(Stop::SnatReply(if is_owned { Next::DROP } else { Next::PASS }));
     }
     if is_owned { Err(DropReason::NoListener.into()) } else { Ok(Verdict::Pass) }
 }

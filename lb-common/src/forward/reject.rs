@@ -1,16 +1,17 @@
-//! Refusals that the client can hear: a TCP reset, or an ICMP port unreachable.
+//! Refusals that the client can hear: a TCP reset, an ICMP port unreachable, or how large a packet
+//! may be.
 
 use crate::flow::TCP;
 use crate::tables::Tables;
-use crate::verdict::{DropReason, Verdict};
+use crate::verdict::DropReason;
 use crate::wire::checksum::Sum;
 use crate::wire::eth::Macs;
 use crate::wire::icmp::Icmp;
 use crate::wire::{Address, Be16, Be32, Ethernet, Ipv4, Ipv6, Tcp, Udp, VlanTag};
 
-use super::Frame;
 use super::ip::{Ip, V4, V6};
 use super::parse::{Link, Packet, Place, whole};
+use super::{Frame, Next, Step};
 
 /// TTL or hop limit of our own packets.
 const HOPS: u8 = 64;
@@ -19,26 +20,23 @@ const HOPS: u8 = 64;
 /// that must not be answered (a reset, a header with options where it would have to be quoted)
 /// is dropped for the same reason.
 #[inline(always)]
-pub fn answer<I: Answer, F: Frame, T: Tables>(
-    frame: &mut F,
-    tables: &T,
-    place: &Place,
-    reason: u32,
-) -> Verdict {
-    let refusal = if place.protocol == TCP as u32 {
+pub fn answer<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &Step) -> u64 {
+    let (place, reason) = (&step.place, step.argument);
+    let refusal = if reason == DropReason::TooBig as u32 {
+        too_big::<I, F, T>(frame, tables, step)
+    } else if place.protocol == TCP as u32 {
         reset::<I, F>(frame, place)
     } else {
-        unreachable::<I, F>(frame, place)
+        quote_back::<I, F>(frame, place, UNREACHABLE)
     };
     match refusal {
         Refusal::Written => {
             tables.count_drop(reason);
-            return Verdict::Transmit;
+            Next::with(Next::TRANSMIT, 0)
         }
-        Refusal::None => tables.count_drop(reason),
-        Refusal::NoRoom => tables.count_drop(DropReason::NoHeadroom as u32),
+        Refusal::None => Next::with(Next::DROP, reason),
+        Refusal::NoRoom => Next::with(Next::DROP, DropReason::NoHeadroom as u32),
     }
-    Verdict::Drop
 }
 
 /// What became of a refusal.
@@ -66,9 +64,20 @@ fn reset<I: Answer, F: Frame>(frame: &mut F, place: &Place) -> Refusal {
     finish(frame, &ethernet, written)
 }
 
-/// Writes a port unreachable around the packet; see [`reset`].
+/// Says how large a packet to the target may be.
 #[inline(never)]
-fn unreachable<I: Answer, F: Frame>(frame: &mut F, place: &Place) -> Refusal {
+fn too_big<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &Step) -> Refusal {
+    let mtu = tables.target(step.selected.index).map_or(UNREACHABLE, |it| it.hop.mtu as u32);
+    quote_back::<I, F>(frame, &step.place, mtu)
+}
+
+/// Instead of an MTU: the port is unreachable.
+const UNREACHABLE: u32 = 0;
+
+/// Writes an ICMP error around the packet; see [`reset`]. With an MTU: that the packet is too big,
+/// but not if a router could have cut it up (RFC 792, RFC 1191 section 4).
+#[inline(never)]
+fn quote_back<I: Answer, F: Frame>(frame: &mut F, place: &Place, mtu: u32) -> Refusal {
     // From front to back: the compiler would leave out a check that a later one implies, and the
     // verifier does not see that it does.
     let Some(link) = Link::parse(whole(frame)) else { return Refusal::None };
@@ -77,7 +86,10 @@ fn unreachable<I: Answer, F: Frame>(frame: &mut F, place: &Place) -> Refusal {
     if packet.l4 != packet.l3 + size_of::<I::Header>() {
         return Refusal::None;
     }
-    let written = write_unreachable(frame, &front, &packet);
+    if mtu != UNREACHABLE && I::may_be_fragmented(&packet.header) {
+        return Refusal::None;
+    }
+    let written = write_error(frame, &front, &packet, mtu);
     finish(frame, &front.ethernet, written)
 }
 
@@ -110,6 +122,8 @@ pub trait Answer: Ip {
     fn pseudo_header(packet: &Packet<Self>, protocol: u8, payload: usize) -> Sum;
     /// Type and code of its port unreachable.
     const PORT_UNREACHABLE: (u8, u8);
+    /// Type and code of its packet too big.
+    const TOO_BIG: (u8, u8);
 }
 
 /// RFC 9293 section 3.10.7.1: the reset takes its number from the segment's acknowledgment, or
@@ -157,13 +171,15 @@ fn data_length<I: Ip>(packet: &Packet<I>, tcp: &Tcp) -> u32 {
     packet.length.wrapping_sub(headers) as u32
 }
 
-/// RFC 792, RFC 4443 section 3.1: the refused datagram's headers are quoted, so the new headers
-/// go in front of them.
+/// RFC 792, RFC 4443 section 3: the refused packet's IP header and 8 bytes more are quoted, so the
+/// new headers go in front of them. The MTU follows the checksum, in the last bytes of four (RFC
+/// 1191 section 4, RFC 4443 section 3.2).
 #[inline(always)]
-fn write_unreachable<I: Answer, F: Frame>(
+fn write_error<I: Answer, F: Frame>(
     frame: &mut F,
     front: &Front,
     packet: &Packet<I>,
+    mtu: u32,
 ) -> Result<(), DropReason> {
     let quoted = size_of::<I::Header>() + size_of::<Udp>();
     let added = size_of::<I::Header>() + size_of::<Icmp>();
@@ -173,11 +189,13 @@ fn write_unreachable<I: Answer, F: Frame>(
     front.write(frame).ok_or(DropReason::Malformed)?;
 
     let payload = size_of::<Icmp>() + quoted;
-    let (kind, code) = I::PORT_UNREACHABLE;
+    let (kind, code) = if mtu == UNREACHABLE { I::PORT_UNREACHABLE } else { I::TOO_BIG };
+    let rest = Be32::new(mtu);
     let header = I::pseudo_header(packet, I::ICMP, payload)
-        .add16(Be16::new((kind as u16) << 8 | code as u16));
+        .add16(Be16::new((kind as u16) << 8 | code as u16))
+        .add32(rest.raw());
     let checksum = quote(header, &packet.header, &udp).checksum();
-    let icmp = Icmp { kind, code, checksum, rest: Be32::default() };
+    let icmp = Icmp { kind, code, checksum, rest };
     I::write_header(frame, packet.l3, packet, I::ICMP, payload).ok_or(DropReason::Malformed)?;
     frame.write(packet.l3 + size_of::<I::Header>(), icmp).ok_or(DropReason::Malformed)
 }
@@ -232,6 +250,7 @@ impl Front {
 
 impl Answer for V4 {
     const PORT_UNREACHABLE: (u8, u8) = (Icmp::UNREACHABLE, Icmp::PORT_UNREACHABLE);
+    const TOO_BIG: (u8, u8) = (Icmp::UNREACHABLE, Icmp::FRAGMENTATION_NEEDED);
 
     #[inline(always)]
     fn write_header<F: Frame>(
@@ -277,6 +296,7 @@ impl Answer for V4 {
 
 impl Answer for V6 {
     const PORT_UNREACHABLE: (u8, u8) = (Icmp::V6_UNREACHABLE, Icmp::V6_PORT_UNREACHABLE);
+    const TOO_BIG: (u8, u8) = (Icmp::V6_TOO_BIG, 0);
 
     #[inline(always)]
     fn write_header<F: Frame>(

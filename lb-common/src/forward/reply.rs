@@ -1,6 +1,6 @@
 //! A packet from a target, and a client that talks to a target's own address.
 
-use crate::flow::{FlowKey, REFRESH};
+use crate::flow::{FlowKey, MAX_IDLE, REFRESH, ReturnFlow};
 use crate::tables::{Endpoint, NO_LISTENER, Tables};
 use crate::verdict::{DropReason, Verdict};
 
@@ -24,7 +24,7 @@ pub fn handle<I: Ip, F: Frame, T: Tables>(
     let kind = super::kind_of_address(tables, packet.destination.words());
     if kind != 0 {
         let is_snat = kind & Endpoint::SNAT != 0;
-        return if is_snat { Err(Stop::Snat(Next::PASS)) } else { Ok(Verdict::Pass) };
+        return if is_snat { Err(Stop::SnatReply(Next::PASS)) } else { Ok(Verdict::Pass) };
     }
     let registered = tables.target(target.index).ok_or(DropReason::TableInconsistent)?;
     if tables.has_direct_flows(target.index, registered)
@@ -83,13 +83,12 @@ fn look_up_origin<I: Ip, F: Frame, T: Tables>(
 ) {
     let Some((key, _)) = place.flow::<I, F>(frame) else { return };
     let now = tables.now();
-    if let Some(mut flow) = tables.return_flow(&key)
-        && flow.is_alive(now, key.protocol)
-    {
-        *origin = Origin { listener: flow.listener, target: flow.target };
-        if now.wrapping_sub(flow.last_seen) > REFRESH {
-            flow.last_seen = now;
-            tables.remember_return(&key, &flow);
+    let Some(flow) = tables.return_flow(&key) else { return };
+    if flow.is_alive(now, MAX_IDLE) {
+        let ReturnFlow { last_seen, listener, target } = flow;
+        *origin = Origin { listener, target };
+        if now.wrapping_sub(last_seen) > REFRESH {
+            tables.remember_return(&key, &ReturnFlow { last_seen: now, listener, target });
         }
     }
 }

@@ -5,7 +5,7 @@ use crate::verdict::DropReason;
 
 use super::ip::{End, Ip};
 use super::parse::{Link, Packet, Transport};
-use super::select::{forget_direct, select, serving};
+use super::select::{forget_direct, select, serving, without_target};
 use super::{Found, Frame, Outcome, Selected, Step, Stop, admit, emit};
 
 /// Admits the packet, chooses its target and sends it there.
@@ -31,7 +31,7 @@ pub fn handle<I: Ip, F: Frame, T: Tables>(
         return Err(Stop::Answer(DropReason::NoTarget));
     }
     let selected = select(tables, packet, transport, listener, &mut step.recall)?;
-    deliver(frame, tables, link, packet, transport, listener.listener, selected)
+    deliver(frame, tables, link, packet, transport, (listener.listener, selected), step)
 }
 
 /// Sends the packet to its target.
@@ -42,12 +42,12 @@ pub fn deliver<I: Ip, F: Frame, T: Tables>(
     link: &Link,
     packet: &Packet<I>,
     transport: &Transport,
-    listener: u32,
-    selected: Selected,
+    (listener, selected): (u32, Selected),
+    step: &mut Step,
 ) -> Outcome {
-    let Selected { index, is_new } = selected;
+    let Selected { index, is_new, .. } = selected;
     let Some(target) = serving(tables, index) else {
-        return Err(Stop::Answer(DropReason::TargetDown));
+        return Err(Stop::Answer(without_target(index)));
     };
     forget_direct(frame, tables, packet, index, target);
     if target.hop.ifindex == 0 {
@@ -55,11 +55,15 @@ pub fn deliver<I: Ip, F: Frame, T: Tables>(
         return Err(DropReason::NextHopUnresolved.into());
     }
     if packet.length > target.hop.mtu as usize {
-        return Err(DropReason::TooBig.into());
+        step.selected = selected;
+        return Err(Stop::TooBig);
     }
     if target.mode == Target::NAT {
         let (address, port) = (target.address, target.port);
         emit::translate(frame, packet, transport, End::Destination, address, port)?;
+    } else if target.mode >= Target::SNAT {
+        (step.recall.listener, step.selected) = (listener, selected);
+        return Err(if target.is_tunnelled() { Stop::Encapsulate } else { Stop::Snat });
     }
     let verdict = emit::send(frame, link, &target.hop)?;
     tables.count_request(listener, index, packet.length as u64, is_new);

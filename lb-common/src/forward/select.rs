@@ -3,11 +3,12 @@
 //! On a settled slot the hash alone decides, and nothing is read or written for the flow. Only a
 //! slot that changed lately remembers flows, and only those that the change could break.
 
-use crate::flow::{self, Flow, FlowKey, Keys, REFRESH, ReturnFlow, TCP};
-use crate::tables::{Endpoint, Slot, SlotState, Tables, Target};
+use crate::flow::{self, Flow, FlowKey, FlowTable, Keys, ReturnFlow, TCP};
+use crate::tables::{Endpoint, Slot, Tables, Target};
 use crate::verdict::DropReason;
-use crate::wire::Tcp;
+use crate::wire::{Address, Be16};
 
+use super::decide::{self, Fate, Kind, Known};
 use super::ip::Ip;
 use super::parse::{Packet, Place, Transport};
 use super::{Found, Frame, Next, Recall, Selected, Step, Stop};
@@ -28,15 +29,21 @@ pub fn select<I: Ip, T: Tables>(
     listener: &Found,
     recall: &mut Recall,
 ) -> Result<Selected, Stop> {
-    let hash = tables.keys().flow(&packet.flow(transport.ports));
+    let hash = if listener.has(Endpoint::BY_SOURCE) {
+        tables.keys().source(packet.source)
+    } else {
+        tables.keys().flow(&packet.flow(transport.ports))
+    };
     let chosen = flow::slot(hash, tables.ring_size());
     let slot = slot(tables, listener.index, chosen)?;
     let is_tracked = listener.has(Endpoint::TRACKED);
     if slot.is_settled() && !is_tracked {
-        return Ok(Selected { index: slot.current, is_new: transport.is_syn() as u32 });
+        let is_new = transport.is_syn() as u32;
+        return Ok(Selected { index: slot.current, is_new, hash: hash as u32 });
     }
     let (ring, listener) = (listener.index, listener.listener);
-    *recall = Recall { slot, chosen, ring, listener, is_tracked: is_tracked as u32 };
+    let (is_tracked, hash) = (is_tracked as u32, hash as u32);
+    *recall = Recall { slot, chosen, ring, listener, is_tracked, hash };
     Err(Stop::Recall)
 }
 
@@ -85,145 +92,267 @@ pub fn serving<T: Tables>(tables: &T, index: u32) -> Option<&Target> {
 /// is tracked anyway.
 #[inline(never)]
 pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step) -> u64 {
-    let Some((key, transport)) = step.place.flow::<I, F>(frame) else {
+    let mut asked = Asked::nothing();
+    if ask::<I, F>(frame, &step.place, &mut asked) == 0 {
         return Next::with(Next::PASS, 0);
-    };
-    match remember(tables, &key, &transport, &step.recall) {
+    }
+    // Parts that are functions of their own in the kernel too, and look at the flow in memory: what
+    // one of them found out the verifier need not follow through the others.
+    let asked = core::hint::black_box(&asked);
+    let recall = step.recall;
+    match remember(tables, asked, &recall) {
         Ok(selected) => {
             step.selected = selected;
-            let mode = tables.target(selected.index).map_or(0, |target| target.mode);
-            Next::with(if mode == Target::SNAT { Next::SNAT } else { Next::DELIVER }, 0)
+            Next::with(Next::DELIVER, 0)
         }
         Err(reason) => Next::with(Next::ANSWER, reason as u32),
     }
 }
 
 /// # Errors
-/// [`DropReason::TargetDown`] when the flow's target no longer serves,
-/// [`DropReason::PortAllocationError`] when its 4-tuple is taken at every target tried.
+/// [`DropReason::TargetDown`] when the flow's target no longer serves, [`DropReason::NoTarget`]
+/// when there is none for it, [`DropReason::PortAllocationError`] when its 4-tuple is taken at
+/// every target tried.
 #[inline(always)]
-fn remember<T: Tables>(
-    tables: &T,
-    key: &FlowKey,
-    transport: &Transport,
-    recall: &Recall,
-) -> Result<Selected, DropReason> {
-    let now = tables.now();
-    if let Some(flow) = tables.flow(key).filter(|flow| flow.is_alive(now, key.protocol)) {
-        // A SYN on a connection that is closing opens a new one (RFC 9293 section 3.6.1).
-        let is_reopened = transport.is_syn() && flow.closing != 0;
-        if !is_reopened && let Some(target) = serving(tables, flow.target) {
-            refresh(tables, key, transport, recall, &flow, target, now);
-            return Ok(Selected { index: flow.target, is_new: 0 });
-        }
-        // A pinned slot does not remember the new connection: its next packet must not find this.
-        tables.forget(key);
-        if key.protocol == TCP && !transport.is_syn() {
-            return Err(DropReason::TargetDown);
-        }
+fn remember<T: Tables>(tables: &T, asked: &Asked, recall: &Recall) -> Result<Selected, DropReason> {
+    let mut index = 0;
+    let outcome = go_on(tables, asked, recall, &mut index);
+    if outcome == KNOWN {
+        return Ok(Selected { index, is_new: 0, hash: recall.hash });
     }
-    let slot = recall.slot;
-    let mut index =
-        if is_previous(&slot, transport, key.protocol) { slot.previous() } else { slot.current };
+    if outcome == REFUSED {
+        return Err(DropReason::TargetDown);
+    }
     if serving(tables, index).is_none() {
-        if key.protocol == TCP {
-            return Err(DropReason::TargetDown);
+        if asked.key.protocol == TCP {
+            return Err(without_target(index));
         }
         // A datagram has nothing to lose by another target.
-        index = slot.current;
+        index = recall.slot.current;
     }
     if recall.is_tracked != 0 {
-        index = claim(tables, key, recall, index, now)?;
+        let refused = claim(tables, &asked.key, recall, &mut index);
+        if refused != CLAIMED {
+            return Err(match refused {
+                TAKEN => DropReason::PortAllocationError,
+                INCONSISTENT => DropReason::TableInconsistent,
+                _ => without_target(index),
+            });
+        }
     }
-    if recall.is_tracked != 0 || slot.state() != SlotState::Pinned {
-        tables.remember(key, &Flow { last_seen: now, target: index, closing: closing(transport) });
-    }
-    let is_new = (transport.is_syn() || key.protocol != TCP) as u32;
-    Ok(Selected { index, is_new })
+    let is_new = note(tables, asked, recall, index);
+    Ok(Selected { index, is_new, hash: recall.hash })
 }
 
-/// Whether an unknown flow is taken to be older than the slot's change.
-#[inline(always)]
-fn is_previous(slot: &Slot, transport: &Transport, protocol: u8) -> bool {
-    if slot.previous() == 0 || transport.is_syn() {
-        return false;
+/// What a packet says of its flow, in memory.
+struct Asked {
+    key: FlowKey,
+    flags: u8,
+}
+
+impl Asked {
+    #[inline(always)]
+    fn nothing() -> Self {
+        let zero = core::hint::black_box(0_u64);
+        let key = FlowKey {
+            source: Address::from_words([zero; 2]),
+            destination: Address::from_words([zero; 2]),
+            source_port: Be16::from_raw(zero as u16),
+            destination_port: Be16::from_raw(zero as u16),
+            protocol: zero as u8,
+            zero: [zero as u8; 3],
+        };
+        Self { key, flags: zero as u8 }
     }
-    match slot.state() {
-        SlotState::Learning => true,
-        SlotState::LearningTcp => protocol == TCP,
-        SlotState::Settled | SlotState::Pinned => false,
+
+    #[inline(always)]
+    fn kind(&self) -> Kind {
+        Kind::of(self.key.protocol, self.flags)
     }
 }
 
-/// Notes the time and the end of a known flow. Not for every packet: the entry's cache line would
-/// move from CPU to CPU.
+/// Reads the flow once more, with stack of its own; 0 if it is not there.
+#[inline(never)]
+fn ask<I: Ip, F: Frame>(frame: &F, place: &Place, asked: &mut Asked) -> u32 {
+    let Some((key, transport)) = place.flow::<I, F>(frame) else { return 0 };
+    *asked = Asked { key, flags: transport.flags };
+    1
+}
+
+/// The flow goes on to its target.
+const KNOWN: u32 = 0;
+/// Its target is gone.
+const REFUSED: u32 = 1;
+/// The slot says where it goes.
+const UNKNOWN: u32 = 2;
+
+/// Goes on with a remembered flow, or says where an unknown one goes. Returns one of the above.
+#[inline(never)]
+fn go_on<T: Tables>(tables: &T, asked: &Asked, recall: &Recall, index: &mut u32) -> u32 {
+    let now = tables.now();
+    let key = &asked.key;
+    let kind = asked.kind();
+    let mut found = Recalled::nothing();
+    if find(tables, key, now, idle(tables, recall.listener), &mut found) == Recalled::NOWHERE {
+        *index = decide::choice(recall.slot, kind);
+        return UNKNOWN;
+    }
+    let known = found.known();
+    *index = known.flow.target;
+    let flags = tables.target(known.flow.target).map_or(0, |target| target.flags);
+    let fate = decide::fate(&known, flags, kind, now);
+    if matches!(fate, Fate::Kept | Fate::Refreshed | Fate::Promoted) {
+        update(tables, key, recall, &known, fate, kind, now);
+        return KNOWN;
+    }
+    // A pinned slot does not remember the new connection: its next packet must not find this.
+    tables.forget(known.table, key);
+    if fate == Fate::Refused {
+        return REFUSED;
+    }
+    *index = recall.slot.current;
+    UNKNOWN
+}
+
+/// Remembers a flow that was not, if it must be; whether it is new, as far as can be told.
+#[inline(never)]
+fn note<T: Tables>(tables: &T, asked: &Asked, recall: &Recall, index: u32) -> u32 {
+    let kind = asked.kind();
+    if let Some(table) = decide::first_table(recall.slot, kind, recall.is_tracked != 0) {
+        let closing = (kind == Kind::Ending) as u32;
+        let flow = Flow { last_seen: tables.now(), target: index, closing };
+        tables.remember(table, &asked.key, &flow);
+    }
+    matches!(kind, Kind::Opening | Kind::Datagram) as u32
+}
+
+/// Why a packet does not go to a target that does not serve. No target has number 0: it stands in
+/// rings whose targets all only keep the flows they have.
 #[inline(always)]
-fn refresh<T: Tables>(
+pub fn without_target(index: u32) -> DropReason {
+    if index == 0 { DropReason::NoTarget } else { DropReason::TargetDown }
+}
+
+/// A flow that was found, in memory. Number and end in half words, which the verifier forgets: it
+/// looks at what follows once, not once for each table.
+struct Recalled {
+    last_seen: u64,
+    target: u32,
+    closing: u16,
+    table: u16,
+}
+
+impl Recalled {
+    const NOWHERE: u32 = FlowTable::ALL.len() as u32;
+
+    #[inline(always)]
+    fn nothing() -> Self {
+        let zero = core::hint::black_box(0);
+        Self { last_seen: zero, target: zero as u32, closing: zero as u16, table: zero as u16 }
+    }
+
+    #[inline(always)]
+    fn known(&self) -> Known {
+        let Self { last_seen, target, closing, table } = *self;
+        let flow = Flow { last_seen, target, closing: closing as u32 };
+        Known { flow, table: FlowTable::of(table as u32) }
+    }
+}
+
+/// What is remembered of a flow that is alive; returns the table's number or [`Recalled::NOWHERE`].
+#[inline(never)]
+fn find<T: Tables>(tables: &T, key: &FlowKey, now: u64, idle: u32, found: &mut Recalled) -> u32 {
+    for table in FlowTable::ALL {
+        if table == FlowTable::HalfOpen && key.protocol != TCP {
+            continue;
+        }
+        if let Some(flow) = tables.flow(table, key)
+            && flow.is_alive(now, idle)
+        {
+            let Flow { last_seen, target, closing } = flow;
+            *found = Recalled { last_seen, target, closing: closing as u16, table: table as u16 };
+            return found.table as u32;
+        }
+    }
+    Recalled::NOWHERE
+}
+
+/// The idle timeout of a listener's flows, seconds; 0 if there is no such listener.
+#[inline(always)]
+fn idle<T: Tables>(tables: &T, listener: u32) -> u32 {
+    tables.listener(listener).map_or(0, |listener| listener.idle)
+}
+
+/// Notes the time and the end of a known flow.
+#[inline(always)]
+fn update<T: Tables>(
     tables: &T,
     key: &FlowKey,
-    transport: &Transport,
     recall: &Recall,
-    flow: &Flow,
-    target: &Target,
+    known: &Known,
+    fate: Fate,
+    kind: Kind,
     now: u64,
 ) {
-    let is_stale = now.wrapping_sub(flow.last_seen) > REFRESH;
-    // Data a while after a FIN or a reset that the other end did not accept: the flow lives on.
-    let closing = closing(transport) | if is_stale { 0 } else { flow.closing };
-    if closing == flow.closing && !is_stale {
-        return;
+    let target = known.flow.target;
+    let flow = Flow { last_seen: now, target, closing: decide::closing(&known.flow, kind, now) };
+    match fate {
+        Fate::Promoted => {
+            // In one of the tables at any time: the agent's walk goes through them in this order.
+            tables.remember(FlowTable::Flows, key, &flow);
+            tables.forget(known.table, key);
+        }
+        Fate::Refreshed => tables.refresh(known.table, key, &flow),
+        _ => return,
     }
-    tables.remember(key, &Flow { last_seen: now, target: flow.target, closing });
-    if recall.is_tracked != 0 && target.mode == Target::NAT {
+    if recall.is_tracked != 0
+        && let Some(entry) = tables.target(target)
+        && entry.mode == Target::NAT
+    {
         // Evicted on its own, the other direction is restored here.
-        let return_flow =
-            ReturnFlow { last_seen: now, listener: recall.listener, target: flow.target };
-        tables.remember_return(&reply_key(key, target), &return_flow);
+        let return_flow = ReturnFlow { last_seen: now, listener: recall.listener, target };
+        tables.remember_return(&reply_key(key, entry), &return_flow);
     }
 }
 
-/// 1 for a packet that ends a TCP connection.
-#[inline(always)]
-fn closing(transport: &Transport) -> u32 {
-    (transport.flags & (Tcp::FIN | Tcp::RST) != 0) as u32
-}
+/// The target is the flow's.
+const CLAIMED: u32 = 0;
+/// All that were tried have the client's address and port already.
+const TAKEN: u32 = 1;
+/// The one in turn does not serve.
+const DOWN: u32 = 2;
+/// A slot is missing.
+const INCONSISTENT: u32 = 3;
 
 /// The same client address and port, through two listeners to one target, would be one 4-tuple
-/// there: the later connection takes the next target on the ring.
-#[inline(always)]
-fn claim<T: Tables>(
-    tables: &T,
-    key: &FlowKey,
-    recall: &Recall,
-    first: u32,
-    now: u64,
-) -> Result<u32, DropReason> {
+/// there: the later connection takes the next target on the ring. Returns one of the above.
+#[inline(never)]
+fn claim<T: Tables>(tables: &T, key: &FlowKey, recall: &Recall, index: &mut u32) -> u32 {
+    let now = tables.now();
     let size = tables.ring_size();
     // Neighbouring slots often hold the same target: step far.
     let step = size / (ATTEMPTS + 1) + 1;
     let mut next = recall.chosen;
-    let mut index = first;
     for _ in 0..ATTEMPTS {
-        let Some(target) = serving(tables, index) else { return Err(DropReason::TargetDown) };
+        let Some(target) = serving(tables, *index) else { return DOWN };
         if target.mode != Target::NAT {
-            return Ok(index);
+            return CLAIMED;
         }
         let reply = reply_key(key, target);
         let taken = tables.return_flow(&reply).is_some_and(|flow| {
-            flow.listener != recall.listener
-                && flow.is_alive(now, key.protocol)
-                && is_in_use(tables, key, &flow, now)
+            flow.listener != recall.listener && is_in_use(tables, key, &flow, now)
         });
         if !taken {
-            let flow = ReturnFlow { last_seen: now, listener: recall.listener, target: index };
+            let flow = ReturnFlow { last_seen: now, listener: recall.listener, target: *index };
             tables.remember_return(&reply, &flow);
-            return Ok(index);
+            return CLAIMED;
         }
         next = next.wrapping_add(step);
         next = if next >= size { next - size } else { next };
-        index = slot(tables, recall.ring, next)?.current;
+        let Ok(slot) = slot(tables, recall.ring, next) else { return INCONSISTENT };
+        *index = slot.current;
     }
-    Err(DropReason::PortAllocationError)
+    TAKEN
 }
 
 /// Whether the connection by which the client's port is known at a target still lives: neither is
@@ -232,9 +361,12 @@ fn claim<T: Tables>(
 fn is_in_use<T: Tables>(tables: &T, key: &FlowKey, flow: &ReturnFlow, now: u64) -> bool {
     let Some(listener) = tables.listener(flow.listener) else { return false };
     let other = FlowKey { destination: listener.address, destination_port: listener.port, ..*key };
-    tables
-        .flow(&other)
-        .is_some_and(|other| other.target == flow.target && other.is_alive(now, key.protocol))
+    let lives = |table| {
+        tables
+            .flow(table, &other)
+            .is_some_and(|other| other.target == flow.target && other.is_alive(now, listener.idle))
+    };
+    flow.is_alive(now, listener.idle) && FlowTable::ALL.into_iter().any(lives)
 }
 
 /// The flow as a target's replies show it.
@@ -260,9 +392,9 @@ mod tests {
     use crate::flow::{Flow, SECOND};
     use crate::forward::forward;
     use crate::model::{Bytes, Model};
-    use crate::tables::{Listener, NextHop};
+    use crate::tables::{Listener, NextHop, SlotState};
     use crate::verdict::Verdict;
-    use crate::wire::{Address, Be16};
+    use crate::wire::Tcp;
 
     use super::*;
 
@@ -282,6 +414,7 @@ mod tests {
             address: address(VIP),
             port: Be16::new(80),
             protocol: TCP,
+            idle: flow::TCP_IDLE,
             ..Listener::default()
         };
         model.listeners.insert(0, listener);
@@ -297,7 +430,7 @@ mod tests {
                 address: address([10, 0, 2, n]),
                 port: Be16::new(8080),
                 mode: Target::NAT,
-                flags: Target::SERVES,
+                flags: Target::SERVES | Target::IN_RING,
                 hop: NextHop { ifindex: NIC, mtu: 1500, ..NextHop::default() },
                 ..Target::default()
             };
@@ -337,7 +470,7 @@ mod tests {
             zero: [0; 3],
         };
         let closing = Flow { last_seen: 999 * SECOND, target: 1, closing: 1 };
-        model.remember(&key, &closing);
+        model.remember(FlowTable::Flows, &key, &closing);
         assert_eq!(target_of(&model, Tcp::ACK), 1, "the last packets of the old connection");
         assert_eq!(target_of(&model, Tcp::SYN), 2);
         assert_eq!(target_of(&model, Tcp::ACK), 2);

@@ -1,7 +1,7 @@
 //! Packets whose both ends are rewritten: the target sees an address and a port of this machine, and
 //! answers there.
 //!
-//! A listener with such targets tracks every flow, so its packets come here by way of
+//! A listener with such targets tracks every flow: its packets have been through
 //! [`select`](super::select).
 
 use crate::flow::{FlowKey, Keys};
@@ -17,7 +17,7 @@ use crate::wire::{Address, Be16, Ipv4, Ipv6, Tcp};
 use super::ip::{ANY, Ip, V4, V6};
 use super::parse::{Link, Packet, Ports, Transport};
 use super::select::serving;
-use super::{Frame, Next, Outcome, Selected, Step, emit};
+use super::{Frame, Next, Outcome, Selected, Step, decide, emit};
 
 /// What a packet's ends become. Plain numbers that are always written, see [`Step`]; in this order, so
 /// that no address lies beside its port and is copied with it, byte by byte.
@@ -46,7 +46,7 @@ impl Ends {
     }
 }
 
-/// A client's packet whose target has been chosen.
+/// A client's packet whose target has been chosen. That of a flow without a port goes on to [`open`].
 #[inline(never)]
 pub fn request<I: Readdress, F: Frame, T: Tables>(
     frame: &mut F,
@@ -56,10 +56,7 @@ pub fn request<I: Readdress, F: Frame, T: Tables>(
     let mut ends = Ends::unknown();
     find_flow::<I, F, T>(frame, tables, step, &mut ends);
     if ends.is_known == 0 {
-        let refused = open::<I, F, T>(frame, tables, step, &mut ends);
-        if ends.is_known == 0 {
-            return refused;
-        }
+        return Next::with(Next::SNAT_OPEN, 0);
     }
     send_request::<I, F, T>(frame, tables, step, &ends)
 }
@@ -70,7 +67,7 @@ fn find_flow<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step,
     let Some((key, transport)) = step.place.flow::<I, F>(frame) else { return };
     let now = tables.now();
     if let Some(flow) = tables.snat_flow(&key)
-        && flow.stamp.is_alive(now, key.protocol)
+        && flow.stamp.is_alive(now, key.protocol, flow.idle)
         // A SYN on a connection that is closing opens a new one, from another port: the target may
         // still know the old one.
         && !(transport.is_syn() && flow.stamp.state() == Stamp::CLOSING)
@@ -113,16 +110,34 @@ fn renew<T: Tables>(
     tables.stamp_snat_return(&reply, stamp) && tables.stamp_snat(key, stamp)
 }
 
-/// A new flow: it gets a port of one of the target's source addresses. If there is none: what is to
-/// be done.
+/// The first packet of a flow: it gets a port of one of the target's source addresses.
 #[inline(never)]
-fn open<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &Step, ends: &mut Ends) -> u64 {
+pub fn open<I: Readdress, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) -> u64 {
+    let mut ends = Ends::unknown();
+    let refused = take_port::<I, F, T>(frame, tables, step, &mut ends);
+    if ends.is_known == 0 {
+        return refused;
+    }
+    send_request::<I, F, T>(frame, tables, step, &ends)
+}
+
+/// Finds the flow a port; if there is none: what is to be done.
+#[inline(never)]
+fn take_port<I: Ip, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &T,
+    step: &Step,
+    ends: &mut Ends,
+) -> u64 {
     let malformed = Next::with(Next::DROP, DropReason::Malformed as u32);
     let Some(packet) = step.place.read::<I, F>(frame) else { return malformed };
     let Some(transport) = packet.transport else { return malformed };
     let number = step.selected.index;
     let Some(target) = serving(tables, number) else {
         return Next::with(Next::ANSWER, DropReason::TargetDown as u32);
+    };
+    let Some(listener) = tables.listener(step.recall.listener) else {
+        return Next::with(Next::DROP, DropReason::TableInconsistent as u32);
     };
     // A packet that dies on the way takes no port.
     if let Err(reason) = can_leave(tables, target, &packet) {
@@ -136,32 +151,35 @@ fn open<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &Step, ends: &m
         stamp: Stamp::new(tables.now(), state),
         client: key.source,
         client_port: key.source_port,
-        zero: 0,
+        idle: listener.idle as u16,
         listener: step.recall.listener,
         target: number,
         pool: 0,
     };
+    let sources = target.sources();
     for attempt in 0..ATTEMPTS {
         // The address that the hash says, while it has ports; then the others. The same one again
         // where another CPU took the port just then.
         let next = attempt.wrapping_add(1);
-        let index =
-            hash.wrapping_add(attempt) % if target.sources == 0 { 1 } else { target.sources };
+        let index = hash.wrapping_add(attempt) % if sources == 0 { 1 } else { sources };
         let entered = enter::<T>(tables, &key, target, index, &mut back, ends);
         if entered == Entered::New as u32 {
-            return Next::with(Next::DELIVER, 0);
+            return Next::with(Next::UNDECIDED, 0);
         }
-        if entered == Entered::Full as u32 || (entered == NONE_FREE && next >= target.sources) {
+        if entered == Entered::Full as u32 || (entered == NONE_FREE && next >= sources) {
             break;
         }
     }
     // Not a flow of that target, then.
-    tables.forget(&key);
+    let kind = decide::Kind::of(key.protocol, transport.flags);
+    if let Some(table) = decide::first_table(step.recall.slot, kind, true) {
+        tables.forget(table, &key);
+    }
     Next::with(Next::ANSWER, DropReason::PortAllocationError as u32)
 }
 
-/// Ports that are tried: the verifier follows each search to its end.
-const ATTEMPTS: u32 = 2;
+/// Searches for a port at most: one in each address, and one more should another CPU be faster.
+const ATTEMPTS: u32 = MAX_SNAT_ADDRESSES + 1;
 
 /// Beside what can become of an entry: no port is free.
 const NONE_FREE: u32 = 3;
@@ -192,7 +210,7 @@ fn enter<T: Tables>(
     if entered != Entered::New {
         return entered as u32;
     }
-    let flow = SnatFlow { stamp, address, target: back.target, port: number, zero: 0 };
+    let flow = SnatFlow { stamp, address, target: back.target, port: number, idle: back.idle };
     if !tables.remember_snat(key, &flow) {
         tables.forget_snat_return(&reply);
         return Entered::Full as u32;
@@ -263,7 +281,7 @@ fn write_request<I: Readdress, F: Frame, T: Tables>(
     let link = Link::parse(frame).ok_or(DropReason::Malformed)?;
     let packet: Packet<I> = step.place.read(frame).ok_or(DropReason::Malformed)?;
     let transport = packet.transport.ok_or(DropReason::Malformed)?;
-    let Selected { index, is_new } = step.selected;
+    let Selected { index, is_new, .. } = step.selected;
     let target = tables.target(index).ok_or(DropReason::TableInconsistent)?;
     can_leave(tables, target, &packet)?;
     translate(frame, &packet, &transport, ends)?;
@@ -273,19 +291,14 @@ fn write_request<I: Readdress, F: Frame, T: Tables>(
 }
 
 /// A packet to an address of this machine that flows to targets come from. One that belongs to none
-/// of them is not ours: what it meets `otherwise` is passing, or dropping where no listener is.
+/// of them is not ours: the stage before says whether it passes, or is dropped as no listener's.
 #[inline(never)]
-pub fn reply<I: Readdress, F: Frame, T: Tables>(
-    frame: &mut F,
-    tables: &T,
-    step: &mut Step,
-    otherwise: u32,
-) -> u64 {
+pub fn reply<I: Readdress, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) -> u64 {
     let mut ends = Ends::unknown();
     let mut origin = Origin { listener: 0, target: 0 };
     find_client::<I, F, T>(frame, tables, &mut ends, &mut origin);
     if ends.is_known == 0 {
-        return Next::with(otherwise, DropReason::NoListener as u32);
+        return Next::with(step.argument, DropReason::NoListener as u32);
     }
     send_reply::<I, F, T>(frame, tables, step, &ends, &origin)
 }
@@ -313,7 +326,7 @@ fn find_client<I: Ip, F: Frame, T: Tables>(
     }
     let now = tables.now();
     let Some(back) = tables.snat_return(&key) else { return };
-    if !back.stamp.is_alive(now, key.protocol) {
+    if !back.stamp.is_alive(now, key.protocol, back.idle) {
         return;
     }
     let Some(listener) = tables.listener(back.listener) else { return };

@@ -8,7 +8,7 @@ mod pool;
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::flow::{Flow, FlowKey, REFRESH, SECOND, TCP};
+use crate::flow::{CLOSING_IDLE, FlowKey, REFRESH, SECOND, TCP};
 use crate::wire::{Address, Be16, Tcp};
 
 #[cfg(any(test, feature = "std"))]
@@ -73,22 +73,26 @@ impl Stamp {
         self.0 & Self::STATES
     }
 
-    /// Whether the flow is still alive: an entry past its idle timeout is no entry. A flow that is
-    /// opening, as one that is closing, has a short one.
+    /// Whether the flow is still alive: an entry past its idle timeout (seconds) is no entry. A flow
+    /// that is opening, as one that is closing, has a short one.
     #[inline(always)]
-    pub fn is_alive(self, now: u64, protocol: u8) -> bool {
-        if protocol != TCP && self.state() == Self::OPENING {
-            return now.wrapping_sub(self.time()) < UDP_ONCE_SEEN_IDLE;
-        }
-        let closing = (self.state() != Self::ESTABLISHED) as u32;
-        Flow { last_seen: self.time(), target: 0, closing }.is_alive(now, protocol)
+    pub const fn is_alive(self, now: u64, protocol: u8, idle: u16) -> bool {
+        let limit = if self.state() == Self::ESTABLISHED {
+            // The last packet may have come later than is written.
+            idle as u64 * SECOND + REFRESH
+        } else if protocol == TCP || self.state() == Self::CLOSING {
+            CLOSING_IDLE
+        } else {
+            UDP_ONCE_SEEN_IDLE
+        };
+        now.wrapping_sub(self.time()) < limit
     }
 
     /// Whether nothing will be done any more with what is remembered of the flow: it timed out a while
     /// ago.
-    pub fn is_over(self, now: u64, protocol: u8) -> bool {
+    pub fn is_over(self, now: u64, protocol: u8, idle: u16) -> bool {
         let earlier = now.saturating_sub(RELEASE_AFTER);
-        self.time() < earlier && !self.is_alive(earlier, protocol)
+        self.time() < earlier && !self.is_alive(earlier, protocol, idle)
     }
 
     /// Whether it is time to write the time down again.
@@ -140,8 +144,8 @@ pub struct SnatFlow {
     pub target: u32,
     /// The port that the target sees.
     pub port: Be16,
-    /// Zero.
-    pub zero: u16,
+    /// What its listener's idle timeout was when it began, seconds.
+    pub idle: u16,
 }
 
 /// What is remembered of a flow for its target's packets; found by their addresses and ports.
@@ -154,8 +158,8 @@ pub struct SnatReturn {
     pub client: Address,
     /// The client's port.
     pub client_port: Be16,
-    /// Zero.
-    pub zero: u16,
+    /// As in [`SnatFlow`].
+    pub idle: u16,
     /// Index of the listener.
     pub listener: u32,
     /// Index of the target.
@@ -216,7 +220,7 @@ pub use model::SnatModel;
 
 #[cfg(test)]
 mod tests {
-    use crate::flow::{CLOSING_IDLE, TCP_IDLE, UDP, UDP_IDLE};
+    use crate::flow::{TCP_IDLE, UDP, UDP_IDLE};
 
     use super::*;
 
@@ -225,19 +229,27 @@ mod tests {
 
     #[test]
     fn what_lives_for_how_long() {
-        for (state, protocol, idle) in [
-            (Stamp::OPENING, TCP, CLOSING_IDLE),
-            (Stamp::ESTABLISHED, TCP, TCP_IDLE),
-            (Stamp::CLOSING, TCP, CLOSING_IDLE),
-            (Stamp::OPENING, UDP, UDP_ONCE_SEEN_IDLE),
-            (Stamp::ESTABLISHED, UDP, UDP_IDLE),
+        for (state, protocol, idle, limit) in [
+            (Stamp::OPENING, TCP, TCP_IDLE, 10 * SECOND),
+            (Stamp::ESTABLISHED, TCP, TCP_IDLE, 351 * SECOND),
+            (Stamp::ESTABLISHED, TCP, 6000, 6001 * SECOND),
+            (Stamp::CLOSING, TCP, TCP_IDLE, 10 * SECOND),
+            (Stamp::OPENING, UDP, UDP_IDLE, 30 * SECOND),
+            (Stamp::ESTABLISHED, UDP, UDP_IDLE, 121 * SECOND),
         ] {
+            let idle = idle as u16;
             let stamp = Stamp::new(NOW, state);
-            assert!(stamp.is_alive(NOW + idle - 1, protocol), "{state} {protocol}");
-            assert!(!stamp.is_alive(NOW + idle, protocol), "{state} {protocol}");
-            assert!(!stamp.is_over(NOW, protocol), "{state} {protocol}");
-            assert!(!stamp.is_over(NOW + idle + RELEASE_AFTER - 1, protocol), "{state} {protocol}");
-            assert!(stamp.is_over(NOW + idle + RELEASE_AFTER, protocol), "{state} {protocol}");
+            assert!(stamp.is_alive(NOW + limit - 1, protocol, idle), "{state} {protocol} {idle}");
+            assert!(!stamp.is_alive(NOW + limit, protocol, idle), "{state} {protocol} {idle}");
+            assert!(!stamp.is_over(NOW, protocol, idle), "{state} {protocol} {idle}");
+            assert!(
+                !stamp.is_over(NOW + limit + RELEASE_AFTER - 1, protocol, idle),
+                "{state} {protocol} {idle}"
+            );
+            assert!(
+                stamp.is_over(NOW + limit + RELEASE_AFTER, protocol, idle),
+                "{state} {protocol} {idle}"
+            );
         }
     }
 

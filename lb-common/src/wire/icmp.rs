@@ -14,7 +14,7 @@ pub struct Icmp {
     pub code: u8,
     /// Checksum over the message; for ICMPv6 over a pseudo header too.
     pub checksum: Be16,
-    /// Depends on the type; zero for unreachables.
+    /// Depends on the type; zero for port unreachables, the MTU for packets too big.
     pub rest: Be32,
 }
 
@@ -25,10 +25,14 @@ impl Icmp {
     pub const UNREACHABLE: u8 = 3;
     /// Code of port unreachable (ICMP).
     pub const PORT_UNREACHABLE: u8 = 3;
+    /// Code of fragmentation needed (ICMP).
+    pub const FRAGMENTATION_NEEDED: u8 = 4;
     /// ICMPv6: echo request.
     pub const V6_ECHO_REQUEST: u8 = 128;
     /// ICMPv6: destination unreachable; with code 4, port unreachable.
     pub const V6_UNREACHABLE: u8 = 1;
+    /// ICMPv6: packet too big.
+    pub const V6_TOO_BIG: u8 = 2;
     /// Code of port unreachable (ICMPv6).
     pub const V6_PORT_UNREACHABLE: u8 = 4;
 }

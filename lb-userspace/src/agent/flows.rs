@@ -1,94 +1,83 @@
-//! The walk over the flow table that lets pinned slots settle.
+//! The tables of flows: walks over them, and an eye on whether they are large enough.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use lb_common::flow::{Flow, FlowKey, HashKeys};
-use lb_common::tables::{Endpoint, EndpointKey};
+use lb_common::flow::FlowTable;
+use tracing::warn;
 
-use crate::dataplane::FlowTable;
-use crate::reconcile::Desired;
-use crate::state::slot_of;
+use crate::api::snapshot;
+use crate::dataplane::{FlowTableUsage, FlowTables};
+use crate::state::{Findings, Walk};
 
-/// Slots without a flow that the hash would send elsewhere, by ring.
-pub type Settled = BTreeMap<u32, BTreeSet<u32>>;
+/// Time between two warnings about the same table.
+const QUIET: Duration = Duration::from_secs(60);
 
-/// A walk, with the tables as they were when it began.
-pub struct Walk {
-    /// The flows.
-    pub table: FlowTable,
-    /// What the kernel's tables held.
-    pub tables: Arc<Desired>,
-    /// Keys of the flow hash.
-    pub keys: HashKeys,
-    /// Slots of a ring.
-    pub ring_size: u32,
-    /// Slots that were pinned, by ring.
-    pub pinned: Settled,
-}
-
-/// What a remembered flow means for its slot.
-#[derive(Debug, PartialEq, Eq)]
-enum Finding {
-    /// The hash says the same, or the flow is over: it need not be remembered.
-    Redundant,
-    /// The slot must stay pinned for it.
-    Exception(u32, u32),
-    /// Neither: its slot is not pinned, or its listener tracks every flow.
-    Other,
-}
-
-impl Walk {
-    /// Looks at every flow once. Forgets what the hash alone would do as well: should the slot
-    /// have changed meanwhile, an unknown flow goes to the same target by `previous`.
-    pub fn run(mut self) -> Settled {
-        let now = monotonic_nanoseconds();
-        let mut redundant = Vec::new();
-        let mut settled = self.pinned.clone();
-        for (key, flow) in self.table.iter() {
-            match self.judge(&key, &flow, now) {
-                Finding::Redundant => redundant.push(key),
-                Finding::Exception(ring, slot) => {
-                    if let Some(slots) = settled.get_mut(&ring) {
-                        slots.remove(&slot);
-                    }
-                }
-                Finding::Other => {}
-            }
-        }
-        for key in redundant {
-            self.table.forget(&key);
-        }
-        settled
-    }
-
-    fn judge(&self, key: &FlowKey, flow: &Flow, now: u64) -> Finding {
-        if !flow.is_alive(now, key.protocol) {
-            return Finding::Redundant;
-        }
-        let listener = EndpointKey::new(key.destination, key.destination_port, key.protocol);
-        let is_tracked = |endpoint: &Endpoint| endpoint.kind & Endpoint::TRACKED != 0;
-        if self.tables.endpoints.get(&listener).is_some_and(is_tracked) {
-            return Finding::Other;
-        }
-        let Some((ring, slot)) = slot_of(&self.tables, &self.keys, key, self.ring_size) else {
-            return Finding::Redundant;
-        };
-        if !self.pinned.get(&ring).is_some_and(|slots| slots.contains(&slot)) {
-            return Finding::Other;
-        }
-        let current = self.tables.rings.get(&ring).and_then(|slots| slots.get(slot as usize));
-        if current.is_some_and(|current| current.current == flow.target) {
-            Finding::Redundant
-        } else {
-            Finding::Exception(ring, slot)
-        }
-    }
+/// Walks over the flows as they are now.
+pub fn walk(walk: Walk, mut tables: FlowTables) -> Findings {
+    walk.run(&mut tables, monotonic_nanoseconds())
 }
 
 /// The clock that the kernel's side stamps flows with (`bpf_ktime_get_ns`).
 pub(super) fn monotonic_nanoseconds() -> u64 {
     nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
-        .map(|time| std::time::Duration::from(time).as_nanos() as u64)
+        .map(|time| Duration::from(time).as_nanos() as u64)
         .unwrap_or(0)
+}
+
+/// Warns of entries that had to make room.
+#[derive(Debug, Default)]
+pub struct Watchman {
+    /// What was said last, and when, by table.
+    said: [Option<(u64, Instant)>; FlowTable::ALL.len()],
+}
+
+impl Watchman {
+    /// Looks at how full the tables are.
+    pub fn look(&mut self, usage: &[FlowTableUsage; FlowTable::ALL.len()], now: Instant) {
+        for ((table, usage), said) in FlowTable::ALL.into_iter().zip(usage).zip(&mut self.said) {
+            let (count, is_quiet) = match *said {
+                Some((count, when)) => (count, now.duration_since(when) < QUIET),
+                None => (0, false),
+            };
+            if usage.evictions > count && !is_quiet {
+                *said = Some((usage.evictions, now));
+                let evictions = usage.evictions - count;
+                warn!(evictions, size = usage.size, "{}", sentence(table));
+            }
+        }
+    }
+}
+
+/// What `status` says about the tables.
+pub fn in_status(usage: &[FlowTableUsage; FlowTable::ALL.len()]) -> Vec<snapshot::FlowTable> {
+    let table = |(table, usage): (_, &FlowTableUsage)| {
+        let FlowTableUsage { size, entries, evictions } = *usage;
+        snapshot::FlowTable { name: name(table).into(), size, entries, evictions }
+    };
+    FlowTable::ALL.into_iter().zip(usage).map(table).collect()
+}
+
+fn name(table: FlowTable) -> &'static str {
+    match table {
+        FlowTable::Flows => "flows",
+        FlowTable::HalfOpen => "half-open",
+        FlowTable::OnceSeen => "once-seen",
+    }
+}
+
+fn sentence(table: FlowTable) -> &'static str {
+    match table {
+        FlowTable::Flows => {
+            "the table of flows is full: the least recently used are forgotten, and may go to the \
+             wrong target; raise flow_table_size"
+        }
+        FlowTable::HalfOpen => {
+            "the table of half-open flows is full, by a flood of SYNs or many new connections: the \
+             oldest are forgotten, and may go to the wrong target; raise half_open_table_size"
+        }
+        FlowTable::OnceSeen => {
+            "the table of flows seen once is full, by a flood or many flows at once: the oldest \
+             are forgotten, and may go to the wrong target; raise once_seen_table_size"
+        }
+    }
 }

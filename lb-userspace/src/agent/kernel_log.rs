@@ -5,7 +5,9 @@ use std::net::IpAddr;
 use anyhow::Context as _;
 use aya::maps::{MapData, RingBuf};
 use aya_log::EbpfLogger;
+use lb_common::verdict::DropReason;
 use lb_common::wire::Address;
+use log::{Log, Metadata, Record};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
@@ -18,7 +20,8 @@ use crate::dataplane::Dataplane;
 /// # Errors
 /// Memory running out.
 pub fn follow_messages(dataplane: &mut Dataplane) -> anyhow::Result<()> {
-    let logger = EbpfLogger::init(dataplane.ebpf()).context("read the program's messages")?;
+    let logger = EbpfLogger::init_with_logger(dataplane.ebpf(), Named(log::logger()))
+        .context("read the program's messages")?;
     // SAFETY: the logger owns its descriptor and keeps it open until it is dropped.
     let mut logger = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE)? };
     tokio::spawn(async move {
@@ -55,4 +58,53 @@ pub fn follow_unresolved(
         warn!("missing next hops are no longer reported");
     });
     Ok(())
+}
+
+/// A log in which reasons to drop have their names. The program only says their numbers: text for
+/// each would be instructions of its own.
+struct Named<L>(L);
+
+impl<L: Log> Log for Named<L> {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        self.0.enabled(metadata)
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        match drop_reason(&record.args().to_string()) {
+            Some(reason) => {
+                let mut named = Record::builder();
+                named
+                    .metadata(record.metadata().clone())
+                    .module_path(record.module_path())
+                    .file(record.file())
+                    .line(record.line());
+                self.0.log(&named.args(format_args!("dropped: {}", reason.name())).build());
+            }
+            None => self.0.log(record),
+        }
+    }
+
+    fn flush(&self) {
+        self.0.flush();
+    }
+}
+
+/// The reason in the program's message about a dropped packet.
+fn drop_reason(message: &str) -> Option<DropReason> {
+    let number: usize = message.strip_prefix("dropped for reason ")?.parse().ok()?;
+    DropReason::ALL.get(number).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_are_named_and_other_messages_left_alone() {
+        assert_eq!(drop_reason("dropped for reason 0"), Some(DropReason::SecurityGroupDenied));
+        assert_eq!(drop_reason("dropped for reason 4"), Some(DropReason::NextHopUnresolved));
+        for other in ["dropped for reason 4096", "dropped for reason", "no next hop for a reply"] {
+            assert_eq!(drop_reason(other), None);
+        }
+    }
 }

@@ -3,9 +3,11 @@
 
 mod flows;
 mod kernel_log;
+mod nics;
 mod reload;
 mod snat;
 mod start;
+mod watch;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -14,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use lb_common::flow::HashKeys;
+use lb_common::flow::{FlowTable, HashKeys};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -25,20 +27,28 @@ use crate::api::server::ApiRequest;
 use crate::api::snapshot::{self, AttachMode, Snapshot};
 use crate::cli::AgentOptions;
 use crate::config::{Config, Forwarding};
-use crate::dataplane::Dataplane;
+use crate::dataplane::{Dataplane, FlowTableUsage};
 use crate::health::{Checker, HealthEvent};
 use crate::netlink::{
-    AddressManager, IpFamily, Netlink, NetworkEvent, ReservedPorts, VlanOffload, missing_forwarding,
+    AddressManager, IpFamily, Netlink, NetworkEvent, ReservedPorts, StateDirectory,
+    missing_forwarding,
 };
 use crate::reconcile::{self, Desired};
-use crate::state::{About, State};
+use crate::state::{About, Findings, State, Walk};
 
-use reload::{Source, Watch};
+use nics::Nics;
+use reload::Source;
+use watch::Watch;
 
 /// How often time passes for the state: slots age, draining ends.
 const TICK: Duration = Duration::from_secs(1);
+/// How long the health events of one burst are gathered before the tables follow: short beside the
+/// shortest check, long beside a change of all rings.
+const GATHER: Duration = Duration::from_millis(20);
 /// Time between two walks over the flow table, while slots wait for one.
 const WALK: Duration = Duration::from_secs(30);
+/// The same while flows are counted for `targets`.
+const COUNT: Duration = Duration::from_secs(10);
 
 /// Runs the agent until it is told to end.
 ///
@@ -73,17 +83,23 @@ struct Agent {
     reload_error: Option<String>,
     warnings: Vec<String>,
     network_problems: Vec<String>,
+    /// What the log has been told of what does not forward.
+    alerts: Vec<String>,
 
     checker: Checker,
     netlink: Netlink,
     network_events: mpsc::Sender<NetworkEvent>,
     addresses: AddressManager,
-    vlan_offload: VlanOffload,
+    nics: Nics,
     reserved_ports: ReservedPorts,
     port_problem: Option<String>,
+    /// Given up last: what is noted in it has been put back by then.
+    state_directory: StateDirectory,
     api: JoinHandle<()>,
 
-    walk: Option<JoinHandle<flows::Settled>>,
+    walk: Option<JoinHandle<Findings>>,
+    flow_tables: [FlowTableUsage; FlowTable::ALL.len()],
+    watchman: flows::Watchman,
     last_walk: Instant,
     snat_walks: snat::Walks,
     started: u64,
@@ -97,9 +113,26 @@ struct Events {
     api: mpsc::Receiver<ApiRequest>,
     unresolved: mpsc::Receiver<IpAddr>,
     file: Watch,
+    signals: Signals,
+}
+
+/// Signals that the agent knows.
+struct Signals {
     hangup: Signal,
     terminate: Signal,
     interrupt: Signal,
+}
+
+impl Signals {
+    /// From now on they are kept until somebody looks for them, and end nothing by themselves.
+    fn listen() -> anyhow::Result<Self> {
+        let on = |kind| signal(kind).context("listen for signals");
+        Ok(Self {
+            hangup: on(SignalKind::hangup())?,
+            terminate: on(SignalKind::terminate())?,
+            interrupt: on(SignalKind::interrupt())?,
+        })
+    }
 }
 
 impl Agent {
@@ -107,15 +140,20 @@ impl Agent {
     async fn follow(&mut self, events: &mut Events) {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        let mut gathered = None;
         loop {
             tokio::select! {
                 Some(event) = events.network.recv() => self.on_network(event).await,
                 Some(event) = events.health.recv() => {
                     self.on_health(event);
-                    // A thousand first checks conclude at about the same time.
                     while let Ok(event) = events.health.try_recv() {
                         self.on_health(event);
                     }
+                    // A thousand checks conclude at about the same time, not at the same time.
+                    gathered = gathered.or_else(|| Some(tokio::time::Instant::now() + GATHER));
+                }
+                () = until(gathered) => {
+                    gathered = None;
                     self.reconcile();
                 }
                 Some(ApiRequest::Snapshot(reply)) = events.api.recv() => match self.snapshot() {
@@ -125,10 +163,10 @@ impl Agent {
                 },
                 Some(address) = events.unresolved.recv() => self.netlink.resolve_now(address),
                 () = events.file.changed() => self.reload(false).await,
-                _ = events.hangup.recv() => self.reload(true).await,
+                _ = events.signals.hangup.recv() => self.reload(true).await,
                 _ = tick.tick() => self.on_tick().await,
-                _ = events.terminate.recv() => break info!("ending on SIGTERM"),
-                _ = events.interrupt.recv() => break info!("ending on SIGINT"),
+                _ = events.signals.terminate.recv() => break info!("ending on SIGTERM"),
+                _ = events.signals.interrupt.recv() => break info!("ending on SIGINT"),
             }
         }
     }
@@ -138,6 +176,9 @@ impl Agent {
             NetworkEvent::RoutesChanged => self.dataplane.invalidate_next_hops(),
             NetworkEvent::Snapshot(network) => {
                 self.dataplane.invalidate_next_hops();
+                self.nics.follow(&mut self.dataplane, &network);
+                let attached = self.dataplane.attachments().iter().map(|nic| nic.ifindex);
+                self.state.set_attached(attached.collect());
                 self.state.set_network(network);
                 self.manage_addresses().await;
                 self.check_forwarding();
@@ -159,7 +200,7 @@ impl Agent {
         let target = std::net::SocketAddr::new(key.address, key.port);
         let reason = health.description.as_deref().unwrap_or_default();
         info!(%target, group = %key.target_group, state = %health.state, reason, "target");
-        self.state.set_health(event);
+        self.state.set_health(event, Instant::now());
     }
 
     async fn on_tick(&mut self) {
@@ -168,18 +209,29 @@ impl Agent {
             self.netlink.want(self.state.destinations());
             self.reconcile();
         }
+        match self.dataplane.flow_table_usage() {
+            Ok(usage) => {
+                self.watchman.look(&usage, now);
+                self.flow_tables = usage;
+            }
+            Err(error) => error!("the flows cannot be counted: {error:#}"),
+        }
         if self.walk.as_ref().is_some_and(JoinHandle::is_finished)
             && let Some(walk) = self.walk.take()
         {
             match walk.await {
-                Ok(settled) => {
-                    self.state.settle(&settled);
-                    self.reconcile();
+                Ok(findings) => {
+                    self.state.set_flows(findings.flows);
+                    if !findings.settled.is_empty() {
+                        self.state.settle(&findings.settled);
+                        self.reconcile();
+                    }
                 }
                 Err(error) => error!("the walk over the flow table ended early: {error}"),
             }
         }
-        if self.walk.is_none() && now.duration_since(self.last_walk) >= WALK {
+        let pause = if self.state.counts_flows() { COUNT } else { WALK };
+        if self.walk.is_none() && now.duration_since(self.last_walk) >= pause {
             self.last_walk = now;
             self.start_walk();
         }
@@ -188,19 +240,21 @@ impl Agent {
 
     fn start_walk(&mut self) {
         let pinned = self.state.pinned();
-        if pinned.is_empty() {
+        // What is over makes room for others only when somebody takes it out.
+        let is_half_full = |table: &FlowTableUsage| table.entries > u64::from(table.size / 2);
+        let is_full = self.flow_tables.iter().any(is_half_full);
+        if pinned.is_empty() && !is_full && !self.state.counts_flows() {
             return;
         }
-        match self.dataplane.flow_table() {
-            Ok(table) => {
-                let walk = flows::Walk {
-                    table,
+        match self.dataplane.flow_tables() {
+            Ok(flows) => {
+                let walk = Walk {
                     tables: self.current.clone(),
                     keys: self.keys,
                     ring_size: self.ring_size,
                     pinned,
                 };
-                self.walk = Some(tokio::task::spawn_blocking(move || walk.run()));
+                self.walk = Some(tokio::task::spawn_blocking(move || flows::walk(walk, flows)));
             }
             Err(error) => error!("no walk over the flow table: {error:#}"),
         }
@@ -289,6 +343,7 @@ impl Agent {
     /// Brings the kernel's tables to what should be true now.
     fn reconcile(&mut self) {
         let desired = self.state.desired(Instant::now());
+        self.tell_alerts();
         let plan = reconcile::diff(&self.current, &desired);
         if !plan.steps.is_empty() {
             for step in &plan.steps {
@@ -311,6 +366,17 @@ impl Agent {
         }
     }
 
+    fn tell_alerts(&mut self) {
+        let alerts = self.state.alerts();
+        for alert in alerts.iter().filter(|alert| !self.alerts.contains(alert)) {
+            warn!("{alert}");
+        }
+        for alert in self.alerts.iter().filter(|alert| !alerts.contains(alert)) {
+            info!("no longer so: {alert}");
+        }
+        self.alerts = alerts.to_vec();
+    }
+
     fn snapshot(&mut self) -> anyhow::Result<Snapshot> {
         self.check_forwarding();
         let interfaces = self.dataplane.attachments().iter().map(|nic| snapshot::Interface {
@@ -328,9 +394,11 @@ impl Agent {
                 reload_error: self.reload_error.clone(),
             },
             interfaces: interfaces.collect(),
+            flow_tables: flows::in_status(&self.flow_tables),
             warnings: self
-                .warnings
-                .iter()
+                .nics
+                .problems()
+                .chain(&self.warnings)
                 .chain(&self.network_problems)
                 .chain(&self.port_problem)
                 .cloned()
@@ -354,15 +422,20 @@ impl Agent {
             Ok(errors) => errors.iter().for_each(|error| warn!("{error}")),
             Err(error) => warn!("addresses stay on the machine: {error}"),
         }
-        if let Err(error) = self.vlan_offload.restore() {
+        if let Err(error) = self.nics.restore() {
             warn!("rxvlan stays off: {error}");
         }
         if let Err(error) = self.reserved_ports.restore() {
             warn!("ports stay reserved: {error}");
         }
+        drop(self.state_directory);
     }
 }
 
-fn on(kind: SignalKind) -> anyhow::Result<Signal> {
-    signal(kind).context("listen for signals")
+/// Waits for a moment; without one, for ever.
+async fn until(moment: Option<tokio::time::Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment).await,
+        None => std::future::pending().await,
+    }
 }

@@ -1,27 +1,20 @@
 //! Where the configuration comes from, and when it is read again.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use anyhow::{Context as _, bail};
-use notify::event::{AccessKind, AccessMode, EventKind, ModifyKind};
-use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
-use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep_until};
-use tracing::{debug, warn};
+use anyhow::bail;
+use tracing::warn;
 
 use crate::config::{self, Agent, Config, LoadError};
 
 /// Where the agent looks without `--config`.
 pub const DEFAULT_PATH: &str = "/etc/lb/lb.toml";
-/// Quiet time after a write before the file is read: editors and copies write in pieces.
-const QUIET: Duration = Duration::from_millis(200);
-
 /// The configuration file.
 pub struct Source {
     path: PathBuf,
-    /// What was read last, whether it was taken over or not.
-    text: Option<String>,
+    /// What was read last, whether it was taken over or not; or why nothing could be read.
+    last: Result<Vec<u8>, String>,
 }
 
 impl Source {
@@ -33,8 +26,9 @@ impl Source {
     pub fn open(named: Option<PathBuf>) -> Result<(Self, Config), LoadError> {
         let is_named = named.is_some();
         let path = named.unwrap_or_else(|| DEFAULT_PATH.into());
-        let text = std::fs::read_to_string(&path).ok();
-        let config = match config::load(&path) {
+        let content = config::read(&path);
+        let last = remembered(&content);
+        let config = match content.and_then(|bytes| config::parse_bytes(&path, bytes)) {
             Ok(parsed) => {
                 parsed.warnings_here().for_each(|warning| warn!("{warning}"));
                 parsed.config
@@ -42,7 +36,7 @@ impl Source {
             Err(LoadError::Missing(_)) if !is_named => Config::default(),
             Err(error) => return Err(error),
         };
-        Ok((Self { path, text }, config))
+        Ok((Self { path, last }, config))
     }
 
     /// The file.
@@ -52,7 +46,7 @@ impl Source {
 
     /// Whether there is such a file, as far as is known.
     pub fn is_there(&self) -> bool {
-        self.text.is_some()
+        self.last.is_ok()
     }
 
     /// Reads the file again. `None`: it is as before, and nobody asked for it.
@@ -64,13 +58,15 @@ impl Source {
         is_asked: bool,
         running: &Config,
     ) -> anyhow::Result<Option<Config>> {
-        let text = std::fs::read_to_string(&self.path).ok();
-        if text == self.text && !is_asked {
+        let content = config::read(&self.path);
+        let last = remembered(&content);
+        if last == self.last && !is_asked {
             return Ok(None);
         }
-        self.text = text;
-        let parsed = config::load(&self.path)?;
-        let is_empty = self.text.as_ref().is_none_or(|text| text.trim().is_empty());
+        self.last = last;
+        let bytes = content?;
+        let is_empty = bytes.trim_ascii().is_empty();
+        let parsed = config::parse_bytes(&self.path, bytes)?;
         if is_empty && !running.load_balancers.is_empty() {
             bail!(
                 "{} is empty, but {} load balancer(s) run: a half-written file? To end them all, \
@@ -79,10 +75,54 @@ impl Source {
                 running.load_balancers.len()
             );
         }
+        refuse_another_hash(running, &parsed.config)?;
         parsed.warnings_here().for_each(|warning| warn!("{warning}"));
         let mut config = parsed.config;
         keep_what_is_fixed(&mut config.agent, &running.agent);
         Ok(Some(config))
+    }
+}
+
+/// A listener that gets or loses stickiness would look for its flows by another hash than the one
+/// that placed them: unless it remembers every one, they would go astray.
+fn refuse_another_hash(running: &Config, new: &Config) -> anyhow::Result<()> {
+    let listeners = |config: &Config| -> BTreeMap<_, _> {
+        let balancers = config.load_balancers.values();
+        let listeners = balancers.flat_map(|balancer| {
+            let addresses = balancer.addresses.iter();
+            addresses.flat_map(|address| balancer.listeners.iter().map(move |it| (*address, it)))
+        });
+        let hashes = listeners.map(|(address, listener)| {
+            let groups = listener.target_groups.iter();
+            let groups: Vec<_> =
+                groups.filter_map(|group| config.target_groups.get(&group.name)).collect();
+            let stickiness = groups.first().map(|group| group.stickiness);
+            let tracks = groups.iter().any(|group| group.track_every_flow);
+            ((address, listener.protocol, listener.port), (stickiness, tracks))
+        });
+        hashes.collect()
+    };
+    let before = listeners(running);
+    for ((address, protocol, port), (stickiness, tracks)) in listeners(new) {
+        let Some((had, tracked)) = before.get(&(address, protocol, port)) else { continue };
+        if *had != stickiness && !(tracks && *tracked) {
+            bail!(
+                "the {protocol} listener on {} cannot get or lose `stickiness` while it runs: its \
+                 established connections would go to other targets. Restart the agent, or set \
+                 flow_tracking = \"always\" in its target groups first, let it run for as long as \
+                 the oldest connection may be silent (350 s), then change the stickiness",
+                std::net::SocketAddr::new(address, port)
+            );
+        }
+    }
+    Ok(())
+}
+
+/// What can be compared with the next reading.
+fn remembered(content: &Result<Vec<u8>, LoadError>) -> Result<Vec<u8>, String> {
+    match content {
+        Ok(bytes) => Ok(bytes.clone()),
+        Err(error) => Err(error.to_string()),
     }
 }
 
@@ -96,13 +136,18 @@ fn keep_what_is_fixed(new: &mut Agent, running: &Agent) {
         hash_seed,
         maglev_table_size,
         flow_table_size,
+        half_open_table_size,
+        once_seen_table_size,
         api_socket,
+        tunnel_sources: _,
     } = new;
     keep("interfaces", interfaces, &running.interfaces);
     keep("xdp_mode", xdp_mode, &running.xdp_mode);
     keep("hash_seed", hash_seed, &running.hash_seed);
     keep("maglev_table_size", maglev_table_size, &running.maglev_table_size);
     keep("flow_table_size", flow_table_size, &running.flow_table_size);
+    keep("half_open_table_size", half_open_table_size, &running.half_open_table_size);
+    keep("once_seen_table_size", once_seen_table_size, &running.once_seen_table_size);
     keep("api_socket", api_socket, &running.api_socket);
 }
 
@@ -113,139 +158,9 @@ fn keep<T: PartialEq + Clone>(key: &str, new: &mut T, running: &T) {
     }
 }
 
-/// How often a directory is looked for that is not there yet.
-const LOOK: Duration = Duration::from_secs(2);
-
-/// Tells when the file may have changed and has been left alone for a moment.
-pub struct Watch {
-    path: PathBuf,
-    sender: mpsc::UnboundedSender<Touch>,
-    events: mpsc::UnboundedReceiver<Touch>,
-    quiet_at: Option<Instant>,
-    look_at: Instant,
-    watcher: Option<RecommendedWatcher>,
-}
-
-/// What happened to something in the file's directory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Touch {
-    /// It is being written.
-    Began,
-    /// It was closed after writing, or renamed.
-    Ended,
-}
-
-impl Watch {
-    /// Watches the file's directory: an editor replaces the file, a mounted configuration changes
-    /// a link beside it. A directory that is not there yet is looked for now and then.
-    pub fn new(path: &Path) -> Self {
-        let (sender, events) = mpsc::unbounded_channel();
-        let watcher = watch(path, sender.clone());
-        if let Err(error) = &watcher {
-            debug!("{error:#}: looking for it every {LOOK:?}");
-        }
-        let (path, look_at) = (path.to_owned(), Instant::now() + LOOK);
-        Self { path, sender, events, quiet_at: None, look_at, watcher: watcher.ok() }
-    }
-
-    /// Waits until the file may have changed. Can be dropped and called again at any time.
-    pub async fn changed(&mut self) {
-        loop {
-            let wake = match (&self.watcher, self.quiet_at) {
-                (None, _) => Some(self.look_at),
-                (Some(_), quiet_at) => quiet_at,
-            };
-            let quiet = async {
-                match wake {
-                    Some(at) => sleep_until(at).await,
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::select! {
-                touch = self.events.recv() => match touch {
-                    Some(Touch::Ended) => self.quiet_at = Some(Instant::now() + QUIET),
-                    Some(Touch::Began) => self.quiet_at = None,
-                    None => std::future::pending().await,
-                },
-                () = quiet => {
-                    self.quiet_at = None;
-                    if self.watcher.is_none() {
-                        self.look_at = Instant::now() + LOOK;
-                        self.watcher = watch(&self.path, self.sender.clone()).ok();
-                    }
-                    if self.watcher.is_some() {
-                        return;
-                    }
-                }
-            }
-        }
-    }
-}
-
-fn watch(path: &Path, sender: mpsc::UnboundedSender<Touch>) -> anyhow::Result<RecommendedWatcher> {
-    let directory = match path.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    };
-    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-        let touch = match event.map(|event| event.kind) {
-            Ok(EventKind::Access(AccessKind::Close(AccessMode::Write)))
-            | Ok(EventKind::Modify(ModifyKind::Name(_))) => Touch::Ended,
-            Ok(EventKind::Modify(ModifyKind::Data(_)) | EventKind::Create(_)) => Touch::Began,
-            _ => return,
-        };
-        // Nobody listens any more: the agent is ending.
-        let _ = sender.send(touch);
-    })?;
-    watcher
-        .watch(directory, RecursiveMode::NonRecursive)
-        .with_context(|| format!("watch {}", directory.display()))?;
-    Ok(watcher)
-}
-
 #[cfg(test)]
 mod tests {
-    use tokio::time::timeout;
-
     use super::*;
-
-    const WAIT: Duration = Duration::from_secs(5);
-    const SHORT: Duration = Duration::from_millis(600);
-
-    #[tokio::test]
-    async fn a_write_and_a_rename_are_noticed_once_and_an_open_file_is_not() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("lb.toml");
-        let mut watch = Watch::new(&path);
-        std::fs::write(&path, "# one").unwrap();
-        timeout(WAIT, watch.changed()).await.unwrap();
-        timeout(SHORT, watch.changed()).await.unwrap_err();
-
-        let other = directory.path().join("new");
-        std::fs::write(&other, "# two").unwrap();
-        std::fs::rename(&other, &path).unwrap();
-        timeout(WAIT, watch.changed()).await.unwrap();
-
-        use std::io::Write as _;
-        let mut half = std::fs::File::create(&path).unwrap();
-        half.write_all(b"[agent").unwrap();
-        half.flush().unwrap();
-        timeout(SHORT, watch.changed()).await.unwrap_err();
-        drop(half);
-        timeout(WAIT, watch.changed()).await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn a_directory_that_comes_later_is_found() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("lb/lb.toml");
-        let mut watch = Watch::new(&path);
-        timeout(SHORT, watch.changed()).await.unwrap_err();
-        std::fs::create_dir(directory.path().join("lb")).unwrap();
-        timeout(WAIT, watch.changed()).await.unwrap();
-        std::fs::write(&path, "# one").unwrap();
-        timeout(WAIT, watch.changed()).await.unwrap();
-    }
 
     #[test]
     fn an_empty_file_does_not_end_what_runs() {
@@ -257,6 +172,7 @@ mod tests {
             scheme: config::Scheme::Internal,
             addresses: vec!["10.0.0.1".parse().unwrap()],
             security_groups: None,
+            cross_zone: true,
             listeners: Vec::new(),
         };
         running.load_balancers.insert("web".into(), balancer);
@@ -266,6 +182,31 @@ mod tests {
         assert_eq!(source.read_again(false, &running).unwrap(), None);
         std::fs::write(&path, "# none\n").unwrap();
         assert_eq!(source.read_again(false, &running).unwrap(), Some(Config::default()));
+    }
+
+    #[test]
+    fn a_live_listener_keeps_its_hash_unless_it_tracks_every_flow() {
+        let config = |group: &str, port: u16| {
+            let text = format!(
+                "[target_group.web]\n{group}\n[load_balancer.web]\naddresses = [\"10.0.0.1\"]\n\
+                 listener = [{{ port = {port}, target_group = \"web\" }}]\n"
+            );
+            config::parse("lb.toml", &text).unwrap().config
+        };
+        let sticky = "stickiness = { type = \"source_ip\" }";
+        let always = "flow_tracking = \"always\"";
+        let both = format!("{sticky}\n{always}");
+        let plain = config("", 80);
+        for (running, new) in [("", sticky), (sticky, ""), ("", &both), (always, sticky)] {
+            let refused = refuse_another_hash(&config(running, 80), &config(new, 80));
+            let error = refused.expect_err(new).to_string();
+            assert!(error.contains("the tcp listener on 10.0.0.1:80 cannot"), "{error}");
+        }
+        for (running, new) in [("", always), (sticky, &both), (always, &both), (&both, always)] {
+            refuse_another_hash(&config(running, 80), &config(new, 80)).unwrap();
+        }
+        refuse_another_hash(&plain, &config(sticky, 81)).unwrap();
+        refuse_another_hash(&Config::default(), &config(sticky, 80)).unwrap();
     }
 
     #[test]
@@ -279,5 +220,39 @@ mod tests {
         let config = source.read_again(false, &running).unwrap().unwrap();
         assert_eq!(config.agent.maglev_table_size, running.agent.maglev_table_size);
         assert!(!config.agent.manage_addresses);
+    }
+
+    #[test]
+    fn a_first_file_that_cannot_be_read_is_told_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("lb.toml");
+        let mut source = Source { path: path.clone(), last: remembered(&config::read(&path)) };
+        let running = Config::default();
+        assert_eq!(source.read_again(false, &running).unwrap(), None);
+        assert!(!source.is_there());
+        std::fs::write(&path, b"# caf\xe9\n").unwrap();
+        let error = source.read_again(false, &running).unwrap_err();
+        assert!(error.to_string().contains("lb.toml:1: is not UTF-8"), "{error}");
+        assert_eq!(source.read_again(false, &running).unwrap(), None);
+        std::fs::write(&path, b"# caf\xe8\n").unwrap();
+        source.read_again(false, &running).unwrap_err();
+        std::fs::write(&path, "# café\n").unwrap();
+        assert_eq!(source.read_again(false, &running).unwrap(), Some(Config::default()));
+    }
+
+    #[test]
+    fn a_fifo_does_not_hold_the_agent_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("lb.toml");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let error = Source::open(Some(path.clone())).map(|_| ()).unwrap_err();
+        assert!(matches!(error, LoadError::NotAFile(_)), "{error}");
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, "").unwrap();
+        let (mut source, running) = Source::open(Some(path.clone())).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let error = source.read_again(true, &running).unwrap_err();
+        assert!(error.to_string().contains("is not a regular file"), "{error}");
     }
 }

@@ -79,7 +79,7 @@ impl Agent {
 fn walk(mut tables: SnatTables) -> Walked {
     let began = Instant::now();
     let now = monotonic_nanoseconds();
-    let is_over = |key: &FlowKey, flow: &SnatFlow| flow.stamp.is_over(now, key.protocol);
+    let is_over = |key: &FlowKey, flow: &SnatFlow| flow.stamp.is_over(now, key.protocol, flow.idle);
     let over: Vec<FlowKey> =
         tables.flows().filter(|(key, flow)| is_over(key, flow)).map(|(key, _)| key).collect();
     for key in over {
@@ -88,7 +88,7 @@ fn walk(mut tables: SnatTables) -> Walked {
     let mut in_use = BTreeSet::new();
     let mut over: Vec<(FlowKey, SnatReturn)> = Vec::new();
     for (key, flow) in tables.returns() {
-        if flow.stamp.is_over(now, key.protocol) {
+        if flow.stamp.is_over(now, key.protocol, flow.idle) {
             over.push((key, flow));
         } else {
             in_use.insert(flow.pool);

@@ -7,7 +7,6 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use lb_common::flow::HashKeys;
-use tokio::signal::unix::SignalKind;
 use tokio::sync::mpsc;
 use tracing::{Level, info, warn};
 
@@ -18,13 +17,15 @@ use crate::dataplane::{Dataplane, LoadOptions, check_privileges};
 use crate::health::Checker;
 use crate::netlink::{
     AddressManager, DEFAULT_STATE_DIRECTORY, Interface, LinkLayer, Netlink, NetworkEvent,
-    ReservedPorts, VlanOffload, VlanStripping, read_interfaces,
+    ReservedPorts, StateDirectory, read_interfaces,
 };
 use crate::reconcile::Desired;
 use crate::state::{State, port_pools};
 
-use super::reload::{Source, Watch};
-use super::{Agent, Events, kernel_log, on};
+use super::nics::Nics;
+use super::reload::Source;
+use super::watch::Watch;
+use super::{Agent, Events, Signals, kernel_log};
 
 /// Events that may wait for the owner.
 const WAITING: usize = 4096;
@@ -32,12 +33,18 @@ const WAITING: usize = 4096;
 impl Agent {
     /// Reads the configuration, loads and attaches the program, starts all observers.
     pub(super) async fn start(options: AgentOptions) -> anyhow::Result<(Self, Events)> {
+        // First of all: whatever is done from here on is undone at the end, also if the end comes
+        // before the start is over.
+        let signals = Signals::listen()?;
         let (source, config) = Source::open(options.config)?;
         let names = choose_interfaces(&options.interfaces, &config.agent.interfaces)?;
         check_privileges()?;
         let nics = find(&names).await?;
         let socket = options.api_socket.unwrap_or_else(|| config.agent.api_socket.clone());
         let server = Server::bind(&socket).await?;
+        let state_directory = StateDirectory::claim(Path::new(DEFAULT_STATE_DIRECTORY), &socket)
+            .await
+            .with_context(|| format!("claim a directory below {DEFAULT_STATE_DIRECTORY}"))?;
 
         let ring_size = config.agent.maglev_table_size;
         let hash_seed = config.agent.hash_seed.unwrap_or_else(rand::random);
@@ -46,11 +53,14 @@ impl Agent {
             ring_size,
             flow_table_size: config.agent.flow_table_size,
             port_pools: port_pools(&config),
+            half_open_table_size: config.agent.half_open_table_size,
+            once_seen_table_size: config.agent.once_seen_table_size,
             log: tracing::enabled!(target: "lb_ebpf", Level::DEBUG),
         })?;
         kernel_log::follow_messages(&mut dataplane)?;
-        let vlan_offload =
-            attach(&mut dataplane, &nics, &options.xdp_mode.unwrap_or(config.agent.xdp_mode))?;
+        let mode = options.xdp_mode.unwrap_or(config.agent.xdp_mode);
+        let attached: BTreeSet<u32> = nics.iter().map(|nic| nic.index).collect();
+        let nics = Nics::attach(&mut dataplane, &nics, mode, state_directory.path())?;
 
         let (network_events, mut network) = mpsc::channel(WAITING);
         let netlink = Netlink::start(network_events.clone()).context("observe the network")?;
@@ -63,8 +73,7 @@ impl Agent {
 
         let mut state = State::new(ring_size);
         state.set_port_pools(port_pools(&config));
-        state.set_attached(nics.iter().map(|nic| nic.index).collect());
-        let state_directory = Path::new(DEFAULT_STATE_DIRECTORY);
+        state.set_attached(attached);
         let mut agent = Self {
             state,
             dataplane,
@@ -76,17 +85,21 @@ impl Agent {
             reload_error: None,
             warnings: Vec::new(),
             network_problems: Vec::new(),
+            alerts: Vec::new(),
             checker: Checker::new(health_events),
             netlink,
             network_events,
-            addresses: AddressManager::new(state_directory).context("manage addresses")?,
-            vlan_offload,
-            reserved_ports: ReservedPorts::new(state_directory).context("reserve ports")?,
+            addresses: AddressManager::new(state_directory.path()).context("manage addresses")?,
+            nics,
+            reserved_ports: ReservedPorts::new(state_directory.path()).context("reserve ports")?,
             port_problem: None,
+            state_directory,
             api: tokio::spawn(async move {
                 server.serve(api_requests).await;
             }),
             walk: None,
+            flow_tables: Default::default(),
+            watchman: Default::default(),
             last_walk: Instant::now(),
             snat_walks: super::snat::Walks::default(),
             started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
@@ -97,9 +110,7 @@ impl Agent {
             api,
             unresolved,
             file: Watch::new(agent.source.path()),
-            hangup: on(SignalKind::hangup())?,
-            terminate: on(SignalKind::terminate())?,
-            interrupt: on(SignalKind::interrupt())?,
+            signals,
             network: {
                 // The first picture comes before the first address is added.
                 while let Some(event) = network.recv().await {
@@ -146,36 +157,6 @@ async fn find(names: &[String]) -> anyhow::Result<Vec<Interface>> {
         found.push(nic.clone());
     }
     Ok(found)
-}
-
-/// Attaches to every NIC, or to none.
-fn attach(
-    dataplane: &mut Dataplane,
-    nics: &[Interface],
-    mode: &crate::config::XdpMode,
-) -> anyhow::Result<VlanOffload> {
-    let mut vlan_offload =
-        VlanOffload::new(Path::new(DEFAULT_STATE_DIRECTORY)).context("note the NICs' settings")?;
-    for nic in nics {
-        let attachment = dataplane.attach(nic, *mode)?;
-        let how = if attachment.is_native { "native" } else { "generic" };
-        info!(interface = %nic.name, mode = how, "attached");
-    }
-    let indices: Vec<u32> = nics.iter().map(|nic| nic.index).collect();
-    if let Err(error) = vlan_offload.restore_all_but(&indices) {
-        warn!("a former run's NICs keep rxvlan off: {error}");
-    }
-    for nic in nics {
-        match vlan_offload.turn_off(nic) {
-            Ok(VlanStripping::Refused) => warn!(
-                interface = %nic.name,
-                "the NIC strips VLAN tags and does not let that be turned off: tagged frames look untagged"
-            ),
-            Ok(_) => {}
-            Err(error) => warn!(interface = %nic.name, "rxvlan not known: {error}"),
-        }
-    }
-    Ok(vlan_offload)
 }
 
 /// Tells a newcomer what to do next.

@@ -31,6 +31,9 @@ pub struct Status {
     pub interfaces: Vec<Interface>,
     /// Load balancers by name.
     pub load_balancers: Vec<LoadBalancer>,
+    /// The tables that remember flows; an agent before 0.2 does not say.
+    #[serde(default)]
+    pub flow_tables: Vec<FlowTable>,
     /// Dropped packets by reason; a reason that never occurred may be 0 or absent.
     pub drops: BTreeMap<String, u64>,
     /// What an operator should know: sentences, the gravest first.
@@ -52,6 +55,19 @@ pub struct Agent {
     pub generation: u64,
     /// Why the latest reload was refused; `None`: what the file says is what runs.
     pub reload_error: Option<String>,
+}
+
+/// A table that remembers flows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlowTable {
+    /// `flows`, `half-open` or `once-seen`.
+    pub name: String,
+    /// Entries that it can hold.
+    pub size: u32,
+    /// Entries that it holds; those that are over stay until they are swept.
+    pub entries: u64,
+    /// Entries that had to make room for others.
+    pub evictions: u64,
 }
 
 /// A NIC that the program is attached to.
@@ -98,8 +114,11 @@ pub struct Listener {
     pub protocol: String,
     /// The port that clients connect to.
     pub port: u16,
-    /// Name of the target group that it forwards to.
+    /// Name of the target group that it forwards to; of several, the first.
     pub target_group: String,
+    /// All target groups that it forwards to.
+    #[serde(default)]
+    pub target_groups: Vec<WeightedTargetGroup>,
     /// Packets from clients.
     pub packets: u64,
     /// Bytes from clients, IP header and payload.
@@ -110,6 +129,15 @@ pub struct Listener {
     pub reply_packets: u64,
     /// Bytes back to clients, IP header and payload.
     pub reply_bytes: u64,
+}
+
+/// A target group of a listener.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WeightedTargetGroup {
+    /// Its name.
+    pub name: String,
+    /// Its share relative to the listener's other groups.
+    pub weight: u16,
 }
 
 /// A registered target.
@@ -133,6 +161,10 @@ pub struct Target {
     pub description: Option<String>,
     /// The way there for humans, or why there is none.
     pub next_hop: String,
+    /// Live flows, as of a count at most some ten seconds ago. `None` where that is not known: a
+    /// listener of its group does not remember every flow (`flow_tracking`).
+    #[serde(default)]
+    pub flows: Option<u64>,
     /// Packets to it.
     pub packets: u64,
     /// Bytes to it, IP header and payload.
@@ -173,6 +205,7 @@ pub(crate) mod fixture {
                             protocol: "udp".into(),
                             port: 53,
                             target_group: "resolvers".into(),
+                            target_groups: vec![weighted("resolvers", 1)],
                             packets: 0,
                             bytes: 0,
                             new_flows: 0,
@@ -193,6 +226,7 @@ pub(crate) mod fixture {
                                 protocol: "tcp".into(),
                                 port: 80,
                                 target_group: "web".into(),
+                                target_groups: vec![weighted("web", 90), weighted("canary", 10)],
                                 packets: 12_345_678,
                                 bytes: 1_234_567_890,
                                 new_flows: 45_678,
@@ -203,6 +237,7 @@ pub(crate) mod fixture {
                                 protocol: "tcp".into(),
                                 port: 8443,
                                 target_group: "web".into(),
+                                target_groups: vec![weighted("web", 1)],
                                 packets: 10,
                                 bytes: 740,
                                 new_flows: 2,
@@ -212,6 +247,14 @@ pub(crate) mod fixture {
                         ],
                     },
                 ],
+                flow_tables: [("flows", 1_048_576, 4711, 0), ("half-open", 262_144, 262_144, 33)]
+                    .map(|(name, size, entries, evictions)| FlowTable {
+                        name: name.into(),
+                        size,
+                        entries,
+                        evictions,
+                    })
+                    .into(),
                 drops: BTreeMap::from([
                     ("NoListener".into(), 3),
                     ("SecurityGroupDenied".into(), 1500),
@@ -229,6 +272,7 @@ pub(crate) mod fixture {
                 Target {
                     availability_zone: Some("a".into()),
                     weight: 50,
+                    flows: Some(1234),
                     packets: 12_345_000,
                     bytes: 1_234_567_000,
                     reply_packets: 23_456_000,
@@ -252,6 +296,10 @@ pub(crate) mod fixture {
         }
     }
 
+    fn weighted(name: &str, weight: u16) -> WeightedTargetGroup {
+        WeightedTargetGroup { name: name.into(), weight }
+    }
+
     fn target(group: &str, address: &str, port: u16) -> Target {
         Target {
             target_group: group.into(),
@@ -263,6 +311,7 @@ pub(crate) mod fixture {
             reason: None,
             description: None,
             next_hop: "02:00:0a:00:02:0b on eth1".into(),
+            flows: None,
             packets: 0,
             bytes: 0,
             reply_packets: 0,

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use comfy_table::{Cell, Color};
 
 use super::output::{self, Column, Style, bytes, count};
-use crate::api::snapshot::{Agent, AttachMode, LoadBalancer, Status};
+use crate::api::snapshot::{Agent, AttachMode, FlowTable, Listener, LoadBalancer, Status};
 
 /// The text for this moment and this stdout.
 pub(super) fn render_now(status: &Status) -> String {
@@ -25,6 +25,9 @@ fn render(status: &Status, now: u64, style: Style) -> String {
     }
     for load_balancer in &status.load_balancers {
         section(&heading(load_balancer), listeners(load_balancer, style));
+    }
+    if !status.flow_tables.is_empty() {
+        section("Remembered flows", flow_tables(&status.flow_tables, style));
     }
     section("Drops", drops(status, style));
     if !status.warnings.is_empty() {
@@ -84,13 +87,40 @@ fn listeners(load_balancer: &LoadBalancer, style: Style) -> String {
     let rows = load_balancer.listeners.iter().map(|listener| {
         vec![
             Cell::new(format!("{} {}", listener.protocol, listener.port)),
-            Cell::new(&listener.target_group),
+            Cell::new(target_groups(listener)),
             Cell::new(count(listener.new_flows)),
             Cell::new(count(listener.packets)),
             Cell::new(bytes(listener.bytes)),
             Cell::new(count(listener.reply_packets)),
             Cell::new(bytes(listener.reply_bytes)),
         ]
+    });
+    output::table(style, &columns, rows.collect())
+}
+
+/// The one group, or all with their weights.
+fn target_groups(listener: &Listener) -> String {
+    match listener.target_groups.as_slice() {
+        [] | [_] => listener.target_group.clone(),
+        groups => {
+            let groups: Vec<_> =
+                groups.iter().map(|group| format!("{} ({})", group.name, group.weight)).collect();
+            groups.join(", ")
+        }
+    }
+}
+
+fn flow_tables(tables: &[FlowTable], style: Style) -> String {
+    let columns = [
+        Column::Text("TABLE"),
+        Column::Number("ENTRIES"),
+        Column::Number("SIZE"),
+        Column::Number("EVICTIONS"),
+    ];
+    let rows = tables.iter().map(|table| {
+        let FlowTable { name, size, entries, evictions } = table;
+        let numbers = [*entries, u64::from(*size), *evictions].map(|n| Cell::new(count(n)));
+        std::iter::once(Cell::new(name)).chain(numbers).collect()
     });
     output::table(style, &columns, rows.collect())
 }

@@ -22,7 +22,7 @@ pub(super) fn parse_host_address(value: Value<'_>, text: &str) -> Result<IpAddr,
 }
 
 /// Refuses what is no address of one host, or none that others can reach.
-fn refuse_special(address: IpAddr) -> Result<(), Wrong> {
+pub(super) fn refuse_special(address: IpAddr) -> Result<(), Wrong> {
     let kind = match address {
         IpAddr::V6(v6) => {
             if let Some(v4) = v6.to_ipv4_mapped() {

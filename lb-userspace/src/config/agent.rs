@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use super::model::{Agent, XdpMode};
+use super::model::{Agent, TunnelSources, XdpMode};
 use super::reader::{Table, Value, Wrong};
+use super::tunnel_sources;
 
 /// Where the API listens unless the file says otherwise.
 pub const DEFAULT_API_SOCKET: &str = "/run/lb/lb.sock";
@@ -18,7 +19,10 @@ impl Default for Agent {
             hash_seed: None,
             maglev_table_size: 16381,
             flow_table_size: 1_048_576,
+            half_open_table_size: 262_144,
+            once_seen_table_size: 262_144,
             api_socket: PathBuf::from(DEFAULT_API_SOCKET),
+            tunnel_sources: TunnelSources::default(),
         }
     }
 }
@@ -46,11 +50,17 @@ pub(super) fn read(mut table: Table<'_>) -> Agent {
             .optional("maglev_table_size")
             .and_then(maglev_table_size)
             .unwrap_or(default.maglev_table_size),
-        flow_table_size: table
-            .optional("flow_table_size")
-            .and_then(|value| value.integer(1024..=16_777_216))
+        flow_table_size: flow_table_size(table.optional("flow_table_size"))
             .unwrap_or(default.flow_table_size),
+        half_open_table_size: flow_table_size(table.optional("half_open_table_size"))
+            .unwrap_or(default.half_open_table_size),
+        once_seen_table_size: flow_table_size(table.optional("once_seen_table_size"))
+            .unwrap_or(default.once_seen_table_size),
         api_socket: table.optional("api_socket").and_then(api_socket).unwrap_or(default.api_socket),
+        tunnel_sources: table
+            .optional("tunnel_sources")
+            .map(tunnel_sources::read)
+            .unwrap_or_default(),
     };
     table.not_supported_yet(&["metrics_listen"]);
     table.finish();
@@ -94,6 +104,10 @@ fn hash_seed(value: Value<'_>) -> Option<u64> {
             .and_then(|digits| u64::from_str_radix(digits, 16).ok())
             .ok_or_else(|| Wrong::new(value.refusal(), help))
     })
+}
+
+fn flow_table_size(value: Option<Value<'_>>) -> Option<u32> {
+    value?.integer(1024..=16_777_216)
 }
 
 fn maglev_table_size(value: Value<'_>) -> Option<u32> {

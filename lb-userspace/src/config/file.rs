@@ -2,9 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::fmt::{self, Display};
-use std::io;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Read as _};
 use std::net::IpAddr;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+
+use nix::libc;
 
 use super::{ConfigErrors, Parsed, parse};
 
@@ -17,6 +21,8 @@ pub enum LoadError {
     Unreadable(PathBuf, io::Error),
     /// It is a directory, a device or the like.
     NotAFile(PathBuf),
+    /// It has more bytes than any configuration.
+    TooLarge(PathBuf),
     /// It is not UTF-8, as TOML must be; the line of the first bad byte, from 1.
     NotUtf8(PathBuf, usize),
     /// It was read and is wrong.
@@ -47,6 +53,13 @@ impl Display for LoadError {
                  /etc/lb/lb.toml",
                 path.display()
             ),
+            Self::TooLarge(path) => write!(
+                f,
+                "{}: is larger than {} MiB, which no configuration is; name the configuration \
+                 file itself, such as /etc/lb/lb.toml",
+                path.display(),
+                MAX_BYTES >> 20
+            ),
             Self::NotUtf8(path, line) => write!(
                 f,
                 "{}:{line}: is not UTF-8 text, as TOML must be; save it as UTF-8",
@@ -59,13 +72,24 @@ impl Display for LoadError {
 
 impl std::error::Error for LoadError {}
 
+/// Largest file that is read, bytes: far more than the largest configuration an agent can take.
+const MAX_BYTES: u64 = 64 << 20;
+
 /// Reads and checks the configuration file `path`.
 ///
 /// # Errors
 ///
 /// Everything that is wrong with the file, see [`LoadError`].
 pub fn load(path: &Path) -> Result<Parsed, LoadError> {
-    let bytes = read(path)?;
+    parse_bytes(path, read(path)?)
+}
+
+/// Checks what was [`read`] from `path`.
+///
+/// # Errors
+///
+/// As [`load`].
+pub fn parse_bytes(path: &Path, bytes: Vec<u8>) -> Result<Parsed, LoadError> {
     let text = String::from_utf8(bytes).map_err(|error| {
         let good = &error.as_bytes()[..error.utf8_error().valid_up_to()];
         LoadError::NotUtf8(path.to_owned(), 1 + good.iter().filter(|b| **b == b'\n').count())
@@ -85,14 +109,34 @@ pub(super) fn local_addresses() -> BTreeSet<IpAddr> {
         .collect()
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, LoadError> {
+/// The content of the regular file `path`. Never waits for a writer.
+///
+/// # Errors
+///
+/// As [`load`].
+pub fn read(path: &Path) -> Result<Vec<u8>, LoadError> {
     let failed = |error: io::Error| match error.kind() {
         io::ErrorKind::NotFound => LoadError::Missing(path.to_owned()),
         _ => LoadError::Unreadable(path.to_owned(), error),
     };
-    // Asked first: reading a FIFO or a terminal would wait for ever.
-    if !std::fs::metadata(path).map_err(failed)?.is_file() {
-        return Err(LoadError::NotAFile(path.to_owned()));
+    let not_a_file = || LoadError::NotAFile(path.to_owned());
+    // Asked first: opening a device can have effects.
+    if !fs::metadata(path).map_err(failed)?.is_file() {
+        return Err(not_a_file());
     }
-    std::fs::read(path).map_err(failed)
+    // What is opened may be something else by now: without O_NONBLOCK a FIFO waits for a writer.
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)
+        .map_err(failed)?;
+    if !file.metadata().map_err(failed)?.is_file() {
+        return Err(not_a_file());
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > MAX_BYTES {
+        return Err(LoadError::TooLarge(path.to_owned()));
+    }
+    Ok(bytes)
 }

@@ -1,10 +1,14 @@
 //! `[load_balancer.NAME]`: where packets come in.
 
 use std::net::IpAddr;
+use std::time::Duration;
+
+use lb_common::flow::{MAX_IDLE, TCP_IDLE, UDP_IDLE};
 
 use super::address::{ADDRESS_HELP, host_address};
-use super::model::{Listener, LoadBalancer, Protocol, Scheme};
+use super::model::{Listener, LoadBalancer, Protocol, Scheme, WeightedTargetGroup};
 use super::reader::{Table, Value};
+use super::target_group::protocol;
 
 /// A load balancer as far as it could be read, with where the file has what checks across
 /// sections are about.
@@ -12,6 +16,7 @@ pub(super) struct Draft<'a> {
     pub(super) scheme: Scheme,
     pub(super) addresses: Vec<(Value<'a>, IpAddr)>,
     pub(super) security_groups: Option<Vec<(Value<'a>, &'a str)>>,
+    pub(super) cross_zone: Option<(Value<'a>, bool)>,
     pub(super) listeners: Vec<ListenerDraft<'a>>,
 }
 
@@ -19,16 +24,32 @@ pub(super) struct Draft<'a> {
 pub(super) struct ListenerDraft<'a> {
     pub(super) protocol: Option<Protocol>,
     pub(super) port: Option<u16>,
-    pub(super) target_group: Option<(Value<'a>, &'a str)>,
+    /// None where they could not be read.
+    pub(super) target_groups: Vec<GroupDraft<'a>>,
+    pub(super) idle_timeout: Duration,
+}
+
+/// A target group of a listener.
+pub(super) struct GroupDraft<'a> {
+    /// Where the file has its name.
+    pub(super) value: Value<'a>,
+    pub(super) name: &'a str,
+    pub(super) weight: u16,
 }
 
 impl Draft<'_> {
     /// The load balancer, where nothing was wrong with it.
     pub(super) fn into_load_balancer(self) -> LoadBalancer {
         let complete = |draft: ListenerDraft<'_>| {
-            let (_, target_group) = draft.target_group?;
-            let target_group = target_group.to_owned();
-            Some(Listener { protocol: draft.protocol?, port: draft.port?, target_group })
+            let groups = draft.target_groups.into_iter();
+            let groups = groups
+                .map(|group| WeightedTargetGroup { name: group.name.into(), weight: group.weight });
+            Some(Listener {
+                protocol: draft.protocol?,
+                port: draft.port?,
+                target_groups: groups.collect(),
+                idle_timeout: draft.idle_timeout,
+            })
         };
         LoadBalancer {
             scheme: self.scheme,
@@ -36,6 +57,7 @@ impl Draft<'_> {
             security_groups: self
                 .security_groups
                 .map(|groups| groups.into_iter().map(|(_, name)| name.to_owned()).collect()),
+            cross_zone: self.cross_zone.is_none_or(|(_, cross_zone)| cross_zone),
             listeners: self.listeners.into_iter().filter_map(complete).collect(),
         }
     }
@@ -61,9 +83,10 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
         table.warning(message, "add a section [[load_balancer.NAME.listener]]");
     }
     let listeners = listener.map(listeners).unwrap_or_default();
-    table.only_default("cross_zone", "true");
+    let cross_zone = table.optional("cross_zone");
+    let cross_zone = cross_zone.and_then(|value| Some((value, value.boolean()?)));
     table.finish();
-    Draft { scheme, addresses, security_groups, listeners }
+    Draft { scheme, addresses, security_groups, cross_zone, listeners }
 }
 
 fn addresses<'a>(value: Value<'a>) -> Vec<(Value<'a>, IpAddr)> {
@@ -127,57 +150,101 @@ fn listeners<'a>(value: Value<'a>) -> Vec<ListenerDraft<'a>> {
 const DEFAULT_PORT: u16 = 80;
 
 fn listener<'a>(table: &mut Table<'a>) -> ListenerDraft<'a> {
-    let protocol = match table.optional("protocol") {
-        Some(value) => value.choice(
-            &[("tcp", Protocol::Tcp), ("udp", Protocol::Udp)],
-            &["tcp_udp", "tls", "http", "https"],
-        ),
-        None => Some(Protocol::Tcp),
-    };
+    let protocol = protocol(table);
     let port = match table.optional("port") {
         Some(port) => port.port(),
         None => Some(DEFAULT_PORT),
     };
-    let target_group = target_group(table);
+    let target_groups = target_groups(table);
     table.not_supported_yet(&["certificates", "rule"]);
-    ListenerDraft { protocol, port, target_group }
+    let idle_timeout = idle_timeout(table, protocol);
+    ListenerDraft { protocol, port, target_groups, idle_timeout }
 }
 
-/// `target_group = NAME`, or the one entry of `target_groups`.
-fn target_group<'a>(table: &mut Table<'a>) -> Option<(Value<'a>, &'a str)> {
-    let help = "write the name of a target group in quotes";
+/// The key that is for the listener's protocol.
+fn idle_timeout(table: &mut Table<'_>, protocol: Option<Protocol>) -> Duration {
+    // AWS's bounds of tcp.idle_timeout.seconds; its UDP timeout cannot be changed.
+    let keys = [
+        ("tcp_idle_timeout", Protocol::Tcp, 60, TCP_IDLE),
+        ("udp_idle_timeout", Protocol::Udp, 10, UDP_IDLE),
+    ];
+    let mut timeout = Duration::from_secs(TCP_IDLE.into());
+    for (key, of, least, default) in keys {
+        let value = table.optional(key);
+        if protocol.is_some_and(|protocol| protocol != of) {
+            if let Some(value) = value {
+                value.error(
+                    format!("`{key}` is for {of} listeners, this one is none"),
+                    "leave it out",
+                );
+            }
+            continue;
+        }
+        let range = Duration::from_secs(least)..=Duration::from_secs(MAX_IDLE.into());
+        let whole = value.and_then(|value| value.whole_seconds(range));
+        timeout = whole.unwrap_or(Duration::from_secs(default.into()));
+    }
+    timeout
+}
+
+const GROUPS_HELP: &str = "write [{ name = \"NAME\", weight = 90 }, { name = \"OTHER\", weight = \
+                           10 }], or target_group = \"NAME\"";
+const NAME_HELP: &str = "write the name of a target group in quotes";
+const MAX_WEIGHT: u32 = 999;
+const DEFAULT_WEIGHT: u16 = 1;
+
+/// `target_group = NAME`, or `target_groups`.
+fn target_groups<'a>(table: &mut Table<'a>) -> Vec<GroupDraft<'a>> {
     match (table.optional("target_group"), table.optional("target_groups")) {
-        (Some(value), None) => Some((value, value.string(help)?)),
-        (None, Some(value)) => only_target_group(value),
+        (Some(value), None) => {
+            let name = value.string(NAME_HELP);
+            name.map(|name| GroupDraft { value, name, weight: DEFAULT_WEIGHT })
+                .into_iter()
+                .collect()
+        }
+        (None, Some(value)) => weighted_groups(value),
         (Some(_), Some(value)) => {
             let message = "this listener has both `target_group` and `target_groups`";
             value.error(message, "leave one of them out");
-            None
+            Vec::new()
         }
         (None, None) => {
             let message = format!("{} has no `target_group`", table.name());
             table.error(message, "add target_group = \"NAME\", where its packets go");
-            None
+            Vec::new()
         }
     }
 }
 
-fn only_target_group<'a>(value: Value<'a>) -> Option<(Value<'a>, &'a str)> {
-    let help = "write [{ name = \"NAME\", weight = 1 }], or target_group = \"NAME\"";
-    let items = value.items(help)?;
-    let [item] = items.as_slice() else {
-        let message = match items.len() {
-            0 => "`target_groups` is [], so packets have nowhere to go".to_owned(),
-            count => format!("`target_groups` with {count} groups is not supported yet"),
-        };
-        value.error(message, format!("name one group: {help}"));
-        return None;
-    };
-    let mut table = item.table("this target group", help)?;
-    if let Some(weight) = table.optional("weight") {
-        weight.integer(1..=999);
+fn weighted_groups<'a>(value: Value<'a>) -> Vec<GroupDraft<'a>> {
+    let Some(items) = value.items(GROUPS_HELP) else { return Vec::new() };
+    let mut groups: Vec<GroupDraft<'a>> = Vec::new();
+    for item in &items {
+        let Some(group) = weighted_group(*item) else { continue };
+        if groups.iter().any(|other| other.name == group.name) {
+            let message = format!("`target_groups` has {} twice", group.value.quote());
+            group.value.error(message, "leave one out");
+        }
+        groups.push(group);
     }
-    let name = table.required("name", "add name = \"NAME\"");
+    let nowhere = "so packets have nowhere to go";
+    if items.is_empty() {
+        value.error(format!("`target_groups` is [], {nowhere}"), GROUPS_HELP);
+    } else if groups.len() == items.len() && groups.iter().all(|group| group.weight == 0) {
+        let message = format!("every weight in `target_groups` is 0, {nowhere}");
+        value.error(message, format!("give one of them a weight from 1 to {MAX_WEIGHT}"));
+    }
+    groups
+}
+
+fn weighted_group<'a>(item: Value<'a>) -> Option<GroupDraft<'a>> {
+    let mut table = item.table("this target group", GROUPS_HELP)?;
+    let weight = match table.optional("weight") {
+        Some(weight) => weight.integer(0..=MAX_WEIGHT).and_then(|weight| weight.try_into().ok()),
+        None => Some(DEFAULT_WEIGHT),
+    };
+    let value = table.required("name", "add name = \"NAME\"");
+    let name = value.and_then(|value| value.string(NAME_HELP));
     table.finish();
-    Some((name?, name?.string("write the name of a target group in quotes")?))
+    Some(GroupDraft { value: value?, name: name?, weight: weight? })
 }

@@ -19,6 +19,7 @@ mod snat;
 mod target_group;
 #[cfg(test)]
 mod tests;
+mod tunnel_sources;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -27,9 +28,9 @@ use toml::de::DeTable;
 
 pub use agent::DEFAULT_API_SOCKET;
 pub use diagnostic::{ConfigErrors, Diagnostic, Severity};
-pub use file::{LoadError, load};
+pub use file::{LoadError, load, parse_bytes, read};
 pub use model::*;
-pub use references::{MAX_ENDPOINTS, MAX_TARGET_GROUP_USES, MAX_TARGETS};
+pub use references::{MAX_ENDPOINTS, MAX_FORWARD_ACTIONS, MAX_TARGETS};
 
 use diagnostic::Report;
 use reader::Table;
@@ -78,14 +79,17 @@ pub fn parse(file_name: &str, text: &str) -> Result<Parsed, ConfigErrors> {
         let message = format!("not valid TOML{place}: {}", error.message());
         report.error(span, message, SYNTAX_HELP);
     }
-    let config =
-        if syntax_errors.is_empty() { read(&report, root.get_ref()) } else { Config::default() };
+    let config = if syntax_errors.is_empty() {
+        read_sections(&report, root.get_ref())
+    } else {
+        Config::default()
+    };
     let unless_local = report.take_unless_local();
     Ok(Parsed { warnings: report.finish()?, unless_local, config })
 }
 
 /// Reads the whole file; worth nothing if it notes an error.
-fn read<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
+fn read_sections<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
     let mut root = Table::root(report, root);
     let agent = root.subtable("agent", "[agent]".to_owned()).map(agent::read).unwrap_or_default();
     let security_groups: BTreeMap<&str, SecurityGroup> = root
@@ -94,6 +98,7 @@ fn read<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
         .map(|section| (section.name, security_group::read(section.table)))
         .collect();
     let sections = Sections {
+        availability_zone: agent.availability_zone.clone(),
         security_groups: security_groups.keys().copied().collect(),
         target_groups: root
             .sections("target_group")
@@ -110,17 +115,13 @@ fn read<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
     root.finish();
     references::check(report, &sections);
     snat::check(&sections.target_groups, &sections.load_balancers);
+    let Sections { target_groups, load_balancers, .. } = sections;
     Config {
         agent,
         security_groups: owned(security_groups),
-        target_groups: owned(
-            sections.target_groups.into_iter().map(|(name, draft)| (name, draft.group)),
-        ),
+        target_groups: owned(target_groups.into_iter().map(|(name, draft)| (name, draft.group))),
         load_balancers: owned(
-            sections
-                .load_balancers
-                .into_iter()
-                .map(|(name, draft)| (name, draft.into_load_balancer())),
+            load_balancers.into_iter().map(|(name, draft)| (name, draft.into_load_balancer())),
         ),
     }
 }

@@ -7,7 +7,7 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 /// A whole configuration file. Names are unique by the maps, every reference resolves.
 ///
@@ -31,7 +31,7 @@ pub struct Agent {
     pub interfaces: Vec<String>,
     /// How the program is attached.
     pub xdp_mode: XdpMode,
-    /// The zone this agent stands in, for information.
+    /// The zone this agent stands in; see [`LoadBalancer::cross_zone`].
     pub availability_zone: Option<String>,
     /// Whether the agent adds the listener addresses to the machine.
     pub manage_addresses: bool,
@@ -41,8 +41,24 @@ pub struct Agent {
     pub maglev_table_size: u32,
     /// Capacity of the flow table, in entries.
     pub flow_table_size: u32,
+    /// Capacity of the table of half-open flows, in entries.
+    pub half_open_table_size: u32,
+    /// Capacity of the table of flows seen once, in entries.
+    pub once_seen_table_size: u32,
     /// Where the API listens.
     pub api_socket: PathBuf,
+    /// Sources of tunnels' outer headers; host bits are zero.
+    pub tunnel_sources: TunnelSources,
+}
+
+/// The networks that sources of outer headers are taken from, by the target's family. The last
+/// bits are the flow's, so that receivers spread their load.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TunnelSources {
+    /// Of tunnels to IPv4 addresses, /8 to /32.
+    pub v4: Ipv4Net,
+    /// Of tunnels to IPv6 addresses, /16 to /96; or an address whose last 32 bits are not all 0.
+    pub v6: Ipv6Net,
 }
 
 /// How an XDP program is attached.
@@ -116,6 +132,31 @@ pub enum Forwarding {
     Snat,
     /// Rewrite the MAC address only; replies go straight to the client.
     DsrL2,
+    /// Put one more IP header in front; replies go straight to the client.
+    DsrIpip,
+    /// Put an IP and a UDP header in front; replies go straight to the client.
+    DsrGue,
+}
+
+impl Forwarding {
+    /// Whether packets are encapsulated, so that target and client may be of different families.
+    pub fn is_tunnel(self) -> bool {
+        matches!(self, Self::DsrIpip | Self::DsrGue)
+    }
+
+    /// Whether a listener address can use a target's.
+    pub fn can_lead(self, listener: IpAddr, target: IpAddr) -> bool {
+        self.is_tunnel() || listener.is_ipv4() == target.is_ipv4()
+    }
+}
+
+/// What the flows have in common that go to one target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stickiness {
+    /// Nothing but that each stays where it is.
+    None,
+    /// The client's address.
+    SourceIp,
 }
 
 /// What the targets of a group with [`Forwarding::Snat`] see as their clients.
@@ -139,12 +180,19 @@ pub struct TargetGroup {
     pub forwarding: Forwarding,
     /// Only for [`Forwarding::Snat`].
     pub snat: Snat,
+    /// UDP port that [`Forwarding::DsrGue`] sends to, 1 to 65535.
+    pub gue_port: u16,
     /// How long a removed target keeps its established flows, 0 to 3600 s.
     pub deregistration_delay: Duration,
     /// Whether an unhealthy target loses its established flows at once.
     pub unhealthy_connection_termination: bool,
     /// Whether every flow is remembered, not only those that a change could break.
     pub track_every_flow: bool,
+    /// What the flows have in common that go to one target.
+    pub stickiness: Stickiness,
+    /// How long the share of a target grows that joins others, 30 to 900 s; zero: it is full at
+    /// once.
+    pub slow_start: Duration,
     /// Its targets, in the file's order; (address, port) is unique.
     pub targets: Vec<Target>,
     /// How their health is found out.
@@ -160,7 +208,7 @@ pub struct Target {
     pub port: u16,
     /// Its share relative to the group's other targets, 0 to 999; 0 takes no new flows. 1 by default.
     pub weight: u16,
-    /// The zone it stands in, for information.
+    /// The zone it stands in; `None`: in every one.
     pub availability_zone: Option<String>,
 }
 
@@ -210,6 +258,8 @@ pub struct LoadBalancer {
     pub addresses: Vec<IpAddr>,
     /// Names of the attached security groups; `None`: open to all.
     pub security_groups: Option<Vec<String>>,
+    /// Whether targets of other zones than the agent's take new flows while one in its zone could.
+    pub cross_zone: bool,
     /// Its listeners; (protocol, port) is unique.
     pub listeners: Vec<Listener>,
 }
@@ -226,10 +276,21 @@ pub enum Scheme {
 /// A listener.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listener {
-    /// What it accepts; equal to its target group's.
+    /// What it accepts; equal to its target groups'.
     pub protocol: Protocol,
     /// The port, 1 to 65535.
     pub port: u16,
-    /// Name of the target group it forwards to.
-    pub target_group: String,
+    /// Where it forwards to: at least one, names are unique, not every weight is 0.
+    pub target_groups: Vec<WeightedTargetGroup>,
+    /// How long a silent flow is remembered: whole seconds, 60 to 6000 for TCP, 10 to 6000 for UDP.
+    pub idle_timeout: Duration,
+}
+
+/// A target group of a listener.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct WeightedTargetGroup {
+    /// Its name.
+    pub name: String,
+    /// Its share relative to the listener's other groups, 0 to 999; 0 takes no new flows.
+    pub weight: u16,
 }

@@ -119,6 +119,17 @@ impl<'a> Value<'a> {
         in_range
     }
 
+    /// A duration without a fraction of a second.
+    pub(super) fn whole_seconds(&self, range: RangeInclusive<Duration>) -> Option<Duration> {
+        let duration = self.duration(range)?;
+        if duration.subsec_nanos() != 0 {
+            let whole = Duration::from_secs(duration.as_secs());
+            self.refuse(format!("write whole seconds, such as \"{}\"", show_duration(whole)));
+            return None;
+        }
+        Some(duration)
+    }
+
     /// One of `known`; the values in `later` are refused as not supported yet.
     pub(super) fn choice<T: Copy>(&self, known: &[(&str, T)], later: &[&str]) -> Option<T> {
         let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
@@ -268,18 +279,6 @@ impl<'a> Table<'a> {
                 let message = format!("`{key}` is not supported yet");
                 self.report.error(span, message, format!("leave `{key}` out"));
             }
-        }
-    }
-
-    /// Refuses a key of a feature to come unless it has its default.
-    pub(super) fn only_default(&mut self, key: &'static str, default: &str) {
-        let Some((_, value)) = self.entries.remove(key) else { return };
-        let is_default = match value.node.get_ref() {
-            DeValue::String(text) => *text == default,
-            _ => value.quote() == default,
-        };
-        if !is_default {
-            value.not_supported_yet(&format!("leave `{key}` out; it is {default} for now"));
         }
     }
 

@@ -106,17 +106,20 @@ fn source(value: Value<'_>) -> Option<IpNet> {
         value.error(message, "write networks instead, such as \"10.0.0.0/8\"");
         return None;
     }
-    value.parsed(help, |text| {
-        let network = text
-            .parse::<IpNet>()
-            .or_else(|_| text.parse::<IpAddr>().map(IpNet::from))
-            .map_err(|_| Wrong::new(value.refusal(), help))?;
-        refuse_mapped(network)?;
-        if network != network.trunc() {
-            return Err(host_bits(value, network));
-        }
-        Ok(network)
-    })
+    value.parsed(help, |text| parse_network(value, text, help))
+}
+
+/// A network, or an address for the network of it alone.
+pub(super) fn parse_network(value: Value<'_>, text: &str, help: &str) -> Result<IpNet, Wrong> {
+    let network = text
+        .parse::<IpNet>()
+        .or_else(|_| text.parse::<IpAddr>().map(IpNet::from))
+        .map_err(|_| Wrong::new(value.refusal(), help))?;
+    refuse_mapped(network)?;
+    if network != network.trunc() {
+        return Err(host_bits(value, network));
+    }
+    Ok(network)
 }
 
 fn refuse_mapped(network: IpNet) -> Result<(), Wrong> {

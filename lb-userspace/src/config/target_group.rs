@@ -7,8 +7,8 @@ use std::time::Duration;
 use super::address::{host_address, parse_host_address};
 use super::agent::availability_zone;
 use super::health_check;
-use super::model::{Forwarding, Protocol, Snat, Target, TargetGroup};
-use super::reader::{Table, Value, Wrong};
+use super::model::{Forwarding, Protocol, Snat, Stickiness, Target, TargetGroup};
+use super::reader::{Table, Value, Wrong, show_duration};
 use super::snat;
 
 /// A target group as far as it could be read.
@@ -21,6 +21,7 @@ pub(super) struct Draft<'a> {
     pub(super) forwarding: Option<Forwarding>,
     /// Where the file has each of `group.snat.addresses`.
     pub(super) snat_addresses: Vec<(Value<'a>, IpAddr)>,
+    pub(super) stickiness: Option<Stickiness>,
     /// Where the file has each of `group.targets`.
     pub(super) target_values: Vec<Value<'a>>,
 }
@@ -30,30 +31,44 @@ const TARGET_HELP: &str = "write \"10.0.2.11\", \"10.0.2.12:8081\", \"2001:db8::
 /// Of a port that could not be read.
 pub(super) const UNKNOWN_PORT: u16 = 0;
 const DEFAULT_PORT: u16 = 8080;
+/// GUE's registered port.
+const DEFAULT_GUE_PORT: u16 = 6080;
 const DEFAULT_WEIGHT: u16 = 1;
+const STICKINESS_HELP: &str = "write stickiness = { type = \"source_ip\" }, or leave the key out";
+const MIN_SLOW_START: Duration = Duration::from_secs(30);
+const MAX_SLOW_START: Duration = Duration::from_secs(900);
 /// AWS's bounds of deregistration_delay.timeout_seconds.
 const MAX_DEREGISTRATION_DELAY: Duration = Duration::from_secs(3600);
 
+/// What a target group or a listener speaks.
+pub(super) fn protocol(table: &mut Table<'_>) -> Option<Protocol> {
+    let known = [("tcp", Protocol::Tcp), ("udp", Protocol::Udp)];
+    let later = ["tcp_udp", "tls", "http", "https"];
+    let value = table.optional("protocol");
+    value.map_or(Some(Protocol::Tcp), |value| value.choice(&known, &later))
+}
+
 pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
-    let protocol = match table.optional("protocol") {
-        Some(value) => value.choice(
-            &[("tcp", Protocol::Tcp), ("udp", Protocol::Udp)],
-            &["tcp_udp", "tls", "http", "https"],
-        ),
-        None => Some(Protocol::Tcp),
-    };
+    let protocol = protocol(&mut table);
     let port = match table.optional("port") {
         Some(port) => port.port().unwrap_or(UNKNOWN_PORT),
         None => DEFAULT_PORT,
     };
     let forwarding = match table.optional("forwarding") {
         Some(value) => value.choice(
-            &[("nat", Forwarding::Nat), ("snat", Forwarding::Snat), ("dsr_l2", Forwarding::DsrL2)],
-            &["dsr_ipip", "dsr_gue"],
+            &[
+                ("nat", Forwarding::Nat),
+                ("snat", Forwarding::Snat),
+                ("dsr_l2", Forwarding::DsrL2),
+                ("dsr_ipip", Forwarding::DsrIpip),
+                ("dsr_gue", Forwarding::DsrGue),
+            ],
+            &[],
         ),
         None => Some(Forwarding::Nat),
     };
     let (snat_addresses, snat_ports) = snat::read(&mut table, forwarding);
+    let gue_port = gue_port(table.optional("gue_port"), forwarding);
     if let Some(algorithm) = table.optional("algorithm") {
         let later =
             ["least_connections", "round_robin", "least_outstanding_requests", "weighted_random"];
@@ -71,18 +86,16 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
         .optional("flow_tracking")
         .and_then(|tracking| tracking.choice(&[("auto", false), ("always", true)], &[]))
         .unwrap_or(false);
+    let stickiness = match table.optional("stickiness") {
+        Some(value) => stickiness(value),
+        None => Some(Stickiness::None),
+    };
+    let slow_start = table.optional("slow_start").and_then(slow_start).unwrap_or_default();
     let (target_values, targets) = targets(table.optional("targets"), port).into_iter().unzip();
     let name = table.name().trim_end_matches(']').to_owned();
     let health_check =
         health_check::read(table.subtable("health_check", format!("{name}.health_check]")));
-    table.only_default("gue_port", "6080");
-    table.not_supported_yet(&[
-        "stickiness",
-        "security_group",
-        "slow_start",
-        "protocol_version",
-        "proxy_protocol_v2",
-    ]);
+    table.not_supported_yet(&["security_group", "protocol_version", "proxy_protocol_v2"]);
     table.finish();
     let group = TargetGroup {
         protocol: protocol.unwrap_or(Protocol::Tcp),
@@ -92,13 +105,55 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
             addresses: snat_addresses.iter().map(|(_, address)| *address).collect(),
             ports: snat_ports,
         },
+        gue_port,
         deregistration_delay,
         unhealthy_connection_termination,
         track_every_flow,
+        stickiness: stickiness.unwrap_or(Stickiness::None),
+        slow_start,
         targets,
         health_check,
     };
-    Draft { group, protocol, forwarding, snat_addresses, target_values }
+    Draft { group, protocol, forwarding, snat_addresses, stickiness, target_values }
+}
+
+fn stickiness(value: Value<'_>) -> Option<Stickiness> {
+    let mut table = value.table("stickiness", STICKINESS_HELP)?;
+    let kind = table.required("type", STICKINESS_HELP).and_then(|kind| {
+        kind.choice(&[("source_ip", Stickiness::SourceIp)], &["lb_cookie", "app_cookie"])
+    });
+    if let Some(duration) = table.optional("duration") {
+        duration.error(
+            format!("`duration = {}` has no meaning with type source_ip", duration.quote()),
+            "leave it out: an address keeps its target for as long as the target takes new flows",
+        );
+    }
+    table.finish();
+    kind
+}
+
+/// AWS's bounds of slow_start.duration_seconds; 0 switches it off.
+fn slow_start(value: Value<'_>) -> Option<Duration> {
+    let duration = value.duration(Duration::ZERO..=MAX_SLOW_START)?;
+    if duration > Duration::ZERO && duration < MIN_SLOW_START {
+        let least = show_duration(MIN_SLOW_START);
+        let most = show_duration(MAX_SLOW_START);
+        value.refuse(format!("write a duration from {least} to {most}, or \"0s\" for none"));
+        return None;
+    }
+    Some(duration)
+}
+
+fn gue_port(value: Option<Value<'_>>, forwarding: Option<Forwarding>) -> u16 {
+    let Some(value) = value else { return DEFAULT_GUE_PORT };
+    let port = value.port().unwrap_or(DEFAULT_GUE_PORT);
+    if port != DEFAULT_GUE_PORT && forwarding.is_some_and(|it| it != Forwarding::DsrGue) {
+        value.warning(
+            format!("`gue_port = {port}` has no effect"),
+            "leave `gue_port` out, or use forwarding = \"dsr_gue\"",
+        );
+    }
+    port
 }
 
 fn targets<'a>(value: Option<Value<'a>>, group_port: u16) -> Vec<(Value<'a>, Target)> {

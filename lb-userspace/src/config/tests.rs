@@ -4,6 +4,8 @@ use std::fs;
 use std::net::IpAddr;
 use std::time::Duration;
 
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 use proptest::prelude::*;
 use proptest::sample::Index;
 
@@ -120,18 +122,44 @@ fn keys_of_features_to_come_are_accepted_at_their_default() {
         port = 80
         algorithm = "maglev"
         snat_ports = '10000-59999'
-        gue_port = 6080
         [load_balancer.web]
         type = "network"
         addresses = ["192.0.2.1"]
-        cross_zone = true
         [[load_balancer.web.listener]]
         port = 80
-        target_groups = [{ name = "web", weight = 90 }]
+        target_group = "web"
         "#,
     );
-    let config = config.unwrap_or_else(|errors| panic!("{errors}")).config;
-    assert_eq!(config.load_balancers["web"].listeners[0].target_group, "web");
+    config.unwrap_or_else(|errors| panic!("{errors}"));
+}
+
+#[test]
+fn every_form_of_a_listener_s_groups() {
+    let groups = |keys: &str| {
+        let text = format!(
+            "[target_group.a]\n[target_group.b]\n[load_balancer.web]\n\
+             addresses = [\"192.0.2.1\"]\n[[load_balancer.web.listener]]\n{keys}"
+        );
+        let config = parse("lb.toml", &text).unwrap_or_else(|errors| panic!("{errors}")).config;
+        let groups = config.load_balancers["web"].listeners[0].target_groups.clone();
+        groups.into_iter().map(|group| (group.name, group.weight)).collect::<Vec<_>>()
+    };
+    let [a, b] = ["a", "b"].map(ToOwned::to_owned);
+    assert_eq!(groups("target_group = \"a\""), [(a.clone(), 1)]);
+    assert_eq!(groups("target_groups = [{ name = \"a\" }]"), [(a.clone(), 1)]);
+    assert_eq!(
+        groups("target_groups = [{ name = \"b\", weight = 999 }, { name = \"a\", weight = 0 }]"),
+        [(b, 999), (a, 0)]
+    );
+}
+
+#[test]
+fn slow_start_is_off_or_within_its_bounds() {
+    for (written, expected) in [("0s", 0), ("30s", 30), ("15min", 900)] {
+        let group = target_group(&format!("slow_start = \"{written}\""));
+        assert_eq!(group.slow_start, Duration::from_secs(expected), "{written}");
+    }
+    assert_eq!(target_group("").slow_start, Duration::ZERO);
 }
 
 #[test]
@@ -218,9 +246,66 @@ listener = [
   { port = 80, target_group = "web" },
   { port = 81, target_group = "web" },
 ]
+[target_group.both]
+targets = ["10.0.2.21", "2001:db8::21"]
+[load_balancer.canary]
+addresses = ["192.0.2.2", "2001:db8::2"]
+cross_zone = false
+listener = [{ target_groups = [{ name = "both", weight = 90 }, { name = "web", weight = 10 }] }]
+[target_group.remote]
+targets = [{ address = "10.0.2.31", availability_zone = "b" }]
+[load_balancer.zonal]
+addresses = ["192.0.2.3"]
+cross_zone = false
+listener = [{ target_group = "remote" }]
+[agent]
+availability_zone = "a"
 "#
         )
     );
+}
+
+#[test]
+fn what_looks_wrong_about_tunnels_is_a_warning() {
+    insta::assert_snapshot!(
+        "tunnel_warnings",
+        warnings(
+            r#"[target_group.web]
+port = 8080
+forwarding = "dsr_ipip"
+gue_port = 6666
+targets = ["10.0.2.11"]
+[target_group.checked]
+port = 8080
+forwarding = "dsr_gue"
+targets = ["2001:db8::11"]
+[target_group.checked.health_check]
+port = 8080
+[target_group.none]
+forwarding = "dsr_ipip"
+[load_balancer.web]
+addresses = ["192.0.2.1", "2001:db8::1"]
+listener = [
+  { port = 80, target_group = "web" },
+  { port = 81, target_group = "checked" },
+  { port = 82, target_group = "none" },
+]
+"#
+        )
+    );
+}
+
+#[test]
+fn tunnel_sources_that_are_not_given_keep_their_default() {
+    let sources = |keys: &str| {
+        let text = format!("[agent]\ntunnel_sources = {keys}");
+        let parsed = parse("lb.toml", &text).unwrap_or_else(|errors| panic!("{errors}"));
+        let TunnelSources { v4, v6 } = parsed.config.agent.tunnel_sources;
+        [v4.to_string(), v6.to_string()]
+    };
+    assert_eq!(sources("[]"), ["172.16.0.0/16", "100::/64"]);
+    assert_eq!(sources("[\"192.0.2.7\"]"), ["192.0.2.7/32", "100::/64"]);
+    assert_eq!(sources("[\"fd00::/16\"]"), ["172.16.0.0/16", "fd00::/16"]);
 }
 
 #[test]
@@ -252,10 +337,10 @@ fn the_limits() {
             .collect()
     };
     let head = "[load_balancer.web]\naddresses = [\"192.0.2.1\"]\n";
-    assert!(parse("lb.toml", &(head.to_owned() + &groups(MAX_TARGET_GROUP_USES))).is_ok());
+    assert!(parse("lb.toml", &(head.to_owned() + &groups(MAX_FORWARD_ACTIONS))).is_ok());
     let errors =
-        parse("lb.toml", &(head.to_owned() + &groups(MAX_TARGET_GROUP_USES + 1))).unwrap_err();
-    insta::assert_snapshot!("limit_of_target_group_uses", errors);
+        parse("lb.toml", &(head.to_owned() + &groups(MAX_FORWARD_ACTIONS + 1))).unwrap_err();
+    insta::assert_snapshot!("limit_of_forward_actions", errors);
 }
 
 #[test]
@@ -268,6 +353,10 @@ fn files_that_cannot_be_read() {
     insta::assert_snapshot!(shown("none.toml"), @"DIR/none.toml: there is no such file; create it, or give the path of another");
     fs::create_dir(dir.path().join("dir")).unwrap();
     insta::assert_snapshot!(shown("dir"), @"DIR/dir: is not a regular file; name the configuration file itself, such as /etc/lb/lb.toml");
+    fs::File::create(dir.path().join("large.toml")).unwrap().set_len((64 << 20) + 1).unwrap();
+    insta::assert_snapshot!(shown("large.toml"), @"DIR/large.toml: is larger than 64 MiB, which no configuration is; name the configuration file itself, such as /etc/lb/lb.toml");
+    mkfifo(&dir.path().join("fifo"), Mode::S_IRWXU).unwrap();
+    assert!(shown("fifo").starts_with("DIR/fifo: is not a regular file"));
     fs::write(dir.path().join("latin1.toml"), b"[agent]\navailability_zone = \"\xe9\"\n").unwrap();
     insta::assert_snapshot!(shown("latin1.toml"), @"DIR/latin1.toml:2: is not UTF-8 text, as TOML must be; save it as UTF-8");
     fs::write(dir.path().join("bad.toml"), "x = 1").unwrap();

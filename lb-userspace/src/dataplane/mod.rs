@@ -1,6 +1,7 @@
 //! The kernel's side of the agent: load, attach, write what a plan says, read the counters.
 
 mod attach;
+mod flows;
 mod mapped;
 mod pod;
 mod snat;
@@ -13,11 +14,14 @@ use std::sync::atomic::Ordering;
 use anyhow::{Context as _, anyhow};
 use aya::maps::lpm_trie::Key;
 use aya::maps::xdp::DevMapHash;
-use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuValues, RingBuf};
-use aya::programs::Xdp;
+use aya::maps::{
+    HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuValues, ProgramArray, RingBuf,
+};
+use aya::programs::{ProgramInfo, Xdp};
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 use lb_common::endpoints::{EndpointTable, Write};
-use lb_common::flow::{Flow, FlowKey, HashKeys};
+use lb_common::flow::{FlowTable, HashKeys};
+use lb_common::forward::Stage;
 use lb_common::tables::{
     AdmissionKey, BUCKETS, Bucket, Endpoint, EndpointKey, Interface, Listener, MAX_LISTENERS,
     MAX_RINGS, MAX_TARGETS, Slot, Target, Traffic,
@@ -28,7 +32,10 @@ use crate::config::XdpMode;
 use crate::reconcile::{Plan, Prefix, Step};
 use crate::state::Counters;
 
+use flows::FlowMeter;
+
 pub use attach::{Attachment, check_privileges};
+pub use flows::{FlowTableUsage, FlowTables, map_name};
 pub use mapped::MappedArray;
 pub use pod::Raw;
 pub use snat::{PortPools, SnatTables};
@@ -45,10 +52,14 @@ pub struct LoadOptions {
     pub hash_seed: u64,
     /// Slots of each ring; a prime.
     pub ring_size: u32,
-    /// Capacity of each flow table, entries.
+    /// Capacity of the table of flows, and of that of replies' flows, entries.
     pub flow_table_size: u32,
     /// Pools of source ports: one for each (target address, port, protocol) and source address.
     pub port_pools: u32,
+    /// Capacity of the table of half-open flows, entries.
+    pub half_open_table_size: u32,
+    /// Capacity of the table of flows seen once, entries.
+    pub once_seen_table_size: u32,
     /// Whether the program's own messages are wanted (level debug). Compiled into the program as
     /// a constant, so that without it the verifier removes them.
     pub log: bool,
@@ -62,6 +73,8 @@ type Owned<K, V> = HashMap<MapData, Raw<K>, Raw<V>>;
 /// The loaded program and its maps. Dropping it detaches and frees everything.
 pub struct Dataplane {
     ebpf: Ebpf,
+    /// With its last descriptor it would forget the programs.
+    _stages: ProgramArray<MapData>,
     attachments: Vec<Attachment>,
     ring_size: u32,
     table: EndpointTable,
@@ -74,8 +87,7 @@ pub struct Dataplane {
     admission: LpmTrie<MapData, Raw<AdmissionKey>, u32>,
     interfaces: HashMap<MapData, u32, Raw<Interface>>,
     devices: DevMapHash<MapData>,
-    /// The flow table's id.
-    flows: u32,
+    flows: FlowMeter,
     snat: snat::Snat,
     listener_traffic: PerCpuArray<MapData, Raw<Traffic>>,
     target_traffic: PerCpuArray<MapData, Raw<Traffic>>,
@@ -102,7 +114,9 @@ impl Dataplane {
         let slots = MAX_RINGS * options.ring_size;
         let mut ebpf = EbpfLoader::new()
             .map_max_entries("SLOTS", slots)
-            .map_max_entries("FLOWS", options.flow_table_size)
+            .map_max_entries(map_name(FlowTable::Flows), options.flow_table_size)
+            .map_max_entries(map_name(FlowTable::HalfOpen), options.half_open_table_size)
+            .map_max_entries(map_name(FlowTable::OnceSeen), options.once_seen_table_size)
             .map_max_entries("RETURN_FLOWS", options.flow_table_size)
             .map_max_entries("SNAT_FLOWS", options.flow_table_size)
             .map_max_entries("SNAT_RETURNS", options.flow_table_size)
@@ -112,8 +126,10 @@ impl Dataplane {
             .override_global("AYA_LOG_LEVEL", &log_level, true)
             .load(object)
             .context("load the maps into the kernel")?;
-        program(&mut ebpf)?.load().context("load the XDP program into the kernel")?;
+        program(&mut ebpf, PROGRAM)?.load().context("load the XDP program into the kernel")?;
+        let stages = load_stages(&mut ebpf)?;
         Ok(Self {
+            _stages: stages,
             ring_size: options.ring_size,
             table: EndpointTable::new(keys),
             endpoints: mapped(&mut ebpf, "ENDPOINTS", BUCKETS)?,
@@ -125,10 +141,7 @@ impl Dataplane {
             admission: take(&mut ebpf, "ADMISSION")?.try_into()?,
             interfaces: take(&mut ebpf, "INTERFACES")?.try_into()?,
             devices: take(&mut ebpf, "DEVICES")?.try_into()?,
-            flows: match ebpf.map("FLOWS") {
-                Some(Map::LruHashMap(data)) => data.info()?.id(),
-                other => anyhow::bail!("FLOWS is no flow table but {other:?}"),
-            },
+            flows: FlowMeter::new(&mut ebpf)?,
             snat: snat::Snat::new(&mut ebpf, options.port_pools)?,
             listener_traffic: take(&mut ebpf, "LISTENER_TRAFFIC")?.try_into()?,
             target_traffic: take(&mut ebpf, "TARGET_TRAFFIC")?.try_into()?,
@@ -148,9 +161,14 @@ impl Dataplane {
         nic: &crate::netlink::Interface,
         mode: XdpMode,
     ) -> anyhow::Result<&Attachment> {
-        let attachment = attach::attach(program(&mut self.ebpf)?, nic, mode)?;
+        let attachment = attach::attach(program(&mut self.ebpf, PROGRAM)?, nic, mode)?;
         self.attachments.push(attachment);
         self.attachments.last().context("just attached")
+    }
+
+    /// Lets go of NICs, given by index, that are gone.
+    pub fn detach_all_but(&mut self, stays: impl Fn(u32) -> bool) -> Vec<Attachment> {
+        self.attachments.extract_if(.., |attachment| !stays(attachment.ifindex)).collect()
     }
 
     /// What the program is attached to.
@@ -158,12 +176,21 @@ impl Dataplane {
         &self.attachments
     }
 
-    /// The loaded program, for program runs and for the log.
+    /// The loaded program of the first stage, for program runs.
     ///
     /// # Errors
     /// Never, once loaded.
     pub fn program(&mut self) -> anyhow::Result<&mut Xdp> {
-        program(&mut self.ebpf)
+        program(&mut self.ebpf, PROGRAM)
+    }
+
+    /// All programs: their names and what the kernel says of them.
+    ///
+    /// # Errors
+    /// If the kernel does not say.
+    pub fn programs(&mut self) -> anyhow::Result<Vec<(&'static str, ProgramInfo)>> {
+        let names = [PROGRAM].into_iter().chain(Stage::ALL.map(Stage::program));
+        names.map(|name| Ok((name, program(&mut self.ebpf, name)?.info()?))).collect()
     }
 
     /// The object, for the log of the eBPF side.
@@ -273,12 +300,21 @@ impl Dataplane {
         self.generation.store(0, &next);
     }
 
-    /// The flow table, for a walk in another thread.
+    /// The tables of flows, for a walk in another thread.
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn flow_table(&self) -> anyhow::Result<FlowTable> {
-        Ok(FlowTable(Map::LruHashMap(MapData::from_id(self.flows)?).try_into()?))
+    pub fn flow_tables(&self) -> anyhow::Result<FlowTables> {
+        self.flows.open()
+    }
+
+    /// How full the tables of flows are, in the order of their numbers. To be asked often: of what
+    /// came and went between two questions nothing is known.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn flow_table_usage(&mut self) -> anyhow::Result<[FlowTableUsage; FlowTable::ALL.len()]> {
+        self.flows.look()
     }
 
     /// The tables of flows whose both ends are rewritten, for a walk in another thread.
@@ -318,22 +354,6 @@ impl Counters for Dataplane {
     }
 }
 
-/// Remembered flows.
-pub struct FlowTable(Owned<FlowKey, Flow>);
-
-impl FlowTable {
-    /// Every flow once, as far as the table stands still meanwhile.
-    pub fn iter(&self) -> impl Iterator<Item = (FlowKey, Flow)> {
-        self.0.iter().filter_map(Result::ok).map(|(key, flow)| (key.0, flow.0))
-    }
-
-    /// Forgets a flow.
-    pub fn forget(&mut self, key: &FlowKey) {
-        // Gone already is as good.
-        let _ = self.0.remove(&Raw(*key));
-    }
-}
-
 enum Counter {
     Listener,
     Target,
@@ -368,9 +388,21 @@ fn trie_key(class: u32, prefix: &Prefix) -> Key<Raw<AdmissionKey>> {
     Key::new(bits, Raw(AdmissionKey::new(class, prefix.address)))
 }
 
-fn program(ebpf: &mut Ebpf) -> anyhow::Result<&mut Xdp> {
-    let program = ebpf.program_mut(PROGRAM).context("the object lacks its program")?;
-    Ok(program.try_into()?)
+fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut Xdp> {
+    let program = ebpf.program_mut(name);
+    Ok(program.with_context(|| format!("the object lacks the program {name}"))?.try_into()?)
+}
+
+/// Loads the programs of the later stages and puts them where the first finds them.
+fn load_stages(ebpf: &mut Ebpf) -> anyhow::Result<ProgramArray<MapData>> {
+    let mut stages = ProgramArray::try_from(take(ebpf, "STAGES")?)?;
+    for stage in Stage::ALL {
+        let name = stage.program();
+        let program = program(ebpf, name)?;
+        program.load().with_context(|| format!("load the XDP program {name} into the kernel"))?;
+        stages.set(stage as u32, program.fd()?, 0)?;
+    }
+    Ok(stages)
 }
 
 fn take(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<Map> {

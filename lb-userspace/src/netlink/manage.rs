@@ -57,8 +57,8 @@ type Owned = BTreeMap<IpAddr, Place>;
 
 /// Keeps the listener addresses on the machine.
 ///
-/// An address is ours if this manager, or a predecessor in the same network namespace that noted it
-/// in the state directory, added it. One that was there already is used as it is and never removed.
+/// An address is ours if this manager, or a predecessor that noted it in the same state directory,
+/// added it. One that was there already is used as it is and never removed.
 #[derive(Debug)]
 pub struct AddressManager {
     handle: Handle,

@@ -13,6 +13,7 @@
 
 mod addresses;
 mod announce;
+mod claim;
 mod follow;
 mod links;
 mod manage;
@@ -26,6 +27,7 @@ mod sysctl;
 #[cfg(test)]
 mod tests;
 
+pub use claim::StateDirectory;
 pub use follow::{Netlink, NetworkEvent};
 pub use links::read_interfaces;
 pub use manage::{AddressError, AddressManager};
@@ -39,7 +41,8 @@ pub use sysctl::{IpFamily, missing_forwarding};
 
 use std::io;
 
-/// The agent's default state directory: what it changed on the machine is noted here.
+/// The default directory of all agents' [`StateDirectory`]s: what they changed on the machine is
+/// noted there.
 pub const DEFAULT_STATE_DIRECTORY: &str = "/run/lb";
 
 /// The kernel's own error where there is one, so that callers can match on its kind.

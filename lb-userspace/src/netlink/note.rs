@@ -4,13 +4,12 @@
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::marker::PhantomData;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-/// One file: a value of type `T`, of one network namespace.
+/// One file: a value of type `T`, in an agent's own directory.
 #[derive(Debug)]
 pub(super) struct Note<T> {
     path: PathBuf,
@@ -26,11 +25,9 @@ struct Content<T> {
 }
 
 impl<T: Serialize + DeserializeOwned + Default> Note<T> {
-    /// The note about `subject` in the calling thread's network namespace, and its value: the
-    /// default where there is none.
+    /// The note about `subject`, and its value: the default where there is none.
     pub(super) fn open(state_directory: &Path, subject: &str) -> io::Result<(Self, T)> {
-        let namespace = fs::metadata("/proc/thread-self/ns/net")?.ino();
-        let path = state_directory.join(format!("{subject}-{namespace}.json"));
+        let path = state_directory.join(format!("{subject}.json"));
         let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
         let note = Self { path, boot_id, value: PhantomData };
         let value = note.read()?.unwrap_or_default();

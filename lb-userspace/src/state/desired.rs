@@ -3,24 +3,24 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use lb_common::flow;
-use lb_common::maglev::{self, Candidate};
 use lb_common::tables::{
-    self, Endpoint, EndpointKey, Listener, MAX_RINGS, NO_LISTENER, NO_RING, OPEN, Target,
+    self, Endpoint, EndpointKey, Listener, NO_LISTENER, NO_RING, OPEN, Target,
 };
 use lb_common::wire::eth::Macs;
 use lb_common::wire::{Address, Be16};
 
-use crate::config::{self, Config, Forwarding, TargetGroup};
-use crate::health::HealthState;
-use crate::netlink::NextHop;
+use crate::config::{self, Config, Forwarding, Stickiness, TargetGroup};
+use crate::health::{Health, HealthState};
+use crate::netlink::{NextHop, Unresolved};
 use crate::reconcile::{Desired, Prefix};
 
+use super::actions::Candidates;
 use super::admission::{Service, admitted};
-use super::rings::Ring;
-use super::{RingKey, State, TargetKey, key_of, listener_keys, protocol_number};
+use super::tunnels::{mode, too_narrow};
+use super::{ListenerKey, State, TargetKey, listener_keys, protocol_number};
 
 /// Admitted sources by load balancer, service and family (IPv4 or not); `None`: everybody.
 pub type Admissions = BTreeMap<(String, Service, bool), Admission>;
@@ -32,6 +32,7 @@ impl State {
     /// called once for every change.
     pub fn desired(&mut self, now: Instant) -> Desired {
         self.warnings.clear();
+        self.alerts.clear();
         let mut desired = Desired::default();
         self.put_interfaces(&mut desired);
         self.number(now);
@@ -40,8 +41,8 @@ impl State {
         self.put_addresses(&mut desired);
         self.put_sources(&mut desired);
         self.put_listeners(&mut desired);
-        for (number, ring) in self.rings.values() {
-            desired.rings.insert(*number, ring.slots().clone());
+        for (number, ring) in self.rings.iter() {
+            desired.rings.insert(number, ring.slots().clone());
         }
         desired
     }
@@ -60,174 +61,130 @@ impl State {
 
     /// Gives every target and listener its number, and takes back those of others.
     fn number(&mut self, now: Instant) {
-        let targets: BTreeSet<_> = self.registered().chain(self.draining.keys().cloned()).collect();
+        let listeners = self.config.load_balancers.values().flat_map(|lb| &lb.listeners);
+        let idle = listeners.map(|listener| listener.idle_timeout).max().unwrap_or_default();
+        self.targets.remember_for(idle);
+        self.listeners.remember_for(idle);
+        let rest = self.targets.quarantine();
+        let targets: BTreeSet<_> = self.known.iter().chain(self.draining.keys()).cloned().collect();
         self.targets.retain(&targets, now);
-        for key in &targets {
-            if self.targets.number(key, now).is_none() {
-                self.warnings.push(format!(
-                    "target {}:{} of {} is left out: too many targets came and went lately",
-                    key.address, key.port, key.target_group
-                ));
-            }
-        }
+        let name = |key: &TargetKey| {
+            format!("{} of {}", SocketAddr::new(key.address, key.port), key.target_group)
+        };
+        let left_out = targets.iter().filter(|key| self.targets.number(key, now).is_none());
+        self.alerts.extend(left_out_of("targets", left_out.map(name).collect(), rest));
         let listeners: BTreeSet<_> = listener_keys(&self.config).map(|(key, ..)| key).collect();
         self.listeners.retain(&listeners, now);
-        for key in &listeners {
-            if self.listeners.number(key, now).is_none() {
-                self.warnings.push(format!(
-                    "listener {} {} port {} is left out: too many listeners came and went lately",
-                    key.address, key.protocol, key.port
-                ));
-            }
-        }
-    }
-
-    /// Makes the ring of every target group in use, or gives its slots to other targets.
-    fn turn_rings(&mut self, now: Instant) {
-        let keys: BTreeSet<RingKey> = listener_keys(&self.config)
-            .map(|(key, listener, _)| RingKey {
-                target_group: listener.target_group.as_str().into(),
-                is_v4: key.address.is_ipv4(),
-            })
-            .collect();
-        // A number that this turn sets free may still be what a listener names: until the tables are
-        // as wanted, its slots stay as they are.
-        let mut taken: BTreeSet<u32> = self.rings.values().map(|(number, _)| *number).collect();
-        let mut free_ring = || (0..MAX_RINGS).find(|number| taken.insert(*number));
-        self.rings.retain(|key, _| keys.contains(key));
-        for key in keys {
-            let candidates = self.candidates(&key);
-            if candidates.is_empty() {
-                self.rings.remove(&key);
-            } else if let Some((number, ring)) = self.rings.get_mut(&key) {
-                let before = Arc::clone(ring.slots());
-                ring.change(candidates, now);
-                if !Arc::ptr_eq(&before, ring.slots()) {
-                    // A whole new ring beside the old one, shown to each listener in one store.
-                    match free_ring() {
-                        Some(free) => *number = free,
-                        None => tracing::debug!(number, "no spare ring: slots change in place"),
-                    }
-                }
-            } else if self.is_ring_settled(&key)
-                && let Some(number) = free_ring()
-            {
-                let ring = Ring::new(candidates, self.ring_size, now);
-                self.rings.insert(key, (number, ring));
-            }
-        }
-    }
-
-    /// The targets that take new flows: the healthy ones, or all of them if none is healthy. Who
-    /// comes to a ring that is there already waits until the way to it is known.
-    fn candidates(&self, key: &RingKey) -> Vec<Candidate> {
-        let Some(group) = self.config.target_groups.get(&*key.target_group) else {
-            return Vec::new();
-        };
-        let registered = group
-            .targets
-            .iter()
-            .filter(|target| target.address.is_ipv4() == key.is_v4 && target.weight > 0)
-            .map(|target| (key_of(&key.target_group, target), target));
-        let healthy = |(key, _): &(TargetKey, _)| {
-            self.health.get(key).is_some_and(|health| health.state == HealthState::Healthy)
-        };
-        let fails_open = !registered.clone().any(|target| healthy(&target));
-        let (mut candidates, mut newcomers) = (Vec::new(), Vec::new());
-        let ring = self.rings.get(key).map(|(_, ring)| ring);
-        for (key, target) in registered.filter(|target| fails_open || healthy(target)) {
-            let Some(number) = self.targets.get(&key) else { continue };
-            let identity = maglev::identity(target.address.into(), Be16::new(target.port));
-            let candidate = Candidate { target: number, identity, weight: target.weight.into() };
-            let is_known = ring.is_none_or(|ring| ring.has_candidate(number));
-            let can_be_reached = is_known || self.hop(target.address).is_ok();
-            if can_be_reached { &mut candidates } else { &mut newcomers }.push(candidate);
-        }
-        // Nothing else is there: their packets are what has the way looked for.
-        if candidates.is_empty() { newcomers } else { candidates }
-    }
-
-    /// Whether all is known that a first ring needs: whoever joined it later would get no datagram
-    /// of an unknown flow for two minutes.
-    fn is_ring_settled(&self, key: &RingKey) -> bool {
-        let group = self.config.target_groups.get(&*key.target_group);
-        group.is_none_or(|group| {
-            let mut family = group.targets.iter().filter(|t| t.address.is_ipv4() == key.is_v4);
-            family.all(|target| self.is_settled(&key_of(&key.target_group, target)))
-        })
+        self.tracked.retain(|number| self.listeners.has(*number));
+        let name =
+            |key: &ListenerKey| format!("{} port {} {}", key.address, key.port, key.protocol);
+        let left_out = listeners.iter().filter(|key| self.listeners.number(key, now).is_none());
+        self.alerts.extend(left_out_of("listeners", left_out.map(name).collect(), rest));
+        self.warnings.extend(self.alerts.iter().cloned());
     }
 
     fn put_targets(&mut self, desired: &mut Desired) {
-        let mut warnings = Vec::new();
+        let (mut warnings, mut alerts) = (Vec::new(), Vec::new());
+        let in_ring: BTreeSet<u32> =
+            self.rings.iter().flat_map(|(_, ring)| ring.members()).copied().collect();
         for (key, target) in self.all_targets() {
             let (Some(number), Some(group)) =
-                (self.targets.get(&key), self.config.target_groups.get(&*key.target_group))
+                (self.targets.get(key), self.config.target_groups.get(&*key.target_group))
             else {
                 continue;
             };
             let hop = match self.hop(target.address) {
                 Ok(hop) => hop,
-                Err(problem) => {
-                    warnings.push(format!(
-                        "target {} of {}: {problem}",
+                Err(no_way) => {
+                    let warning = format!(
+                        "target {} of {}: {}",
                         SocketAddr::new(target.address, target.port),
-                        key.target_group
-                    ));
+                        key.target_group,
+                        no_way.problem
+                    );
+                    let is_healthy = |health: &Health| health.state == HealthState::Healthy;
+                    if no_way.is_lasting && self.health.get(key).is_some_and(is_healthy) {
+                        alerts.push(warning.clone());
+                    }
+                    warnings.push(warning);
                     tables::NextHop::default()
                 }
             };
             let entry = Target {
                 address: target.address.into(),
                 port: Be16::new(target.port),
-                mode: match group.forwarding {
-                    Forwarding::Nat => Target::NAT,
-                    Forwarding::Snat => Target::SNAT,
-                    Forwarding::DsrL2 => Target::DSR_L2,
-                },
-                flags: if self.serves(&key, target, group) { Target::SERVES } else { 0 },
+                mode: mode(group.forwarding),
+                flags: self.flags(key, in_ring.contains(&number), group),
                 hop,
                 ..Target::default()
             };
+            let entry = self.through_tunnel(entry, target.address, group);
+            if let Some(warning) = too_narrow(&entry, key, group) {
+                warnings.push(warning);
+            }
             desired.targets.insert(number, entry);
         }
         self.warnings.append(&mut warnings);
+        self.alerts.append(&mut alerts);
     }
 
     /// Registered and draining targets.
-    pub(super) fn all_targets(&self) -> impl Iterator<Item = (TargetKey, &config::Target)> {
-        let registered = self.config.target_groups.iter().flat_map(|(name, group)| {
-            group.targets.iter().map(move |target| (key_of(name, target), target))
-        });
-        registered
-            .chain(self.draining.iter().map(|(key, draining)| (key.clone(), &draining.target)))
+    pub(super) fn all_targets(&self) -> impl Iterator<Item = (&TargetKey, &config::Target)> {
+        let registered = self.registered.values().flatten().map(|(key, target)| (key, target));
+        registered.chain(self.draining.iter().map(|(key, draining)| (key, &draining.target)))
     }
 
-    /// Whether packets of the flows that a target has still go to it: it is in the ring, draining,
-    /// of weight 0, or unhealthy while connection termination is off.
-    fn serves(&self, key: &TargetKey, target: &config::Target, group: &TargetGroup) -> bool {
-        let ring =
-            RingKey { target_group: key.target_group.clone(), is_v4: target.address.is_ipv4() };
-        let in_ring = self.targets.get(key).is_some_and(|number| {
-            self.rings.get(&ring).is_some_and(|(_, ring)| ring.has_candidate(number))
-        });
+    /// Whether a target takes new flows: it is in a ring. And whether packets of the flows that it
+    /// has still go to it: it is in a ring, draining, of weight 0, or unhealthy while connection
+    /// termination is off.
+    fn flags(&self, key: &TargetKey, in_ring: bool, group: &TargetGroup) -> u8 {
         let is_unhealthy =
             self.health.get(key).is_some_and(|health| health.state == HealthState::Unhealthy);
-        in_ring || !is_unhealthy || !group.unhealthy_connection_termination
+        let serves = in_ring || !is_unhealthy || !group.unhealthy_connection_termination;
+        (u8::from(serves) * Target::SERVES) | (u8::from(in_ring) * Target::IN_RING)
     }
 
     /// The way to a target, or why there is none.
-    pub(super) fn hop(&self, address: IpAddr) -> Result<tables::NextHop, String> {
+    pub(super) fn hop(&self, address: IpAddr) -> Result<tables::NextHop, NoWay> {
+        let lasting = |problem| NoWay { problem, is_lasting: true };
+        let passing = |problem| NoWay { problem, is_lasting: false };
+        let name = |ifindex: u32| {
+            self.network.interfaces.get(&ifindex).map_or("?", |nic| nic.name.as_str())
+        };
         let hop = match self.network.next_hops.get(&address) {
             Some(Ok(hop)) => hop,
-            Some(Err(unresolved)) => return Err(format!("{unresolved}")),
-            None => return Err("its next hop is not known yet".into()),
+            None => return Err(passing("its next hop is not known yet".into())),
+            Some(Err(unresolved)) => {
+                return Err(match *unresolved {
+                    Unresolved::NoNeighbour { .. } => passing(unresolved.to_string()),
+                    Unresolved::Local => lasting(
+                        "it is an address of the balancer itself, which lb does not forward to: \
+                         use a server on another machine, or in a namespace or container of its own"
+                            .into(),
+                    ),
+                    Unresolved::NoRoute => {
+                        lasting("no route leads there: add one with `ip route add`".into())
+                    }
+                    Unresolved::LinkDown { ifindex } => {
+                        let name = name(ifindex);
+                        lasting(format!(
+                            "{name}, which it is behind, is down or has no carrier: \
+                             `ip link set {name} up`, or look after the cable"
+                        ))
+                    }
+                    Unresolved::UnsupportedLink { ifindex } => lasting(format!(
+                        "{}, which it is behind, carries no plain or once-tagged Ethernet frames: \
+                         have a route through another interface",
+                        name(ifindex)
+                    )),
+                });
+            }
         };
         if !self.attached.contains(&hop.ifindex) {
-            let name =
-                self.network.interfaces.get(&hop.ifindex).map_or("?", |nic| nic.name.as_str());
-            return Err(format!(
+            let name = name(hop.ifindex);
+            return Err(lasting(format!(
                 "it is behind {name}, which lb is not attached to: add --iface {name}"
-            ));
+            )));
         }
         let NextHop { ifindex, vlan, source_mac, destination_mac, mtu, .. } = *hop;
         let macs = Macs::new(destination_mac, source_mac);
@@ -247,38 +204,59 @@ impl State {
     fn put_listeners(&mut self, desired: &mut Desired) {
         let mut classes = Classes { old: std::mem::take(&mut self.classes), new: Vec::new() };
         let ways_back = self.ways_back();
-        for (key, listener, balancer) in listener_keys(&self.config) {
-            let Some(group) = self.config.target_groups.get(&listener.target_group) else {
-                continue;
-            };
+        let sharing: BTreeSet<u32> = ways_back
+            .values()
+            .filter(|ways| ways.len() > 1)
+            .flat_map(|ways| ways.iter().map(|(listener, _)| *listener))
+            .collect();
+        let mut uncounted = BTreeSet::new();
+        for (key, listener, balancer, _) in listener_keys(&self.config) {
             let Some(number) = self.listeners.get(&key) else { continue };
             let address = Address::from(key.address);
             let protocol = protocol_number(key.protocol);
             desired.listeners.insert(
                 number,
-                Listener { address, port: Be16::new(key.port), protocol, zero: [0; 5] },
+                Listener {
+                    address,
+                    port: Be16::new(key.port),
+                    protocol,
+                    zero: 0,
+                    idle: u32::try_from(listener.idle_timeout.as_secs()).unwrap_or(u32::MAX),
+                },
             );
             let is_v4 = key.address.is_ipv4();
-            let ring = RingKey { target_group: listener.target_group.as_str().into(), is_v4 };
-            let ring_number = self.rings.get(&ring).map(|(number, _)| *number);
-            if ring_number.is_none() && !self.candidates(&ring).is_empty() {
+            let ring_number = self.rings.of(&key).map(|(number, _)| number);
+            if ring_number.is_none() && self.waits(&key) {
                 // Its first ring comes with its targets' first checks.
                 continue;
             }
             let service = Service::Port(key.protocol, key.port);
             let admission = self.admissions.get(&(balancer.clone(), service, is_v4));
             let class = classes.number(admission, &mut self.next_class);
-            let is_shared = ways_back
-                .values()
-                .any(|ways| ways.len() > 1 && ways.iter().any(|(listener, _)| *listener == number));
-            let is_tracked =
-                group.track_every_flow || is_shared || group.forwarding == Forwarding::Snat;
-            let tracked = if is_tracked { Endpoint::TRACKED } else { 0 };
+            let is_tracked = sharing.contains(&number)
+                || self.any_group(listener, |group| {
+                    group.track_every_flow || group.forwarding == Forwarding::Snat
+                });
+            if is_tracked {
+                self.tracked.insert(number);
+            } else {
+                uncounted.extend(listener.target_groups.iter().map(|group| group.name.as_str()));
+                if self.tracked.remove(&number)
+                    && let Some(ring) = self.rings.of_mut(&key)
+                {
+                    ring.unsettle();
+                }
+            }
+            let by_source =
+                self.any_group(listener, |group| group.stickiness == Stickiness::SourceIp);
+            let flag = |is_set: bool, flag: u8| if is_set { flag } else { 0 };
             let endpoint = Endpoint {
                 address,
                 port: Be16::new(key.port),
                 protocol,
-                kind: Endpoint::LISTENER | tracked,
+                kind: Endpoint::LISTENER
+                    | flag(is_tracked, Endpoint::TRACKED)
+                    | flag(by_source, Endpoint::BY_SOURCE),
                 listener: number,
                 index: ring_number.unwrap_or(NO_RING),
                 class,
@@ -299,6 +277,10 @@ impl State {
                 desired.endpoints.insert(guard.key(), guard);
             }
         }
+        let names = self.registered.keys();
+        let is_counted =
+            |name: &&Arc<str>| self.used.contains(&***name) && !uncounted.contains(&***name);
+        self.counted = names.filter(is_counted).cloned().collect();
         self.put_ways_back(ways_back, desired);
         desired.classes = classes.new.iter().cloned().collect();
         self.classes = classes.new;
@@ -307,24 +289,51 @@ impl State {
     /// Which (listener, target) a packet from a target's address and port can be a reply of.
     fn ways_back(&self) -> BTreeMap<EndpointKey, Vec<(u32, u32)>> {
         let mut ways: BTreeMap<EndpointKey, Vec<(u32, u32)>> = BTreeMap::new();
-        for (key, listener, _) in listener_keys(&self.config) {
-            let name = &listener.target_group;
+        let draining = self.draining.iter().map(|(key, draining)| (key, &draining.target));
+        let mut draining_of: BTreeMap<&str, Vec<_>> = BTreeMap::new();
+        for (key, target) in draining {
+            draining_of.entry(&*key.target_group).or_default().push((key, target));
+        }
+        let named = listener_keys(&self.config).flat_map(|(key, listener, ..)| {
+            let groups = listener.target_groups.iter();
+            groups.map(move |group| (key.clone(), group.name.as_str()))
+        });
+        let leaving = self.leaving.keys().map(|(key, name)| (key.clone(), name.as_str()));
+        for (key, name) in named.chain(leaving) {
             let Some(group) = self.config.target_groups.get(name) else { continue };
             let Some(number) = self.listeners.get(&key) else { continue };
             if group.forwarding != Forwarding::Nat {
                 continue;
             }
-            let draining = self.draining.iter().filter(|(key, _)| *key.target_group == **name);
-            let targets =
-                group.targets.iter().chain(draining.map(|(_, draining)| &draining.target));
-            for target in targets.filter(|t| t.address.is_ipv4() == key.address.is_ipv4()) {
-                let Some(target_number) = self.targets.get(&key_of(name, target)) else { continue };
+            let registered = self.registered.get(name).into_iter().flatten();
+            let registered = registered.map(|(key, target)| (key, target));
+            let draining = draining_of.get(name).into_iter().flatten().copied();
+            let is_v4 = key.address.is_ipv4();
+            for (target_key, target) in
+                registered.chain(draining).filter(|(_, target)| target.address.is_ipv4() == is_v4)
+            {
+                let Some(target_number) = self.targets.get(target_key) else { continue };
                 let protocol = protocol_number(key.protocol);
                 let way = EndpointKey::new(target.address.into(), Be16::new(target.port), protocol);
                 ways.entry(way).or_default().push((number, target_number));
             }
         }
         ways
+    }
+
+    /// Whether a listener without a ring is to get one.
+    fn waits(&self, key: &ListenerKey) -> bool {
+        let Some(action) = self.actions.get(key) else { return false };
+        match self.candidates(action, None) {
+            Candidates::Are(candidates) => !candidates.is_empty(),
+            Candidates::Unknown => true,
+            Candidates::Nobody => false,
+        }
+    }
+
+    fn any_group(&self, listener: &config::Listener, is: impl Fn(&TargetGroup) -> bool) -> bool {
+        let groups = &self.config.target_groups;
+        listener.target_groups.iter().any(|group| groups.get(&group.name).is_some_and(&is))
     }
 
     fn put_ways_back(
@@ -359,6 +368,29 @@ impl State {
             desired.endpoints.insert(key, endpoint);
         }
     }
+}
+
+/// Why packets cannot be sent to a target.
+pub struct NoWay {
+    /// The reason, and what helps.
+    pub problem: String,
+    /// Whether somebody has to do something about it; else it is about to pass, or the target is
+    /// down.
+    pub is_lasting: bool,
+}
+
+fn left_out_of(kind: &str, names: Vec<String>, rest: Duration) -> Option<String> {
+    const SHOWN: usize = 5;
+    let count = names.len();
+    let more = if count > SHOWN { format!(" and {} more", count - SHOWN) } else { String::new() };
+    (count > 0).then(|| {
+        format!(
+            "{count} {kind} are left out, as too many came and went lately: a place in the table \
+             rests {} s before another takes it, then they follow by themselves. Left out: {}{more}",
+            rest.as_secs(),
+            names[..count.min(SHOWN)].join(", ")
+        )
+    })
 }
 
 /// Admission classes while they are given out: equal contents get equal numbers, and keep them.

@@ -1,12 +1,17 @@
 //! What should be true now: the configuration, what health checks found, what the network looks
 //! like. One task owns it; every event changes it, and [`State::desired`] says what follows.
 
+mod actions;
 mod admission;
 mod desired;
 mod registry;
 mod rings;
+mod selection;
+mod slow_start;
 mod snapshot;
 mod snat;
+mod tunnels;
+mod walk;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -16,17 +21,19 @@ use std::time::Instant;
 use lb_common::flow::{self, FlowKey, HashKeys, Keys as _};
 use lb_common::tables::{Endpoint, EndpointKey, MAX_LISTENERS, MAX_TARGETS, NO_RING, OPEN};
 
-use crate::config::{self, Config, Protocol};
+use crate::config::{self, Config, LoadBalancer, Protocol};
 use crate::health::{CheckKey, CheckSpec, Health, HealthEvent, HealthState, Reason};
-use crate::netlink::{Network, Unresolved};
+use crate::netlink::Network;
 use crate::reconcile::{Desired, Prefix};
 
+use actions::{Action, Rings};
 use desired::{Admissions, compile_admissions};
 use registry::Registry;
-use rings::Ring;
+use slow_start::SlowStart;
 
 pub use snapshot::{About, Counters};
 pub use snat::port_pools;
+pub use walk::{Findings, FlowStore, Slots, Walk};
 
 /// A target of a target group.
 pub type TargetKey = CheckKey;
@@ -39,13 +46,6 @@ struct ListenerKey {
     port: u16,
 }
 
-/// The targets of one family in a target group share a ring.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct RingKey {
-    target_group: Arc<str>,
-    is_v4: bool,
-}
-
 /// A target that was deregistered and still serves the flows it has.
 #[derive(Debug, Clone)]
 struct Draining {
@@ -56,23 +56,42 @@ struct Draining {
 /// See the module's documentation.
 pub struct State {
     config: Config,
+    /// The configuration's targets by group.
+    registered: BTreeMap<Arc<str>, Vec<(TargetKey, config::Target)>>,
+    /// Their keys.
+    known: BTreeSet<TargetKey>,
+    /// Groups that a listener names.
+    used: BTreeSet<String>,
+    /// What each listener does.
+    actions: BTreeMap<ListenerKey, Action>,
     ring_size: u32,
     health: BTreeMap<TargetKey, Health>,
     network: Arc<Network>,
     owned: BTreeSet<IpAddr>,
     attached: BTreeSet<u32>,
     draining: BTreeMap<TargetKey, Draining>,
+    /// Groups that a listener no longer names, and until when they keep the flows they have.
+    leaving: BTreeMap<(ListenerKey, String), Instant>,
+    slow_start: SlowStart,
     targets: Registry<TargetKey>,
     listeners: Registry<ListenerKey>,
-    rings: BTreeMap<RingKey, (u32, Ring)>,
+    rings: Rings,
     /// Admitted sources by load balancer, service and family, computed once a configuration.
     admissions: Admissions,
     classes: Vec<(u32, Arc<BTreeSet<Prefix>>)>,
     next_class: u32,
+    /// Listeners that track every flow, by number.
+    tracked: BTreeSet<u32>,
     /// The one listener that a target was of before others came to share it.
     first_owners: BTreeMap<EndpointKey, (u32, u32)>,
     pools: snat::Pools,
+    /// Groups of which every listener remembers every flow, so that they can be counted.
+    counted: BTreeSet<Arc<str>>,
+    /// Remembered flows by target, once counted.
+    flows: Option<BTreeMap<u32, u64>>,
     warnings: Vec<String>,
+    /// Those of [`Self::warnings`] that should be acted on.
+    alerts: Vec<String>,
 }
 
 impl State {
@@ -80,21 +99,31 @@ impl State {
     pub fn new(ring_size: u32) -> Self {
         Self {
             config: Config::default(),
+            registered: BTreeMap::new(),
+            known: BTreeSet::new(),
+            used: BTreeSet::new(),
+            actions: BTreeMap::new(),
             ring_size,
             health: BTreeMap::new(),
             network: Arc::default(),
             owned: BTreeSet::new(),
             attached: BTreeSet::new(),
             draining: BTreeMap::new(),
+            leaving: BTreeMap::new(),
+            slow_start: SlowStart::new(Instant::now()),
             targets: Registry::new(MAX_TARGETS),
             listeners: Registry::new(MAX_LISTENERS),
-            rings: BTreeMap::new(),
+            rings: Rings::default(),
             admissions: BTreeMap::new(),
             classes: Vec::new(),
             next_class: OPEN + 1,
+            tracked: BTreeSet::new(),
             first_owners: BTreeMap::new(),
             pools: snat::Pools::new(),
+            counted: BTreeSet::new(),
+            flows: None,
             warnings: Vec::new(),
+            alerts: Vec::new(),
         }
     }
 
@@ -103,7 +132,8 @@ impl State {
         &self.config
     }
 
-    /// Another configuration. Targets that it no longer has drain.
+    /// Another configuration. Targets that it no longer has drain, and so do the flows of groups
+    /// that a listener no longer names.
     pub fn set_config(&mut self, config: Config, now: Instant) {
         for (name, group) in &self.config.target_groups {
             let Some(new) = config.target_groups.get(name) else { continue };
@@ -112,28 +142,74 @@ impl State {
                 if !stays.contains(&(target.address, target.port)) {
                     let until = now + new.deregistration_delay;
                     let draining = Draining { target: target.clone(), until };
-                    self.draining.insert(key_of(name, target), draining);
+                    self.draining.insert(key_of(name.as_str().into(), target), draining);
                 }
             }
         }
+        self.note_leaving(&config, now);
         self.config = config;
+        self.registered = self.config.target_groups.iter().map(registered).collect();
+        self.known = self.registered.values().flatten().map(|(key, _)| key.clone()).collect();
+        let listeners = || listener_keys(&self.config);
+        let groups = listeners().flat_map(|(_, listener, ..)| &listener.target_groups);
+        self.used = groups.map(|group| group.name.clone()).collect();
+        let action = |(key, listener, _, balancer): (ListenerKey, _, _, &LoadBalancer)| {
+            let action = Action::new(listener, !balancer.cross_zone, key.address.is_ipv4());
+            (key, action)
+        };
+        self.actions = listeners().map(action).collect();
         self.admissions = compile_admissions(&self.config);
-        let registered: BTreeSet<_> = self.registered().collect();
+        let registered = &self.known;
         self.draining.retain(|key, _| {
             !registered.contains(key) && self.config.target_groups.contains_key(&*key.target_group)
         });
         self.health.retain(|key, _| registered.contains(key) || self.draining.contains_key(key));
+        self.slow_start.retain(|key| {
+            let group = self.config.target_groups.get(&*key.target_group)?;
+            registered.contains(key).then_some(group.slow_start)
+        });
+    }
+
+    /// Notes the groups that listeners will no longer name.
+    fn note_leaving(&mut self, config: &Config, now: Instant) {
+        let named: BTreeSet<_> = listener_keys(config)
+            .flat_map(|(key, listener, ..)| {
+                listener.target_groups.iter().map(move |group| (key.clone(), group.name.clone()))
+            })
+            .collect();
+        let listeners: BTreeSet<_> = named.iter().map(|(key, _)| key).collect();
+        for (key, listener, ..) in listener_keys(&self.config) {
+            for group in &listener.target_groups {
+                let Some(new) = config.target_groups.get(&group.name) else { continue };
+                if listeners.contains(&key) {
+                    let until = now + new.deregistration_delay;
+                    self.leaving.entry((key.clone(), group.name.clone())).or_insert(until);
+                }
+            }
+        }
+        self.leaving.retain(|leaving, _| {
+            !named.contains(leaving)
+                && listeners.contains(&leaving.0)
+                && config.target_groups.contains_key(&leaving.1)
+        });
     }
 
     /// What a health check found. Events of targets that are gone change nothing.
-    pub fn set_health(&mut self, event: HealthEvent) {
-        let group = self.config.target_groups.get(&*event.key.target_group);
-        let is_it = |target: &config::Target| {
-            (target.address, target.port) == (event.key.address, event.key.port)
-        };
-        if group.is_some_and(|group| group.targets.iter().any(is_it)) {
-            self.health.insert(event.key, event.health);
+    pub fn set_health(&mut self, event: HealthEvent, now: Instant) {
+        let HealthEvent { key, health } = event;
+        if !self.known.contains(&key) {
+            return;
         }
+        let slow_start = self.config.target_groups.get(&*key.target_group).map(|g| g.slow_start);
+        if health.state != HealthState::Healthy {
+            self.slow_start.end(&key);
+        } else if let Some(duration) = slow_start.filter(|duration| !duration.is_zero())
+            && !self.is_healthy(&key)
+            && self.starts_slowly(&key)
+        {
+            self.slow_start.begin(key.clone(), duration, now);
+        }
+        self.health.insert(key, health);
     }
 
     /// The network as it is now.
@@ -170,15 +246,15 @@ impl State {
 
     /// Targets to be checked: those of groups that a listener uses.
     pub fn checks(&self) -> BTreeMap<CheckKey, CheckSpec> {
-        let used = self.used_groups();
-        let groups =
-            self.config.target_groups.iter().filter(|(name, _)| used.contains(name.as_str()));
-        groups
-            .flat_map(|(name, group)| {
-                let spec = |target| CheckSpec::new(&group.health_check, target);
-                group.targets.iter().map(move |target| (key_of(name, target), spec(target)))
-            })
-            .collect()
+        let used = self.registered.iter().filter(|(name, _)| self.used.contains(&***name));
+        used.flat_map(|(name, targets)| {
+            let group = self.config.target_groups.get(&**name);
+            let spec = move |(key, target): &(TargetKey, config::Target)| {
+                Some((key.clone(), CheckSpec::new(&group?.health_check, target)))
+            };
+            targets.iter().filter_map(spec)
+        })
+        .collect()
     }
 
     /// Whether every listener has what it needs to forward: its targets' first checks have
@@ -187,26 +263,30 @@ impl State {
         self.checks().keys().all(|key| self.is_settled(key))
     }
 
-    /// Whether all is known of a target that its group's first ring needs. Who is healthy has been
-    /// reached, so the way to it is about to be known.
-    fn is_settled(&self, key: &TargetKey) -> bool {
-        let has_way = match self.network.next_hops.get(&key.address) {
-            None | Some(Err(Unresolved::NoNeighbour { .. })) => false,
-            Some(_) => true,
-        };
-        let health = self.health.get(key);
-        health.is_some_and(|health| health.state != HealthState::Healthy || has_way)
-    }
-
-    /// Lets time pass: slots age, drained targets go. Whether anything changed.
+    /// Lets time pass: slots age, drained targets go, shares grow. Whether anything changed.
     pub fn tick(&mut self, now: Instant) -> bool {
-        let before = self.draining.len();
+        let came_free = self.targets.has_come_free(now) || self.listeners.has_come_free(now);
+        let before = self.draining.len() + self.leaving.len();
         self.draining.retain(|_, draining| draining.until > now);
-        let mut changed = self.draining.len() != before;
-        for (_, ring) in self.rings.values_mut() {
+        self.leaving.retain(|_, until| *until > now);
+        let is_over = self.draining.len() + self.leaving.len() != before;
+        if is_over {
+            // Should it come back, its first check decides anew.
+            let (known, draining) = (&self.known, &self.draining);
+            self.health.retain(|key, _| known.contains(key) || draining.contains_key(key));
+        }
+        let mut changed = came_free || is_over;
+        changed |= self.slow_start.tick(now);
+        for (_, ring) in self.rings.iter_mut() {
             changed |= ring.tick(now);
         }
         changed
+    }
+
+    /// What of the last [`Self::desired`] does not forward and will not without somebody's help,
+    /// or not for minutes.
+    pub fn alerts(&self) -> &[String] {
+        &self.alerts
     }
 
     /// The health of a target as the world is told it.
@@ -219,7 +299,7 @@ impl State {
             let description = Some("deregistered, keeps the flows it has".into());
             return Health { state, reason: Some(Reason::DeregistrationInProgress), description };
         }
-        if !self.used_groups().contains(&*key.target_group) {
+        if !self.used.contains(&*key.target_group) {
             let description = Some("no listener forwards to the target group".into());
             return Health {
                 state: HealthState::Unused,
@@ -230,26 +310,32 @@ impl State {
         known.unwrap_or_else(Health::initial)
     }
 
-    fn used_groups(&self) -> BTreeSet<&str> {
-        let listeners = self.config.load_balancers.values().flat_map(|lb| &lb.listeners);
-        listeners.map(|listener| listener.target_group.as_str()).collect()
+    /// Whether live flows can be counted: some group remembers every one.
+    pub fn counts_flows(&self) -> bool {
+        !self.counted.is_empty()
     }
 
-    fn registered(&self) -> impl Iterator<Item = TargetKey> {
-        let groups = self.config.target_groups.iter();
-        groups.flat_map(|(name, group)| group.targets.iter().map(|target| key_of(name, target)))
+    /// How many flows are remembered, by target.
+    pub fn set_flows(&mut self, flows: BTreeMap<u32, u64>) {
+        self.flows = Some(flows);
+    }
+
+    /// The live flows of a target, as of the last count; `None` where not every flow is remembered.
+    fn flows_of(&self, key: &TargetKey) -> Option<u64> {
+        let flows = self.flows.as_ref().filter(|_| self.counted.contains(&key.target_group))?;
+        Some(flows.get(&self.targets.get(key)?).copied().unwrap_or(0))
     }
 
     /// Pinned slots, by ring: candidates for settling. Taken before a walk over the flows begins.
     pub fn pinned(&self) -> BTreeMap<u32, BTreeSet<u32>> {
-        let pinned = self.rings.values().map(|(number, ring)| (*number, ring.pinned()));
+        let pinned = self.rings.iter().map(|(number, ring)| (number, ring.pinned()));
         pinned.filter(|(_, slots)| !slots.is_empty()).collect()
     }
 
     /// Settles the slots of rings, unless the ring has been replaced meanwhile.
     pub fn settle(&mut self, settled: &BTreeMap<u32, BTreeSet<u32>>) {
-        for (number, ring) in self.rings.values_mut() {
-            if let Some(slots) = settled.get(number) {
+        for (number, ring) in self.rings.iter_mut() {
+            if let Some(slots) = settled.get(&number) {
                 ring.settle(slots);
             }
         }
@@ -261,25 +347,36 @@ pub fn slot_of(desired: &Desired, keys: &HashKeys, key: &FlowKey, size: u32) -> 
     let listener = EndpointKey::new(key.destination, key.destination_port, key.protocol);
     let endpoint = desired.endpoints.get(&listener)?;
     let is_listener = endpoint.kind() == Endpoint::LISTENER && endpoint.index != NO_RING;
-    is_listener.then(|| (endpoint.index, flow::slot(keys.flow(key), size)))
+    let by_source = endpoint.kind & Endpoint::BY_SOURCE != 0;
+    let hash = if by_source { keys.source(key.source) } else { keys.flow(key) };
+    is_listener.then(|| (endpoint.index, flow::slot(hash, size)))
 }
 
-/// Every listener on every address of its load balancer, with the load balancer's name.
+/// Every listener on every address of its load balancer, which comes with its name.
 fn listener_keys(
     config: &Config,
-) -> impl Iterator<Item = (ListenerKey, &config::Listener, &String)> {
+) -> impl Iterator<Item = (ListenerKey, &config::Listener, &String, &LoadBalancer)> {
     config.load_balancers.iter().flat_map(|(name, balancer)| {
         balancer.listeners.iter().flat_map(move |listener| {
             balancer.addresses.iter().map(move |address| {
                 let config::Listener { protocol, port, .. } = *listener;
-                (ListenerKey { address: *address, protocol, port }, listener, name)
+                (ListenerKey { address: *address, protocol, port }, listener, name, balancer)
             })
         })
     })
 }
 
-fn key_of(target_group: &str, target: &config::Target) -> TargetKey {
-    CheckKey { target_group: target_group.into(), address: target.address, port: target.port }
+fn registered(
+    (name, group): (&String, &config::TargetGroup),
+) -> (Arc<str>, Vec<(TargetKey, config::Target)>) {
+    let name: Arc<str> = name.as_str().into();
+    let target = |target: &config::Target| (key_of(name.clone(), target), target.clone());
+    let targets = group.targets.iter().map(target).collect();
+    (name, targets)
+}
+
+fn key_of(target_group: Arc<str>, target: &config::Target) -> TargetKey {
+    CheckKey { target_group, address: target.address, port: target.port }
 }
 
 fn protocol_number(protocol: Protocol) -> u8 {

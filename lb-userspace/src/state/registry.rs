@@ -3,12 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
-use lb_common::flow::TCP_IDLE;
-
-/// A number given back is not given out again for this long: until then a flow may be remembered
-/// that names it. An entry past the longest idle timeout is no entry.
-const QUARANTINE: Duration = Duration::from_nanos(TCP_IDLE + TCP_IDLE / 10);
-
 /// Gives each key a number that stays while the key is in use.
 #[derive(Debug)]
 pub struct Registry<K> {
@@ -16,12 +10,29 @@ pub struct Registry<K> {
     returned: VecDeque<(Instant, u32)>,
     next: u32,
     end: u32,
+    quarantine: Duration,
+    /// Whether a key went without a number since the others' were taken back.
+    is_short: bool,
 }
 
 impl<K: Ord + Clone> Registry<K> {
     /// Numbers from 1 to `end` - 1.
     pub fn new(end: u32) -> Self {
-        Self { numbers: BTreeMap::new(), returned: VecDeque::new(), next: 1, end }
+        Self {
+            numbers: BTreeMap::new(),
+            returned: VecDeque::new(),
+            next: 1,
+            end,
+            quarantine: Duration::ZERO,
+            is_short: false,
+        }
+    }
+
+    /// Flows are remembered for this long now. A number given back is not given out again before
+    /// it is over, and a tenth more: until then a flow may be remembered that names it. Never
+    /// shortened, because what was remembered under a longer timeout may still be there.
+    pub fn remember_for(&mut self, idle_timeout: Duration) {
+        self.quarantine = self.quarantine.max(idle_timeout + idle_timeout / 10);
     }
 
     /// The key's number, a new one if it has none; `None` if all are taken.
@@ -29,9 +40,12 @@ impl<K: Ord + Clone> Registry<K> {
         if let Some(number) = self.numbers.get(key) {
             return Some(*number);
         }
-        let number = self.free(now)?;
-        self.numbers.insert(key.clone(), number);
-        Some(number)
+        let number = self.free(now);
+        match number {
+            Some(number) => drop(self.numbers.insert(key.clone(), number)),
+            None => self.is_short = true,
+        }
+        number
     }
 
     /// The key's number, if it has one.
@@ -39,8 +53,14 @@ impl<K: Ord + Clone> Registry<K> {
         self.numbers.get(key).copied()
     }
 
+    /// Whether some key has this number.
+    pub fn has(&self, number: u32) -> bool {
+        self.numbers.values().any(|known| *known == number)
+    }
+
     /// Takes back the numbers of all other keys.
     pub fn retain(&mut self, in_use: &BTreeSet<K>, now: Instant) {
+        self.is_short = false;
         self.numbers.retain(|key, number| {
             let stays = in_use.contains(key);
             if !stays {
@@ -50,9 +70,23 @@ impl<K: Ord + Clone> Registry<K> {
         });
     }
 
+    /// How long a number rests.
+    pub fn quarantine(&self) -> Duration {
+        self.quarantine
+    }
+
+    fn has_rested(&self, returned: Instant, now: Instant) -> bool {
+        now.duration_since(returned) >= self.quarantine
+    }
+
+    /// Whether a key that went without a number can have one now.
+    pub fn has_come_free(&self, now: Instant) -> bool {
+        self.is_short && self.returned.front().is_some_and(|(at, _)| self.has_rested(*at, now))
+    }
+
     fn free(&mut self, now: Instant) -> Option<u32> {
         if let Some((returned, number)) = self.returned.front().copied()
-            && now.duration_since(returned) >= QUARANTINE
+            && self.has_rested(returned, now)
         {
             self.returned.pop_front();
             return Some(number);
@@ -73,13 +107,18 @@ mod tests {
     fn a_number_rests_before_it_is_given_out_again() {
         let start = Instant::now();
         let mut registry = Registry::new(3);
+        registry.remember_for(Duration::from_secs(100));
+        registry.remember_for(Duration::from_secs(10));
+        let quarantine = Duration::from_secs(110);
         assert_eq!(registry.number(&"a", start), Some(1));
         assert_eq!(registry.number(&"b", start), Some(2));
         assert_eq!(registry.number(&"a", start), Some(1));
         assert_eq!(registry.number(&"c", start), None);
         registry.retain(&BTreeSet::from(["b"]), start);
-        assert_eq!(registry.number(&"c", start + QUARANTINE / 2), None);
-        assert_eq!(registry.number(&"c", start + QUARANTINE), Some(1));
+        assert_eq!(registry.number(&"c", start + quarantine / 2), None);
+        assert!(!registry.has_come_free(start + quarantine / 2));
+        assert!(registry.has_come_free(start + quarantine));
+        assert_eq!(registry.number(&"c", start + quarantine), Some(1));
         assert_eq!(registry.get(&"b"), Some(2));
         assert_eq!(registry.get(&"a"), None);
     }

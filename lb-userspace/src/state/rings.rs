@@ -6,15 +6,18 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use lb_common::flow::{TCP_IDLE, UDP_IDLE};
 use lb_common::maglev::{self, Candidate};
 use lb_common::tables::{Slot, SlotState};
 
-/// How long a changed slot learns which flows it has: until every flow that is silent longer than
-/// this is over anyway.
-const LEARNING: Duration = Duration::from_nanos(TCP_IDLE);
-/// The same for UDP.
-const LEARNING_UDP: Duration = Duration::from_nanos(UDP_IDLE);
+/// How long a changed slot learns which flows it has: until every flow that is silent for longer
+/// is over anyway.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Periods {
+    /// The longest idle timeout of all flows, and a little more.
+    pub learning: Duration,
+    /// The same of UDP flows.
+    pub learning_udp: Duration,
+}
 
 /// A ring, and since when its slots learn.
 #[derive(Debug, Clone)]
@@ -26,16 +29,19 @@ pub struct Ring {
     /// When each learning slot began to, as time since `epoch`.
     since: Vec<Duration>,
     epoch: Instant,
+    /// Whether a slot learns.
+    learns: bool,
+    periods: Periods,
 }
 
 impl Ring {
     /// A first ring: nothing went anywhere before, so the hash alone decides.
-    pub fn new(candidates: Vec<Candidate>, size: u32, now: Instant) -> Self {
+    pub fn new(candidates: Vec<Candidate>, size: u32, periods: Periods, now: Instant) -> Self {
         let slots: Arc<[Slot]> =
             maglev::ring(&candidates, size).into_iter().map(Slot::settled).collect();
         let since = vec![Duration::ZERO; slots.len()];
         let members = members(&candidates);
-        Self { candidates, members, slots, since, epoch: now }
+        Self { candidates, members, slots, since, epoch: now, learns: false, periods }
     }
 
     /// The slots.
@@ -43,17 +49,34 @@ impl Ring {
         &self.slots
     }
 
+    /// Whether the hash alone decides on every slot.
+    pub fn is_settled(&self) -> bool {
+        self.slots.iter().all(|slot| slot.is_settled())
+    }
+
+    /// Numbers of the targets that take new flows.
+    pub fn members(&self) -> &BTreeSet<u32> {
+        &self.members
+    }
+
     /// Whether a target takes new flows.
     pub fn has_candidate(&self, target: u32) -> bool {
         self.members.contains(&target)
     }
 
-    /// Gives the slots to other candidates. Slots that keep their target are not touched.
+    /// Idle timeouts changed.
+    pub fn set_periods(&mut self, periods: Periods) {
+        self.periods = periods;
+    }
+
+    /// Gives the slots to other candidates. Slots that keep their target are not touched. Without
+    /// candidates no slot has a target for new flows; known ones stay where they are.
     pub fn change(&mut self, candidates: Vec<Candidate>, now: Instant) {
         if candidates == self.candidates {
             return;
         }
-        let targets = maglev::ring(&candidates, self.slots.len() as u32);
+        let mut targets = maglev::ring(&candidates, self.slots.len() as u32);
+        targets.resize(self.slots.len(), NO_TARGET);
         let now = now.duration_since(self.epoch);
         let changed =
             self.slots.iter().zip(&targets).zip(&mut self.since).map(|((slot, next), since)| {
@@ -63,22 +86,33 @@ impl Ring {
                 }
                 slot
             });
-        self.slots = changed.collect();
+        let slots: Arc<[Slot]> = changed.collect();
+        if slots != self.slots {
+            self.slots = slots;
+            self.learns = true;
+        }
         self.members = members(&candidates);
         self.candidates = candidates;
     }
 
     /// Lets time pass; whether a slot changed.
     pub fn tick(&mut self, now: Instant) -> bool {
+        if !self.learns {
+            return false;
+        }
         let now = now.duration_since(self.epoch);
+        let periods = self.periods;
         let aged: Vec<Slot> = self
             .slots
             .iter()
             .zip(&self.since)
-            .map(|(slot, since)| age(*slot, now.saturating_sub(*since)))
+            .map(|(slot, since)| age(*slot, now.saturating_sub(*since), periods))
             .collect();
         let changed = aged != *self.slots;
         if changed {
+            let learns =
+                |slot: &Slot| matches!(slot.state(), SlotState::Learning | SlotState::LearningTcp);
+            self.learns = aged.iter().any(learns);
             self.slots = aged.into();
         }
         changed
@@ -90,6 +124,16 @@ impl Ring {
         (0..).zip(self.slots.iter()).filter(pinned).map(|(index, _)| index).collect()
     }
 
+    /// Flows that were tracked up to now may be where the hash would not send them: no slot is
+    /// settled until a walk has looked.
+    pub fn unsettle(&mut self) {
+        let pin = |slot: &Slot| match slot.state() {
+            SlotState::Settled => Slot::new(slot.current, slot.current, SlotState::Pinned),
+            _ => *slot,
+        };
+        self.slots = self.slots.iter().map(pin).collect();
+    }
+
     /// Settles slots: no flow is left on them that the hash would send elsewhere.
     pub fn settle(&mut self, settled: &BTreeSet<u32>) {
         let slots = (0..).zip(self.slots.iter()).map(|(index, slot)| {
@@ -99,6 +143,9 @@ impl Ring {
         self.slots = slots.collect();
     }
 }
+
+/// Index of no target.
+const NO_TARGET: u32 = 0;
 
 fn members(candidates: &[Candidate]) -> BTreeSet<u32> {
     candidates.iter().map(|candidate| candidate.target).collect()
@@ -121,12 +168,12 @@ fn turn(slot: Slot, next: u32) -> (Slot, bool) {
 }
 
 /// What time makes of a slot that learns since `age`.
-fn age(slot: Slot, age: Duration) -> Slot {
+fn age(slot: Slot, age: Duration, periods: Periods) -> Slot {
     match slot.state() {
-        SlotState::Learning | SlotState::LearningTcp if age >= LEARNING => {
+        SlotState::Learning | SlotState::LearningTcp if age >= periods.learning => {
             Slot::new(slot.current, slot.previous(), SlotState::Pinned)
         }
-        SlotState::Learning if age >= LEARNING_UDP => {
+        SlotState::Learning if age >= periods.learning_udp => {
             Slot::new(slot.current, slot.previous(), SlotState::LearningTcp)
         }
         _ => slot,
@@ -138,6 +185,8 @@ mod tests {
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
+    const PERIODS: Periods =
+        Periods { learning: Duration::from_secs(350), learning_udp: Duration::from_secs(120) };
 
     fn candidates(targets: &[u32]) -> Vec<Candidate> {
         targets
@@ -159,7 +208,7 @@ mod tests {
     #[test]
     fn only_slots_that_change_their_target_learn() {
         let now = Instant::now();
-        let mut ring = Ring::new(candidates(&[1, 2]), 251, now);
+        let mut ring = Ring::new(candidates(&[1, 2]), 251, PERIODS, now);
         let before = ring.slots.clone();
         ring.change(candidates(&[1, 2, 3]), now + SECOND);
         let mut moved = 0;
@@ -177,7 +226,7 @@ mod tests {
     #[test]
     fn a_slot_learns_then_is_pinned_then_settles() {
         let start = Instant::now();
-        let mut ring = Ring::new(candidates(&[1]), 251, start);
+        let mut ring = Ring::new(candidates(&[1]), 251, PERIODS, start);
         ring.change(candidates(&[2]), start + 100 * SECOND);
         assert!(!ring.tick(start + 219 * SECOND));
         assert!(ring.tick(start + 220 * SECOND));
@@ -194,7 +243,7 @@ mod tests {
     #[test]
     fn a_further_change_does_not_restart_the_clock() {
         let start = Instant::now();
-        let mut ring = Ring::new(candidates(&[1]), 251, start);
+        let mut ring = Ring::new(candidates(&[1]), 251, PERIODS, start);
         ring.change(candidates(&[2]), start);
         ring.change(candidates(&[3]), start + 300 * SECOND);
         assert_eq!(ring.slots[0], Slot::new(3, 1, SlotState::Learning));
@@ -205,9 +254,40 @@ mod tests {
     #[test]
     fn the_previous_target_back_pins_at_once() {
         let start = Instant::now();
-        let mut ring = Ring::new(candidates(&[1]), 251, start);
+        let mut ring = Ring::new(candidates(&[1]), 251, PERIODS, start);
         ring.change(candidates(&[2]), start);
         ring.change(candidates(&[1]), start + SECOND);
+        assert_eq!(*ring.slots, *vec![Slot::new(1, 1, SlotState::Pinned); 251]);
+    }
+
+    #[test]
+    fn without_candidates_known_flows_stay() {
+        let start = Instant::now();
+        let mut ring = Ring::new(candidates(&[1]), 251, PERIODS, start);
+        ring.change(Vec::new(), start);
+        assert_eq!(*ring.slots, *vec![Slot::new(0, 1, SlotState::Learning); 251]);
+        ring.change(candidates(&[1]), start + SECOND);
+        assert_eq!(*ring.slots, *vec![Slot::new(1, 1, SlotState::Pinned); 251]);
+    }
+
+    #[test]
+    fn periods_follow_the_idle_timeouts() {
+        let start = Instant::now();
+        let short = Periods { learning: 10 * SECOND, learning_udp: 10 * SECOND };
+        let mut ring = Ring::new(candidates(&[1]), 251, short, start);
+        ring.change(candidates(&[2]), start);
+        ring.set_periods(PERIODS);
+        ring.tick(start + 10 * SECOND);
+        assert_eq!(states(&ring), BTreeSet::from(["learning"]));
+        ring.set_periods(short);
+        ring.tick(start + 10 * SECOND);
+        assert_eq!(states(&ring), BTreeSet::from(["pinned"]));
+    }
+
+    #[test]
+    fn what_was_tracked_is_looked_through() {
+        let mut ring = Ring::new(candidates(&[1]), 251, PERIODS, Instant::now());
+        ring.unsettle();
         assert_eq!(*ring.slots, *vec![Slot::new(1, 1, SlotState::Pinned); 251]);
     }
 }

@@ -38,8 +38,14 @@ pub struct About {
     pub agent: Agent,
     /// What it is attached to.
     pub interfaces: Vec<Interface>,
+    /// The tables that remember flows.
+    pub flow_tables: Vec<snapshot::FlowTable>,
     /// What an operator should know, beside what the state has to say.
     pub warnings: Vec<String>,
+}
+
+fn weighted(group: &config::WeightedTargetGroup) -> snapshot::WeightedTargetGroup {
+    snapshot::WeightedTargetGroup { name: group.name.clone(), weight: group.weight }
 }
 
 impl State {
@@ -48,7 +54,7 @@ impl State {
     /// # Errors
     /// Counters that cannot be read.
     pub fn snapshot(&self, about: About, counters: &dyn Counters) -> anyhow::Result<Snapshot> {
-        let About { agent, interfaces, mut warnings } = about;
+        let About { agent, interfaces, flow_tables, mut warnings } = about;
         warnings.extend(self.warnings.iter().cloned());
         let balancers = self.config.load_balancers.iter();
         let load_balancers = balancers
@@ -58,11 +64,11 @@ impl State {
         let drops =
             drops.into_iter().map(|(reason, count)| (reason.name().into(), count)).collect();
         Ok(Snapshot {
-            status: Status { agent, interfaces, load_balancers, drops, warnings },
+            status: Status { agent, interfaces, load_balancers, flow_tables, drops, warnings },
             target_groups: self.config.target_groups.keys().cloned().collect(),
             targets: self
                 .all_targets()
-                .map(|(key, target)| self.target(&key, target, counters))
+                .map(|(key, target)| self.target(key, target, counters))
                 .collect::<anyhow::Result<_>>()?,
         })
     }
@@ -110,7 +116,11 @@ impl State {
         Ok(snapshot::Listener {
             protocol: listener.protocol.to_string(),
             port: listener.port,
-            target_group: listener.target_group.clone(),
+            target_group: listener
+                .target_groups
+                .first()
+                .map_or_else(String::new, |g| g.name.clone()),
+            target_groups: listener.target_groups.iter().map(weighted).collect(),
             packets: sum.packets,
             bytes: sum.bytes,
             new_flows: sum.new_flows,
@@ -139,8 +149,9 @@ impl State {
             description,
             next_hop: match self.hop(target.address) {
                 Ok(hop) => self.describe(&hop),
-                Err(problem) => problem,
+                Err(no_way) => no_way.problem,
             },
+            flows: self.flows_of(key),
             packets: traffic.packets,
             bytes: traffic.bytes,
             reply_packets: traffic.reply_packets,

@@ -104,7 +104,8 @@ impl State {
         let mut warnings = Vec::new();
         for (number, key, ports) in self.wanted_sources(&mut warnings) {
             let Some(target) = desired.targets.get_mut(&number) else { continue };
-            if target.sources == MAX_SNAT_ADDRESSES {
+            let sources = target.sources();
+            if sources == MAX_SNAT_ADDRESSES {
                 continue;
             }
             let (address, named) = (key.source.into(), key.target);
@@ -117,8 +118,8 @@ impl State {
                 continue;
             };
             let (first, last) = (*ports.start(), *ports.end());
-            let index = number * MAX_SNAT_ADDRESSES + target.sources;
-            target.sources += 1;
+            let index = number * MAX_SNAT_ADDRESSES + sources;
+            target.set_sources(sources + 1);
             desired.sources.insert(index, SnatSource { address, pool, first, last, zero: 0 });
         }
         for (key, pool) in &self.pools.pools {

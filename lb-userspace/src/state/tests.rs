@@ -1,3 +1,5 @@
+mod selection;
+
 use std::time::Duration;
 
 use lb_common::tables::{NO_LISTENER, Slot, SlotState, Target};
@@ -5,7 +7,7 @@ use lb_common::wire::{Address, Be16};
 
 use super::*;
 use crate::config::parse;
-use crate::netlink::{Interface, LinkLayer, NextHop};
+use crate::netlink::{Interface, LinkLayer, NextHop, Unresolved};
 
 const CONFIG: &str = r#"
 [target_group.web]
@@ -75,7 +77,7 @@ impl World {
         let port = if group == "api" { 9090 } else { 8080 };
         let key = CheckKey { target_group: group.into(), address: [10, 0, 2, last].into(), port };
         let health = Health { state, reason: None, description: None };
-        self.state.set_health(HealthEvent { key, health });
+        self.state.set_health(HealthEvent { key, health }, self.now);
     }
 
     fn check_all(&mut self, state: HealthState) {
@@ -98,6 +100,79 @@ impl World {
         }
         shares
     }
+}
+
+/// Listeners of both families share targets of both families; the way is shorter by the headers.
+#[test]
+fn tunnels_lead_to_targets_of_either_family() {
+    let mut world = World::new(
+        r#"
+        [agent]
+        tunnel_sources = ["172.20.0.0/16", "2001:db8:7::/64"]
+        [target_group.web]
+        port = 80
+        forwarding = "dsr_gue"
+        gue_port = 6666
+        targets = ["10.0.2.11", "fd00::11"]
+        [load_balancer.web]
+        addresses = ["10.0.1.100", "fd00::100"]
+        listener = [{ port = 80, target_group = "web" }]
+        "#,
+    );
+    let mut network = (**world.state.network()).clone();
+    let hop = network.next_hops[&IpAddr::from([10, 0, 2, 11])];
+    let v6: IpAddr = "fd00::11".parse().unwrap();
+    network.next_hops.insert(v6, hop);
+    world.state.set_network(Arc::new(network));
+    for address in [IpAddr::from([10, 0, 2, 11]), v6] {
+        let key = CheckKey { target_group: "web".into(), address, port: 80 };
+        let health = Health { state: HealthState::Healthy, reason: None, description: None };
+        world.state.set_health(HealthEvent { key, health }, Instant::now());
+    }
+    let desired = world.desired();
+    for vip in ["10.0.1.100", "fd00::100"] {
+        let vip = Address::from(vip.parse::<IpAddr>().unwrap());
+        let listener = desired.endpoints[&EndpointKey::new(vip, Be16::new(80), flow::TCP)];
+        let mut targets: Vec<u32> =
+            desired.rings[&listener.index].iter().map(|slot| slot.current).collect();
+        targets.sort_unstable();
+        targets.dedup();
+        assert_eq!(targets.len(), 2, "{vip:?}");
+        for (address, source, mtu) in
+            [("10.0.2.11", "172.20.0.0", 1472), ("fd00::11", "2001:db8:7::", 1452)]
+        {
+            let address = address.parse::<IpAddr>().unwrap().into();
+            let mut targets = targets.iter().map(|number| desired.targets[number]);
+            let target = targets.find(|target| target.address == address).expect("in the ring");
+            assert_eq!(target.mode, Target::DSR_GUE);
+            assert!(target.serves());
+            match source.parse().unwrap() {
+                IpAddr::V4(v4) => {
+                    let (fixed, varying, _) = target.tunnel.v4();
+                    assert_eq!(fixed.to_ne_bytes(), v4.octets());
+                    assert_eq!(varying.to_ne_bytes(), [0, 0, 255, 255]);
+                }
+                IpAddr::V6(v6) => {
+                    assert_eq!(target.tunnel.v6(), Address::from(IpAddr::from(v6)).quarters());
+                }
+            }
+            assert_eq!(target.port.get(), 6666);
+            assert_eq!(target.hop.mtu, mtu);
+        }
+    }
+    let replies = desired.endpoints.values().filter(|e| e.kind() == Endpoint::TARGET);
+    assert_eq!(replies.count(), 0, "replies go straight to the client");
+    assert_eq!(world.state.warnings, [""; 0]);
+
+    let mut network = (**world.state.network()).clone();
+    for hop in network.next_hops.values_mut().flatten() {
+        hop.mtu = 1300;
+    }
+    world.state.set_network(Arc::new(network));
+    world.desired();
+    let warnings = &world.state.warnings;
+    assert_eq!(warnings.len(), 2, "{warnings:?}");
+    assert!(warnings[0].contains("carries packets of 1272 bytes"), "{warnings:?}");
 }
 
 fn listener(desired: &Desired, port: u16) -> Option<Endpoint> {
@@ -341,7 +416,7 @@ fn targets_of_snat_get_sources_and_share_pools() {
     let own = own_address(&desired).unwrap();
     assert_eq!((own.kind, own.listener), (Endpoint::LOCAL | Endpoint::SNAT, 10_000));
     assert_eq!(own.index, 59_999);
-    assert_eq!(target(&desired, 11, 8080).unwrap().sources, 1);
+    assert_eq!(target(&desired, 11, 8080).unwrap().sources(), 1);
 }
 
 /// Flows outlive what gave them their ports.
@@ -360,4 +435,90 @@ fn a_pool_stays_until_its_flows_are_over() {
     assert!(world.state.release_pools(&BTreeSet::new()));
     assert_eq!(own_address(&world.desired()), None);
     assert!(!world.state.has_pools());
+}
+
+/// Takes the way to 10.0.2.12 away.
+fn without_way(world: &mut World, why: Unresolved) {
+    let mut network = Network::clone(world.state.network());
+    network.next_hops.insert([10, 0, 2, 12].into(), Err(why));
+    world.state.set_network(Arc::new(network));
+}
+
+#[test]
+fn who_cannot_be_reached_gets_no_slots_from_the_start_on() {
+    for why in [Unresolved::Local, Unresolved::NoRoute, Unresolved::LinkDown { ifindex: 2 }] {
+        let mut world = World::new(CONFIG);
+        without_way(&mut world, why);
+        world.check_all(HealthState::Healthy);
+        let desired = world.desired();
+        assert_eq!(world.shares(&desired, 80), [(11, 251)].into(), "{why:?}");
+        assert!(world.state.is_ready());
+        assert_eq!(world.state.alerts().len(), 2, "of both groups: {:?}", world.state.alerts());
+        assert!(world.state.alerts()[0].starts_with("target 10.0.2.12:9090 of api: "));
+
+        // The same when the way goes while it has slots.
+        let mut world = World::new(CONFIG);
+        world.check_all(HealthState::Healthy);
+        let desired = world.desired();
+        assert_eq!(world.shares(&desired, 80).len(), 2);
+        assert!(world.state.alerts().is_empty());
+        without_way(&mut world, why);
+        let desired = world.desired();
+        assert_eq!(world.shares(&desired, 80), [(11, 251)].into(), "{why:?}");
+    }
+}
+
+#[test]
+fn who_is_behind_another_nic_gets_no_slots_unless_nobody_else_is_there() {
+    let mut world = World::new(CONFIG);
+    let mut network = Network::clone(world.state.network());
+    let elsewhere =
+        NextHop { ifindex: 3, ..network.next_hops[&IpAddr::from([10, 0, 2, 11])].unwrap() };
+    network.next_hops.insert([10, 0, 2, 12].into(), Ok(elsewhere));
+    world.state.set_network(Arc::new(network));
+    world.check_all(HealthState::Healthy);
+    let desired = world.desired();
+    assert_eq!(world.shares(&desired, 80), [(11, 251)].into());
+
+    world.check("web", 11, HealthState::Unhealthy);
+    let desired = world.desired();
+    assert_eq!(world.shares(&desired, 80), [(12, 251)].into());
+}
+
+#[test]
+fn as_many_listeners_as_check_allows_and_all_of_them_replaced() {
+    let listeners = |first: usize| {
+        let ports = (first..first + config::MAX_ENDPOINTS).map(|port| {
+            format!("[[load_balancer.web.listener]]\nport = {port}\ntarget_group = \"web\"\n")
+        });
+        "[target_group.web]\nport = 80\n[load_balancer.web]\naddresses = [\"10.0.1.100\"]\n"
+            .to_owned()
+            + &ports.collect::<String>()
+    };
+    let mut world = World::new(&listeners(1));
+    let all_forward = |world: &mut World, first: usize| {
+        let desired = world.desired();
+        let is_there = |port: &usize| listener(&desired, *port as u16).is_some();
+        (first..first + config::MAX_ENDPOINTS).filter(is_there).count()
+    };
+    assert_eq!(all_forward(&mut world, 1), config::MAX_ENDPOINTS);
+    for round in 1..3 {
+        let first = 1 + round * config::MAX_ENDPOINTS;
+        world.configure(&listeners(first));
+        assert_eq!(all_forward(&mut world, first), config::MAX_ENDPOINTS);
+        assert!(world.state.alerts().is_empty());
+    }
+
+    // What is too much is said, and follows by itself.
+    let first = 1 + 3 * config::MAX_ENDPOINTS;
+    world.configure(&listeners(first));
+    assert_eq!(all_forward(&mut world, first), config::MAX_ENDPOINTS - 1);
+    let alert = &world.state.alerts()[0];
+    assert!(alert.starts_with("1 listeners are left out"), "{alert}");
+    assert!(alert.ends_with("10.0.1.100 port 16384 tcp"), "{alert}");
+    assert!(!world.state.tick(world.now));
+    world.now += world.state.listeners.quarantine();
+    assert!(world.state.tick(world.now));
+    assert_eq!(all_forward(&mut world, first), config::MAX_ENDPOINTS);
+    assert!(world.state.alerts().is_empty());
 }

@@ -42,7 +42,7 @@ impl Control {
     }
 
     fn target_flags(self) -> u8 {
-        if self.has(3) { 0 } else { Target::SERVES }
+        if self.has(3) { 0 } else { Target::SERVES | Target::IN_RING }
     }
 
     fn vlan(self) -> u16 {
@@ -132,7 +132,8 @@ fn add(
     class: u32,
 ) {
     let (address, port) = socket(at);
-    model.listeners.insert(n, Listener { address, port, protocol, ..Listener::default() });
+    let idle = lb_common::flow::TCP_IDLE;
+    model.listeners.insert(n, Listener { address, port, protocol, idle, ..Listener::default() });
     let index = if target.is_some() { n } else { NO_RING };
     let kind = Endpoint::LISTENER | control.listener_flags();
     model.endpoints.insert(Endpoint { address, port, protocol, kind, listener: n, index, class });

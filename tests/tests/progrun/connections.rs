@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use lb_common::{
-    flow::{FlowKey, TCP, UDP},
+    flow::{FlowKey, FlowTable, TCP, UDP},
     verdict::DropReason::{PortAllocationError, TargetDown},
     wire::Be16,
 };
 use lb_tests::packets::Packet;
+use lb_userspace::dataplane::LoadOptions;
 
 use super::*;
 
@@ -83,7 +84,7 @@ fn a_pinned_slot_knows_its_exceptions() {
     let vip = "10.0.10.100:92";
     in_world(&Scene::everything(), |world| {
         check(world, &on_to("unknown: current", &segment(&client(1), vip), 28, 28));
-        assert!(world.model.flows.borrow().is_empty(), "and not remembered");
+        assert_eq!(world.model.remembered(), 0, "and not remembered");
         world.remember(key(TCP, &client(2), vip), 29, 0, seconds(5)).unwrap();
         check(world, &on_to("known", &segment(&client(2), vip), 28, 29));
         world.remember(key(UDP, &client(2), vip), 33, 0, seconds(5)).unwrap();
@@ -133,7 +134,7 @@ fn the_flow_of_a_target_that_no_longer_serves() {
         let amid = segment(&client(1), vip);
         world.remember(key(TCP, &client(1), vip), 29, 0, seconds(1)).unwrap();
         check(world, &Step::answer("TCP is reset", amid.build(), reset(&amid).build(), TargetDown));
-        assert!(world.model.flows.borrow().is_empty(), "and forgotten");
+        assert_eq!(world.model.remembered(), 0, "and forgotten");
         check(world, &on_to("so what follows is new to us", &amid, 28, 28));
         world.remember(key(TCP, &client(2), vip), 29, 0, seconds(1)).unwrap();
         check(world, &on_to("a SYN has nothing to lose", &syn(&client(2), vip), 28, 28));
@@ -241,7 +242,7 @@ fn always_tracked_both_ways() {
         let udp = datagram(&client(1), "10.0.10.100:93");
         check(world, &tracked("UDP is new once", &udp, 34, 42).with_is_new(true));
         check(world, &tracked("then known", &udp, 34, 42));
-        assert_eq!(world.model.flows.borrow().len(), 2);
+        assert_eq!(world.model.remembered(), 2);
         assert_eq!(world.model.return_flows.borrow().len(), 2);
         // Seen a while ago: both entries are refreshed.
         world.remember(key(UDP, &client(1), "10.0.10.100:93"), 42, 0, seconds(30)).unwrap();
@@ -332,4 +333,92 @@ fn a_client_that_talks_to_the_target_itself_over_ipv6_and_udp() {
             Step::back("and back", &reply, &restored(&reply, "10.0.10.100:53", 10), (2, 2)),
         ],
     );
+}
+
+/// The first of these SYNs makes an entry, and so on; the kernel's tables have 1024 places here.
+const FLOOD: u16 = 20_000;
+
+/// A flood of SYNs, or of ACKs, to a slot that learns pushes out its like and nothing else.
+#[test]
+fn floods_push_out_only_their_like() {
+    let small = LoadOptions { half_open_table_size: 1024, once_seen_table_size: 1024, ..OPTIONS };
+    let network = Network::new().unwrap();
+    network.run(|| {
+        let vip = "10.0.10.100:90";
+        let scene = Scene::everything();
+        let mut world = World::new(&network, &small, scene.desired).unwrap();
+        let flood = |world: &mut World<'_>, flags: Option<&str>| {
+            for n in 0..FLOOD {
+                // The host's tables forget nothing: no flow of one flood may be known from another.
+                let first = if flags.is_some() { 100 } else { 200 };
+                let from = format!("192.0.10.{}:{}", first + n % 50, 2000 + n);
+                let packet =
+                    flags.map_or_else(|| syn(&from, vip), |flags| flagged(&from, vip, flags));
+                world.run(10, &packet.build()).unwrap();
+            }
+        };
+        // Old connections, of which two packets were seen, and new ones that are established.
+        for port in 1..=100 {
+            check(&mut world, &on_to("old", &segment(&client(port), vip), 20, 21));
+            check(&mut world, &on_to("again", &segment(&client(port), vip), 20, 21));
+            check(&mut world, &on_to("new", &syn(&client(1000 + port), vip), 20, 20));
+            let ack = flagged(&client(1000 + port), vip, "A");
+            check(&mut world, &on_to("established", &ack, 20, 20));
+        }
+        assert_eq!(world.entries(FlowTable::Flows).unwrap(), 200);
+        flood(&mut world, None);
+        flood(&mut world, Some("A"));
+        let [flows, half_open, once_seen] = world.usage().unwrap();
+        println!("{flows:?} {half_open:?} {once_seen:?}");
+        assert_eq!((flows.evictions, flows.entries), (0, 200));
+        for (table, usage) in [(FlowTable::HalfOpen, half_open), (FlowTable::OnceSeen, once_seen)] {
+            let gone = u64::from(FLOOD) - world.entries(table).unwrap() as u64;
+            // What the kernel keeps back for each CPU is not counted as full.
+            assert!(usage.evictions <= gone && usage.evictions + 1024 > gone, "{usage:?}, {gone}");
+        }
+        for port in 1..=100 {
+            let old = world.run(10, &segment(&client(port), vip).build()).unwrap();
+            let new = world.run(10, &segment(&client(1000 + port), vip).build()).unwrap();
+            assert_eq!(old.frame[33], 61, "old connection {port}");
+            assert_eq!(new.frame[33], 60, "new connection {port}");
+        }
+    });
+}
+
+/// A SYN needs a target in the ring; what a draining target has goes on.
+#[test]
+fn a_draining_target_gets_no_new_connection() {
+    let vip = "10.0.10.100:90";
+    let mut scene = Scene::everything();
+    scene.drain(21);
+    in_world(&scene, |world| {
+        check(world, &on_to("an old connection", &segment(&client(1), vip), 20, 21));
+        check(world, &on_to("its port, used again", &syn(&client(1), vip), 20, 20));
+        check(world, &on_to("and established", &segment(&client(1), vip), 20, 20));
+        check(world, &on_to("another old one", &segment(&client(2), vip), 20, 21));
+        check(world, &on_to("goes on", &segment(&client(2), vip), 20, 21));
+    });
+}
+
+/// From SYN to FIN, through the tables.
+#[test]
+fn a_flow_moves_from_table_to_table() {
+    let vip = "10.0.10.100:90";
+    in_world(&Scene::everything(), |world| {
+        let mut expect = |what, packet: &Packet, target, entries: [usize; 3]| {
+            check(world, &on_to(what, packet, 20, target));
+            let found = FlowTable::ALL.map(|table| world.entries(table).unwrap());
+            assert_eq!(found, entries, "{what}");
+        };
+        let of = |port, flags| flagged(&client(port), vip, flags);
+        expect("a SYN", &syn(&client(1), vip), 20, [0, 1, 0]);
+        expect("it is established", &of(1, "A"), 20, [1, 0, 0]);
+        expect("it ends", &of(1, "FA"), 20, [1, 0, 0]);
+        expect("the port is used again", &syn(&client(1), vip), 20, [0, 1, 0]);
+        expect("it is aborted", &of(1, "R"), 20, [0, 1, 0]);
+        expect("an old one", &of(2, "A"), 21, [0, 1, 1]);
+        expect("shows itself", &of(2, "A"), 21, [1, 1, 0]);
+        expect("a lone FIN", &of(3, "FA"), 21, [1, 1, 1]);
+        expect("and its last ACK", &of(3, "A"), 21, [1, 1, 1]);
+    });
 }

@@ -2,10 +2,7 @@
 
 use std::{collections::BTreeMap, env, time::Duration};
 
-use lb_common::{
-    flow::{FlowKey, TCP},
-    tables::{Slot, SlotState, Target},
-};
+use lb_common::tables::{Slot, SlotState, Target};
 use lb_tests::generate::{Generator, MTUS};
 use rand::{Rng as _, seq::IndexedRandom as _};
 
@@ -81,12 +78,12 @@ fn change(scene: &mut Scene, generator: &mut Generator) {
         let number = numbers.choose(rng).expect("a target");
         let target = desired.targets.get_mut(number).expect("a target");
         match rng.random_range(0..8) {
-            0 => target.flags = 0,
+            0 => target.flags = *[0, Target::SERVES].choose(rng).expect("two"),
             1 => target.hop.ifindex = *[0, 10, 11, 13].choose(rng).expect("some"),
             2 => target.hop.vlan = rng.random_range(1..4095),
             3 => target.hop.mtu = *MTUS.choose(rng).expect("some"),
             _ => {
-                target.flags = Target::SERVES;
+                target.flags = Target::SERVES | Target::IN_RING;
                 target.hop.ifindex = 11;
                 target.hop.vlan = 0;
                 target.hop.mtu = 1500;
@@ -94,7 +91,7 @@ fn change(scene: &mut Scene, generator: &mut Generator) {
         }
     }
     use SlotState::{Learning, LearningTcp, Pinned, Settled};
-    for number in [20, 22, 24, 26, 28, 32, 33, 34, 35] {
+    for number in [20, 22, 24, 26, 28, 32, 33, 34, 35, 73, 74] {
         let ring = desired.rings.get_mut(&number).expect("a ring");
         let choices = [Settled, Learning, LearningTcp, Pinned];
         *ring = ring
@@ -111,25 +108,17 @@ fn change(scene: &mut Scene, generator: &mut Generator) {
 
 /// Gives remembered flows other ages; some are forgotten.
 fn age(world: &mut World<'_>, generator: &mut Generator) {
-    let flows: Vec<_> = world.model.flows.borrow().iter().map(|(k, f)| (*k, *f)).collect();
     let returns: Vec<_> = world.model.return_flows.borrow().iter().map(|(k, f)| (*k, *f)).collect();
     let direct = world.model.direct_flows.borrow().len();
     if direct > 500 {
         world.forget_all().unwrap();
     }
     let mut ago = || Duration::from_secs(*AGES.choose(generator.rng()).expect("some"));
-    for (key, flow) in flows {
-        let closing = if is_tcp(&key) { flow.closing } else { 0 };
-        world.remember(key, flow.target, closing, ago()).unwrap();
-    }
+    world.age(|_| ago()).unwrap();
     world.age_snat(&mut ago).unwrap();
     for (key, flow) in returns {
         world.remember_return(key, flow.listener, flow.target, ago()).unwrap();
     }
-}
-
-fn is_tcp(key: &FlowKey) -> bool {
-    key.protocol == TCP
 }
 
 fn number(variable: &str, default: u64) -> u64 {

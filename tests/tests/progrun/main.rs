@@ -11,10 +11,15 @@ mod generated;
 mod passing;
 mod refusals;
 mod rewriting;
+mod selection;
 mod snat;
+mod tunnels;
 
 use std::net::{IpAddr, SocketAddr};
 
+use etherparse::{
+    Icmpv4Type, Icmpv6Type, Ipv4Header, Ipv6Header, PacketBuilder, icmpv4, icmpv6, ip_number,
+};
 use lb_common::{
     tables::{Endpoint, Traffic},
     verdict::DropReason,
@@ -286,6 +291,61 @@ fn reset(refused: &Packet) -> Packet {
     }
 }
 
+/// The port unreachable that answers a datagram, quoting its headers.
+fn unreachable(refused: &Packet) -> Vec<u8> {
+    quoting(
+        refused,
+        Icmpv4Type::DestinationUnreachable(icmpv4::DestUnreachableHeader::Port),
+        Icmpv6Type::DestinationUnreachable(icmpv6::DestUnreachableCode::Port),
+    )
+}
+
+/// What answers a packet that is larger than the way to its target carries.
+fn too_big(refused: &Packet, mtu: usize) -> Vec<u8> {
+    let next_hop_mtu = mtu as u16;
+    let header = icmpv4::DestUnreachableHeader::FragmentationNeeded { next_hop_mtu };
+    quoting(
+        refused,
+        Icmpv4Type::DestinationUnreachable(header),
+        Icmpv6Type::PacketTooBig { mtu: mtu as u32 },
+    )
+}
+
+/// The ICMP error of the packet's family from its destination to its source, quoting its headers.
+fn quoting(refused: &Packet, v4: Icmpv4Type, v6: Icmpv6Type) -> Vec<u8> {
+    let frame = refused.build();
+    let l3 = 14 + 4 * refused.vlans.len();
+    let macs = (refused.destination_mac, refused.source_mac);
+    let ethernet = PacketBuilder::ethernet2(macs.0, macs.1);
+    let mut answer = Vec::new();
+    match (refused.source.ip(), refused.destination.ip()) {
+        (IpAddr::V4(source), IpAddr::V4(destination)) => {
+            let mut header =
+                Ipv4Header::new(0, 64, ip_number::ICMP, destination.octets(), source.octets())
+                    .unwrap();
+            header.dont_fragment = true;
+            let quoted = &frame[l3..l3 + 28];
+            let builder = ethernet.ip(etherparse::IpHeaders::Ipv4(header, Default::default()));
+            builder.icmpv4(v4).write(&mut answer, quoted).unwrap();
+        }
+        (IpAddr::V6(source), IpAddr::V6(destination)) => {
+            let header = Ipv6Header {
+                source: destination.octets(),
+                destination: source.octets(),
+                hop_limit: 64,
+                ..Default::default()
+            };
+            let quoted = &frame[l3..l3 + 48];
+            let builder = ethernet.ip(etherparse::IpHeaders::Ipv6(header, Default::default()));
+            builder.icmpv6(v6).write(&mut answer, quoted).unwrap();
+        }
+        _ => panic!("one family"),
+    }
+    // The tags as they came.
+    answer.splice(12..12, frame[12..l3 - 2].iter().copied());
+    answer
+}
+
 /// `output`, whose checksum is as wrong as `input`'s, measured in ones' complement: what updating a
 /// checksum by differences (RFC 1624) comes to.
 fn equally_wrong(input: &Packet, output: &Packet) -> Vec<u8> {
@@ -314,8 +374,8 @@ fn patched(frame: Vec<u8>, offset: usize, bytes: &[u8]) -> Vec<u8> {
 }
 
 /// An untagged IPv4 frame with its header changed and its checksum put right.
-fn with_ipv4(frame: Vec<u8>, change: impl FnOnce(&mut etherparse::Ipv4Header)) -> Vec<u8> {
-    let (mut header, _) = etherparse::Ipv4Header::from_slice(&frame[14..]).unwrap();
+fn with_ipv4(frame: Vec<u8>, change: impl FnOnce(&mut Ipv4Header)) -> Vec<u8> {
+    let (mut header, _) = Ipv4Header::from_slice(&frame[14..]).unwrap();
     let length = header.header_len();
     change(&mut header);
     header.header_checksum = header.calc_header_checksum();

@@ -48,8 +48,7 @@ fn arp() -> Vec<u8> {
 
 #[test]
 fn what_is_not_ours_passes() {
-    let unreachable =
-        icmp(Icmpv4Type::DestinationUnreachable(etherparse::icmpv4::DestUnreachableHeader::Port));
+    let unreachable = icmp(Icmpv4Type::DestinationUnreachable(icmpv4::DestUnreachableHeader::Port));
     let too_big = icmp6("2001:db8:ffff::1", Icmpv6Type::PacketTooBig { mtu: 1400 });
     let solicitation = {
         let mut frame =

@@ -1,9 +1,6 @@
 //! Packets that die, and what their senders hear of it.
 
-use etherparse::{
-    Icmpv4Type, Icmpv6Type, Ipv4Header, Ipv6Extensions, Ipv6Header, Ipv6RawExtHeader,
-    PacketBuilder, icmpv4, icmpv6, ip_number,
-};
+use etherparse::{Ipv6Extensions, Ipv6RawExtHeader, ip_number};
 use lb_common::verdict::DropReason::{
     Fragmented, Malformed, NoListener, NoTarget, SecurityGroupDenied, TargetDown,
 };
@@ -13,43 +10,6 @@ use super::*;
 
 const CLIENT: &str = "192.0.10.7:4000";
 const CLIENT6: &str = "[2001:db8:10::7]:4000";
-
-/// The port unreachable that answers a datagram, quoting its headers.
-pub fn unreachable(refused: &Packet) -> Vec<u8> {
-    let frame = refused.build();
-    let l3 = 14 + 4 * refused.vlans.len();
-    let macs = (refused.destination_mac, refused.source_mac);
-    let ethernet = PacketBuilder::ethernet2(macs.0, macs.1);
-    let mut answer = Vec::new();
-    match (refused.source.ip(), refused.destination.ip()) {
-        (IpAddr::V4(source), IpAddr::V4(destination)) => {
-            let port = Icmpv4Type::DestinationUnreachable(icmpv4::DestUnreachableHeader::Port);
-            let mut header =
-                Ipv4Header::new(0, 64, ip_number::ICMP, destination.octets(), source.octets())
-                    .unwrap();
-            header.dont_fragment = true;
-            let quoted = &frame[l3..l3 + 28];
-            let builder = ethernet.ip(etherparse::IpHeaders::Ipv4(header, Default::default()));
-            builder.icmpv4(port).write(&mut answer, quoted).unwrap();
-        }
-        (IpAddr::V6(source), IpAddr::V6(destination)) => {
-            let port = Icmpv6Type::DestinationUnreachable(icmpv6::DestUnreachableCode::Port);
-            let header = Ipv6Header {
-                source: destination.octets(),
-                destination: source.octets(),
-                hop_limit: 64,
-                ..Default::default()
-            };
-            let quoted = &frame[l3..l3 + 48];
-            let builder = ethernet.ip(etherparse::IpHeaders::Ipv6(header, Default::default()));
-            builder.icmpv6(port).write(&mut answer, quoted).unwrap();
-        }
-        _ => panic!("one family"),
-    }
-    // The tags as they came.
-    answer.splice(12..12, frame[12..l3 - 2].iter().copied());
-    answer
-}
 
 fn refused(what: &'static str, packet: &Packet) -> Step {
     Step::answer(what, packet.build(), reset(packet).build(), NoTarget)

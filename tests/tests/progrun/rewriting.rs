@@ -348,7 +348,7 @@ fn ways_that_do_not_lead_anywhere() {
                 &translated(&fits, 15, "10.0.11.35:8080"),
                 (15, 15),
             ),
-            Step::drop("one byte more", large(1001).build(), TooBig),
+            Step::answer("one byte more", large(1001).build(), too_big(&large(1001), 1000), TooBig),
             Step::drop("no hop left", last(segment(CLIENT, "10.0.10.100:80")).build(), TtlExceeded),
             Step::drop(
                 "less than none",

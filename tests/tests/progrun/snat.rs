@@ -8,7 +8,7 @@ use lb_common::{
 };
 use lb_tests::packets::{Checksum, Packet, endpoints};
 
-use super::{refusals::unreachable, *};
+use super::*;
 
 const CLIENT: &str = "192.0.10.7:4000";
 const CLIENT6: &str = "[2001:db8:10::7]:4000";
@@ -140,7 +140,7 @@ fn what_belongs_to_no_flow_passes_untouched() {
 #[test]
 fn an_address_that_the_agent_added_can_be_a_source() {
     let mut scene = Scene::everything();
-    scene.desired.targets.get_mut(&36).unwrap().sources = 0;
+    scene.desired.targets.get_mut(&36).unwrap().set_sources(0);
     scene.source(36, "10.0.10.100", 4, (30_000, 30_001));
     let reply = segment(TARGET, "10.0.10.100:30000");
     let unasked = segment(TARGET, "10.0.10.100:30001");

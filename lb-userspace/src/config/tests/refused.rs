@@ -103,7 +103,18 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("flow_table_size_negative", "[agent]\nflow_table_size = -1"),
     ("flow_table_size_huge", "[agent]\nflow_table_size = 99999999999999999999"),
     ("flow_table_size_float", "[agent]\nflow_table_size = 1e6"),
+    ("half_open_table_size_range", "[agent]\nhalf_open_table_size = 1000"),
+    ("once_seen_table_size_range", "[agent]\nonce_seen_table_size = 16777217"),
     ("api_socket_relative", "[agent]\napi_socket = \"lb.sock\""),
+    ("tunnel_sources_string", "[agent]\ntunnel_sources = \"172.16.0.0/16\""),
+    ("tunnel_sources_word", "[agent]\ntunnel_sources = [\"random\"]"),
+    ("tunnel_sources_twice", "[agent]\ntunnel_sources = [\n\"100::/64\",\n\"fd00::/16\"]"),
+    ("tunnel_sources_length", "[agent]\ntunnel_sources = [\"10.0.0.0/7\"]"),
+    ("tunnel_sources_length_v6", "[agent]\ntunnel_sources = [\"2001:db8::1:0/112\"]"),
+    ("tunnel_sources_zeroes", "[agent]\ntunnel_sources = [\"2001:db8::\"]"),
+    ("tunnel_sources_host_bits", "[agent]\ntunnel_sources = [\"172.16.0.1/16\"]"),
+    ("tunnel_sources_mapped", "[agent]\ntunnel_sources = [\"::ffff:172.16.0.0/112\"]"),
+    ("tunnel_sources_loopback", "[agent]\ntunnel_sources = [\"127.0.0.0/8\"]"),
     ("metrics_listen", "[agent]\nmetrics_listen = \"127.0.0.1:9901\""),
     ("dns", "[dns]\nlisten = \"10.0.0.53:53\"\nzone = \"elb.internal\""),
     // security groups
@@ -132,7 +143,6 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("target_group_port_string", "[target_group.web]\nport = \"80\""),
     ("target_group_protocol_later", target_group!("protocol = \"http\"")),
     ("target_group_protocol", target_group!("protocol = \"sctp\"")),
-    ("forwarding_later", target_group!("forwarding = \"dsr_ipip\"")),
     ("forwarding", target_group!("forwarding = \"dsr-l2\"")),
     ("algorithm_later", target_group!("algorithm = \"least_connections\"")),
     ("algorithm", target_group!("algorithm = \"random\"")),
@@ -140,10 +150,23 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("deregistration_delay_unit", target_group!("deregistration_delay = \"300\"")),
     ("deregistration_delay_range", target_group!("deregistration_delay = \"2h\"")),
     ("termination_integer", target_group!("unhealthy_connection_termination = 1")),
-    ("stickiness", target_group!("stickiness = { type = \"source_ip\" }")),
+    ("stickiness_no_table", target_group!("stickiness = \"source_ip\"")),
+    ("stickiness_without_type", target_group!("stickiness = {}")),
+    ("stickiness_type", target_group!("stickiness = { type = \"source-ip\" }")),
+    ("stickiness_type_later", target_group!("stickiness = { type = \"lb_cookie\" }")),
+    (
+        "stickiness_duration",
+        target_group!("stickiness = { type = \"source_ip\", duration = \"1h\" }"),
+    ),
+    ("stickiness_unknown_key", target_group!("stickiness = { type = \"source_ip\", ttl = 1 }")),
+    ("slow_start_integer", target_group!("slow_start = 30")),
+    ("slow_start_too_short", target_group!("slow_start = \"29s\"")),
+    ("slow_start_too_long", target_group!("slow_start = \"901s\"")),
     ("flow_tracking", target_group!("flow_tracking = \"never\"")),
     ("target_group_security_group", target_group!("security_group = \"web-target\"")),
     ("snat_addresses", target_group!("snat_addresses = [\"10.0.0.7\"]")),
+    ("gue_port_range", target_group!("forwarding = \"dsr_gue\"\ngue_port = 0")),
+    ("gue_port_string", target_group!("forwarding = \"dsr_gue\"\ngue_port = \"6080\"")),
     ("snat_ports", target_group!("snat_ports = \"20000-30000\"")),
     ("snat_addresses_none", snat!("snat_addresses = []")),
     ("snat_addresses_no_list", snat!("snat_addresses = \"10.0.0.7\"")),
@@ -207,7 +230,8 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ),
     ("load_balancer_type", load_balancer!("type = \"gateway\"\naddresses = [\"192.0.2.1\"]")),
     ("load_balancer_scheme", load_balancer!("scheme = \"public\"\naddresses = [\"192.0.2.1\"]")),
-    ("cross_zone", load_balancer!("addresses = [\"192.0.2.1\"]\ncross_zone = false")),
+    ("cross_zone_string", load_balancer!("addresses = [\"192.0.2.1\"]\ncross_zone = \"no\"")),
+    ("cross_zone_without_zone", load_balancer!("addresses = [\"192.0.2.1\"]\ncross_zone = false")),
     ("addresses_missing", load_balancer!("")),
     ("addresses_empty", load_balancer!("addresses = []")),
     ("addresses_twice", load_balancer!("addresses = [\"192.0.2.1\", \"192.0.2.1\"]")),
@@ -252,13 +276,56 @@ const ONE_ERROR: &[(&str, &str)] = &[
         "listener_protocol_differs",
         listener!("protocol = \"udp\"\nport = 80\ntarget_group = \"web\""),
     ),
+    (
+        "listener_idle_timeout_range",
+        listener!("target_group = \"web\"\ntcp_idle_timeout = \"59s\""),
+    ),
+    (
+        "listener_idle_timeout_fraction",
+        listener!("target_group = \"web\"\ntcp_idle_timeout = \"60500ms\""),
+    ),
+    (
+        "listener_idle_timeout_protocol",
+        listener!("target_group = \"web\"\nudp_idle_timeout = \"60s\""),
+    ),
     ("listener_port_range", listener!("port = 65536\ntarget_group = \"web\"")),
     ("listener_without_target_group", listener!("port = 80")),
     ("listener_target_group_unknown", listener!("port = 80\ntarget_group = \"wbe\"")),
     ("listener_target_group_list", listener!("port = 80\ntarget_group = [\"web\"]")),
     (
-        "listener_two_target_groups",
+        "listener_target_groups_unknown",
         listener!("port = 80\ntarget_groups = [{ name = \"web\", weight = 90 }, { name = \"b\" }]"),
+    ),
+    (
+        "listener_target_groups_twice",
+        listener!("target_groups = [{ name = \"web\", weight = 90 }, { name = \"web\" }]"),
+    ),
+    (
+        "listener_target_groups_without_name",
+        listener!("target_groups = [{ name = \"web\" }, { weight = 10 }]"),
+    ),
+    ("listener_target_groups_strings", listener!("target_groups = [\"web\"]")),
+    (
+        "listener_target_groups_differ_in_stickiness",
+        listener!(
+            "target_groups = [{ name = \"web\" }, { name = \"sticky\" }]\n\
+             [target_group.sticky]\nstickiness = { type = \"source_ip\" }"
+        ),
+    ),
+    (
+        "listener_target_groups_differ_in_protocol",
+        listener!(
+            "target_groups = [{ name = \"web\" }, { name = \"dns\" }]\n\
+             [target_group.dns]\nprotocol = \"udp\""
+        ),
+    ),
+    (
+        "listener_target_groups_dsr_l2_port",
+        listener!(
+            "target_groups = [{ name = \"web\" }, { name = \"direct\" }]\n\
+             [target_group.direct]\nport = 8080\nforwarding = \"dsr_l2\"\n\
+             targets = [\"10.0.2.21\"]"
+        ),
     ),
     ("listener_no_target_groups", listener!("port = 80\ntarget_groups = []")),
     (
@@ -267,6 +334,10 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ),
     (
         "listener_target_groups_weight",
+        listener!("port = 80\ntarget_groups = [{ name = \"web\", weight = 1000 }]"),
+    ),
+    (
+        "listener_target_groups_weights_0",
         listener!("port = 80\ntarget_groups = [{ name = \"web\", weight = 0 }]"),
     ),
     ("listener_certificates", listener!("port = 80\ntarget_group = \"web\"\ncertificates = []")),

@@ -13,16 +13,17 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use aya::programs::ProgramFd;
+use aya::programs::{ProgramFd, ProgramInfo};
 use lb_common::{
     flow::{TCP, UDP},
-    tables::{Endpoint, Interface, OPEN, Slot, Target},
+    tables::{Endpoint, Interface, OPEN, Slot, SlotState, Target},
 };
 use lb_tests::{
-    packets::{Packet, verify_checksums},
+    packets::Packet,
     programs::{Floor, Varying, Wrapper, pin_to_cpu},
     progrun::Network,
     scene::{Scene, Way},
+    tunnels::verify_checksums,
 };
 use lb_userspace::{
     dataplane::{Dataplane, LoadOptions},
@@ -38,11 +39,17 @@ const LOAD: LoadOptions = LoadOptions {
     hash_seed: 0x5eed,
     ring_size: 16_381,
     flow_table_size: 1 << 21,
+    half_open_table_size: 1 << 21,
+    once_seen_table_size: 1 << 21,
     port_pools: 256,
     log: false,
 };
 /// Targets of each listener.
 const TARGETS: u32 = 100;
+/// The listener whose slots all learn: every flow is remembered.
+const LEARNING: &str = "10.0.10.100:87";
+/// The listener whose slots are all pinned: every flow is looked up, none is found.
+const PINNED: &str = "10.0.10.100:88";
 /// The device that program runs come in by.
 const LOOPBACK: u32 = 1;
 /// Prefixes of the security group.
@@ -94,7 +101,8 @@ fn measure(options: &PacketOptions) -> Result<()> {
         let object = fs::read(path).with_context(|| format!("read {}", path.display()))?;
         let other = _other.insert(ready(Dataplane::load_object(&object, &LOAD)?)?);
         subjects.other = Some(program(other)?);
-        println!("* is {}: {}", path.display(), Program::of(other)?);
+        println!("* is {}", path.display());
+        Program::all(other)?.iter().for_each(|program| println!("* {program}"));
         rows = with_other(rows);
     }
     let mut wrapper = Wrapper::load()?;
@@ -112,9 +120,9 @@ fn measure(options: &PacketOptions) -> Result<()> {
         }
     }
     eprintln!("\r{:30}", "");
-    let program = Program::of(&mut dataplane)?;
-    print_table(&rows, &program, options);
-    write_json(&rows, &program, options)
+    let programs = Program::all(&mut dataplane)?;
+    print_table(&rows, &programs, options);
+    write_json(&rows, &programs, options)
 }
 
 /// The programs that are measured.
@@ -193,9 +201,21 @@ fn tables() -> Desired {
         (TCP, "10.0.10.100:82", Target::NAT, 1, 0, LOOPBACK),
         (TCP, "10.0.10.100:83", Target::NAT, OPEN, Endpoint::TRACKED, LOOPBACK),
         (TCP, "10.0.10.100:84", Target::NAT, OPEN, 0, 11),
+        (TCP, LEARNING, Target::NAT, OPEN, 0, LOOPBACK),
+        (TCP, PINNED, Target::NAT, OPEN, 0, LOOPBACK),
+        (TCP, "10.0.10.100:85", Target::DSR_IPIP, OPEN, 0, LOOPBACK),
+        (TCP, "[fd00:10::100]:85", Target::DSR_IPIP, OPEN, 0, LOOPBACK),
+        (TCP, "10.0.10.100:86", Target::DSR_GUE, OPEN, 0, LOOPBACK),
+        (TCP, "[fd00:10::100]:86", Target::DSR_GUE, OPEN, 0, LOOPBACK),
     ]) {
         let first = listener * TARGETS;
-        let slots = add_targets(&mut scene, first, mode, at.starts_with('['), device);
+        let mut slots = add_targets(&mut scene, first, mode, at.starts_with('['), device);
+        let state = match at {
+            LEARNING => SlotState::Learning,
+            PINNED => SlotState::Pinned,
+            _ => SlotState::Settled,
+        };
+        unsettle(&mut slots, state);
         scene.listener_of(listener, protocol, at, &slots, class, flags);
         scene.desired.rings.insert(listener, slots.into());
     }
@@ -217,6 +237,18 @@ fn add_targets(scene: &mut Scene, first: u32, mode: u8, is_v6: bool, device: u32
         (0..LOAD.ring_size).map(|slot| Slot::settled(first + slot % TARGETS)).collect();
     slots.shuffle(&mut StdRng::seed_from_u64(u64::from(first)));
     slots
+}
+
+/// Brings settled slots into another state, with the next slot's target as the one before.
+fn unsettle(slots: &mut [Slot], state: SlotState) {
+    if state == SlotState::Settled {
+        return;
+    }
+    let previous: Vec<u32> =
+        slots.iter().cycle().skip(1).take(slots.len()).map(|s| s.current).collect();
+    for (slot, previous) in slots.iter_mut().zip(previous) {
+        *slot = Slot::new(slot.current, previous, state);
+    }
 }
 
 /// Networks of 256 addresses all over IPv4, and the clients'.
@@ -265,12 +297,30 @@ fn rows() -> Vec<Row> {
     rows.extend(ours("nat, request, TCP, IPv6", &to6("[fd00:10::100]:80"), &[one, some, many]));
     rows.extend(ours("dsr_l2, request, TCP, IPv4", &to("10.0.10.100:81"), &[one, some, many]));
     rows.extend(ours("dsr_l2, request, TCP, IPv6", &to6("[fd00:10::100]:81"), &[one, some, many]));
+    for (name, at) in [
+        ("dsr_ipip, request, TCP, IPv4 in IPv4", "10.0.10.100:85"),
+        ("dsr_gue, request, TCP, IPv4 in IPv4", "10.0.10.100:86"),
+    ] {
+        rows.extend(ours(name, &to(at), &[one, some, many]));
+    }
+    for (name, at) in [
+        ("dsr_ipip, request, TCP, IPv6 in IPv6", "[fd00:10::100]:85"),
+        ("dsr_gue, request, TCP, IPv6 in IPv6", "[fd00:10::100]:86"),
+    ] {
+        rows.extend(ours(name, &to6(at), &[one, some, many]));
+    }
     rows.extend(replies.into_iter().map(|row| Row { varying: Varying::Destination, ..row }));
     rows.extend(redirected.into_iter().map(|row| Row { verdict: XDP_REDIRECT, ..row }));
     let group = to("10.0.10.100:82");
     rows.extend(ours("nat, TCP, IPv4, group of 10,000 prefixes", &group, &[one, some, many]));
     let tracked = to("10.0.10.100:83");
     rows.extend(ours("nat, TCP, IPv4, every flow tracked", &tracked, &[one, some, many]));
+    for (name, at) in [
+        ("nat, TCP, IPv4, every slot learning", LEARNING),
+        ("nat, TCP, IPv4, every slot pinned", PINNED),
+    ] {
+        rows.extend(ours(name, &to(at), &[one, some, many]));
+    }
     rows.extend(passing.into_iter().map(|row| Row { verdict: XDP_PASS, ..row }));
     rows
 }
@@ -290,8 +340,9 @@ impl Row {
     }
 }
 
-/// How large the program is.
+/// How large a program is.
 struct Program {
+    name: &'static str,
     instructions: u32,
     jited: u32,
     verified: u32,
@@ -299,20 +350,32 @@ struct Program {
 
 impl Display for Program {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let Self { instructions, jited, verified } = self;
-        write!(f, "{instructions} instructions, {jited} bytes of machine code; ")?;
+        let Self { name, instructions, jited, verified } = self;
+        write!(f, "{name}: {instructions} instructions, {jited} bytes of machine code; ")?;
         write!(f, "the verifier processed {verified}")
     }
 }
 
 impl Program {
-    fn of(dataplane: &mut Dataplane) -> Result<Self> {
-        let info = dataplane.program()?.info()?;
-        Ok(Self {
-            instructions: info.size_translated().context("size of the program")? / 8,
-            jited: info.size_jitted(),
-            verified: info.verified_instruction_count().context("the verifier's count")?,
+    fn json(&self) -> serde_json::Value {
+        json!({
+            "name": self.name,
+            "instructions": self.instructions,
+            "machine_code_bytes": self.jited,
+            "verifier_processed": self.verified,
         })
+    }
+
+    fn all(dataplane: &mut Dataplane) -> Result<Vec<Self>> {
+        let program = |(name, info): (_, ProgramInfo)| {
+            Ok(Self {
+                name,
+                instructions: info.size_translated().context("size of the program")? / 8,
+                jited: info.size_jitted(),
+                verified: info.verified_instruction_count().context("the verifier's count")?,
+            })
+        };
+        dataplane.programs()?.into_iter().map(program).collect()
     }
 }
 
@@ -321,9 +384,9 @@ fn floors(rows: &[Row]) -> [f64; 3] {
     [rows[0].median(), rows[1].median(), rows[2].median()]
 }
 
-fn print_table(rows: &[Row], program: &Program, options: &PacketOptions) {
+fn print_table(rows: &[Row], programs: &[Program], options: &PacketOptions) {
     let [drop, swap, encap] = floors(rows);
-    println!("lb_balancer: {program}");
+    programs.iter().for_each(|program| println!("{program}"));
     println!(
         "medians of {} rounds of {} packets, CPU {}\n",
         options.rounds, options.repeats, options.cpu
@@ -350,7 +413,7 @@ fn print_table(rows: &[Row], program: &Program, options: &PacketOptions) {
     }
 }
 
-fn write_json(rows: &[Row], program: &Program, options: &PacketOptions) -> Result<()> {
+fn write_json(rows: &[Row], programs: &[Program], options: &PacketOptions) -> Result<()> {
     let [drop, swap, encap] = floors(rows);
     let results: Vec<_> = rows
         .iter()
@@ -373,11 +436,7 @@ fn write_json(rows: &[Row], program: &Program, options: &PacketOptions) -> Resul
         "repeats": options.repeats,
         "kernel": fs::read_to_string("/proc/sys/kernel/osrelease")?.trim(),
         "cpu": cpu_model()?,
-        "program": {
-            "instructions": program.instructions,
-            "machine_code_bytes": program.jited,
-            "verifier_processed": program.verified,
-        },
+        "programs": programs.iter().map(Program::json).collect::<Vec<_>>(),
         "rows": results,
     });
     if let Some(folder) = options.json.parent() {

@@ -1,0 +1,230 @@
+//! How the stages follow one another.
+//!
+//! The first stage ([`super::begin`]) is all that most packets need. What only some need comes in
+//! later stages, each of which is a program of its own in the kernel, reached by a tail call: it has
+//! all the stack to itself, the verifier looks at it once and not once for every way that leads to
+//! it, and what it lacks costs the others nothing. On the host they are called one after the other.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::tables::{Slot, Tables};
+use crate::verdict::{DropReason, Verdict};
+
+use super::parse::Place;
+use super::{Outcome, Stop};
+
+/// A stage after the first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Stage {
+    /// Asks what is remembered of a flow, and remembers it if it must.
+    Recall = 0,
+    /// Sends a packet to the target that was recalled for it.
+    Deliver = 1,
+    /// Refuses a packet so that the client hears of it.
+    Answer = 2,
+    /// Sends a packet to its target through a tunnel.
+    Encapsulate = 3,
+    /// Sends a packet to its target from an address and a port of this machine.
+    SnatRequest = 4,
+    /// Takes a source port for a new flow, and sends its first packet.
+    SnatOpen = 5,
+    /// Sends a target's packet to the client whose flow has its destination port.
+    SnatReply = 6,
+}
+
+impl Stage {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Self; 7] = [
+        Self::Recall,
+        Self::Deliver,
+        Self::Answer,
+        Self::Encapsulate,
+        Self::SnatRequest,
+        Self::SnatOpen,
+        Self::SnatReply,
+    ];
+
+    /// The name of its program.
+    pub const fn program(self) -> &'static str {
+        match self {
+            Self::Recall => "lb_recall",
+            Self::Deliver => "lb_deliver",
+            Self::Answer => "lb_answer",
+            Self::Encapsulate => "lb_encapsulate",
+            Self::SnatRequest => "lb_snat_request",
+            Self::SnatOpen => "lb_snat_open",
+            Self::SnatReply => "lb_snat_reply",
+        }
+    }
+}
+
+/// How a stage ended: what is to be done next. A function returns it as one number, which stays in
+/// a register.
+#[derive(Clone, Copy)]
+pub struct Next {
+    action: u32,
+    /// By action: an interface, a [`DropReason`], another action.
+    argument: u32,
+}
+
+impl Next {
+    pub(super) const UNDECIDED: u32 = 0;
+    pub(super) const PASS: u32 = 1;
+    pub(super) const TRANSMIT: u32 = 2;
+    const REDIRECT: u32 = 3;
+    pub(super) const DROP: u32 = 4;
+    /// The first of the stages.
+    const STAGES: u32 = 8;
+    pub(super) const DELIVER: u32 = Self::STAGES + Stage::Deliver as u32;
+    pub(super) const ANSWER: u32 = Self::STAGES + Stage::Answer as u32;
+    const ENCAPSULATE: u32 = Self::STAGES + Stage::Encapsulate as u32;
+    const RECALL: u32 = Self::STAGES + Stage::Recall as u32;
+    const SNAT_REQUEST: u32 = Self::STAGES + Stage::SnatRequest as u32;
+    pub(super) const SNAT_OPEN: u32 = Self::STAGES + Stage::SnatOpen as u32;
+    const SNAT_REPLY: u32 = Self::STAGES + Stage::SnatReply as u32;
+
+    #[inline(always)]
+    pub(super) fn with(action: u32, argument: u32) -> u64 {
+        (argument as u64) << 32 | action as u64
+    }
+
+    #[inline(always)]
+    pub(super) fn is_undecided(self) -> bool {
+        self.action == Self::UNDECIDED
+    }
+
+    /// The stage that comes next, if any.
+    #[inline(always)]
+    pub fn stage(self) -> Option<Stage> {
+        match self.action {
+            Self::RECALL => Some(Stage::Recall),
+            Self::DELIVER => Some(Stage::Deliver),
+            Self::ANSWER => Some(Stage::Answer),
+            Self::ENCAPSULATE => Some(Stage::Encapsulate),
+            Self::SNAT_REQUEST => Some(Stage::SnatRequest),
+            Self::SNAT_OPEN => Some(Stage::SnatOpen),
+            Self::SNAT_REPLY => Some(Stage::SnatReply),
+            _ => None,
+        }
+    }
+
+    /// The verdict, if no stage comes next; counts a packet that dies.
+    #[inline(always)]
+    pub fn verdict<T: Tables>(self, tables: &T) -> Verdict {
+        match self.action {
+            Self::TRANSMIT => Verdict::Transmit,
+            Self::REDIRECT => Verdict::Redirect(self.argument),
+            Self::DROP => {
+                tables.count_drop(self.argument);
+                Verdict::Drop
+            }
+            _ => Verdict::Pass,
+        }
+    }
+}
+
+impl From<u64> for Next {
+    /// Hidden from the verifier, which would else follow every reason to drop a packet on its own.
+    #[inline(always)]
+    fn from(next: u64) -> Self {
+        let hidden = |half: u64| core::hint::black_box(half as u32);
+        Self { action: hidden(next), argument: hidden(next >> 32) }
+    }
+}
+
+/// What one stage leaves to the next, in memory. Plain numbers that are always written: an enum
+/// leaves bytes unset that the compiler copies all the same, and the verifier refuses.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+pub struct Step {
+    pub(super) recall: Recall,
+    pub(super) place: Place,
+    pub(super) selected: Selected,
+    /// By stage: a [`DropReason`], an action of [`Next`].
+    pub(super) argument: u32,
+    zero: u32,
+}
+
+/// What is asked of the flow table.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+pub struct Recall {
+    /// The slot that the hash chose.
+    pub slot: Slot,
+    /// Its number in the ring.
+    pub chosen: u32,
+    /// The ring.
+    pub ring: u32,
+    /// Index of the listener.
+    pub listener: u32,
+    /// Not 0 if the listener tracks every flow.
+    pub is_tracked: u32,
+    /// See [`Selected::hash`].
+    pub hash: u32,
+}
+
+/// A flow's target.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+pub struct Selected {
+    /// Its index.
+    pub index: u32,
+    /// Not 0 for a flow that is new, as far as can be told.
+    pub is_new: u32,
+    /// Half of the flow's hash, the one that does not choose the slot.
+    pub hash: u32,
+}
+
+impl Step {
+    /// Nothing is known yet. The zero is hidden from the compiler: it would make one call of all
+    /// the stores, to a function that clears the bytes one by one.
+    #[inline(always)]
+    pub fn new() -> Self {
+        bytemuck::cast([core::hint::black_box(0_u64); size_of::<Self>() / 8])
+    }
+
+    /// What the stage that comes next is told.
+    #[inline(always)]
+    pub fn for_stage(self, next: Next) -> Self {
+        Self { argument: next.argument, ..self }
+    }
+
+    /// Takes down how a stage ended.
+    #[inline(always)]
+    pub(super) fn conclude(&mut self, outcome: Outcome, place: Place) -> u64 {
+        match outcome {
+            Ok(Verdict::Pass | Verdict::Drop) => Next::with(Next::PASS, 0),
+            Ok(Verdict::Transmit) => Next::with(Next::TRANSMIT, 0),
+            Ok(Verdict::Redirect(ifindex)) => Next::with(Next::REDIRECT, ifindex),
+            Err(Stop::Drop(reason)) => Next::with(Next::DROP, reason as u32),
+            Err(Stop::Answer(reason)) => {
+                self.place = place;
+                Next::with(Next::ANSWER, reason as u32)
+            }
+            Err(Stop::Recall) => {
+                self.place = place;
+                Next::with(Next::RECALL, 0)
+            }
+            Err(Stop::TooBig) => {
+                self.place = place;
+                Next::with(Next::ANSWER, DropReason::TooBig as u32)
+            }
+            Err(Stop::Encapsulate) => {
+                self.place = place;
+                Next::with(Next::ENCAPSULATE, 0)
+            }
+            Err(Stop::Snat) => {
+                self.place = place;
+                Next::with(Next::SNAT_REQUEST, 0)
+            }
+            Err(Stop::SnatReply(otherwise)) => Next::with(Next::SNAT_REPLY, otherwise),
+        }
+    }
+}
+
+impl Default for Step {
+    fn default() -> Self {
+        Self::new()
+    }
+}
