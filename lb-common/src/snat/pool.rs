@@ -80,16 +80,17 @@ impl PortPool {
     /// there is none.
     #[inline(always)]
     fn open_block<A: Atomics>(&self, start: u32, begin: u32, end: u32) -> u32 {
+        // Without a branch on what is read: the verifier would follow both ways of each.
+        let (mut found, mut is_found) = (begin as u64, 0);
         for step in 1..=BLOCKS {
             let block = start.wrapping_add(step) % BLOCKS;
-            // One branch for all: the verifier keeps every branch of a loop in mind, and not many.
             let (after, before) = (block as i64 - begin as i64 - 1, end as i64 - 1 - block as i64);
             let is_outer = ((after | before) >> 63) as u64;
-            if !self.common_to::<A>(block) & !is_outer != 0 {
-                return block;
-            }
+            let is_open = is_not_zero(!self.common_to::<A>(block) & !is_outer) & !is_found;
+            found = (block as u64 & is_open) | (found & !is_open);
+            is_found |= is_open;
         }
-        begin
+        found as u32
     }
 
     /// The bits that all words of a block have set.
@@ -103,14 +104,16 @@ impl PortPool {
     /// kernel too.
     #[inline(never)]
     fn free_in<A: Atomics>(&self, block: u32, first: u32, last: u32) -> u32 {
+        let (mut bits, mut of) = (0, 0);
         for n in 0..BLOCK {
             let number = block.wrapping_mul(BLOCK).wrapping_add(n);
             let free = !A::load(self.word(number)) & inside(number, first, last);
-            if free != 0 {
-                return (number * 64).wrapping_add(lowest(free));
-            }
+            let is_first = is_not_zero(free) & !is_not_zero(bits);
+            bits |= free & is_first;
+            of |= number as u64 & is_first;
         }
-        NO_PORT
+        let port = (of * 64).wrapping_add(lowest(bits) as u64);
+        (port & is_not_zero(bits)) as u32
     }
 
     #[inline(always)]
@@ -119,17 +122,34 @@ impl PortPool {
     }
 }
 
-/// The bits of a word of a bitmap that lie from bit `first` to bit `last` of the whole.
+/// All bits set if any is, else none; hidden from the compiler, which would make branches of it.
+#[inline(always)]
+fn is_not_zero(bits: u64) -> u64 {
+    let sign = (bits | bits.wrapping_neg()) >> 63;
+    core::hint::black_box(sign).wrapping_neg()
+}
+
+/// The bits of a word of a bitmap that lie from bit `first` to bit `last` of the whole. No branches.
 #[inline(always)]
 fn inside(word: u32, first: u32, last: u32) -> u64 {
-    let begin = word.wrapping_mul(64);
-    let end = begin | 63;
-    if last < begin || first > end || first > last {
-        return 0;
-    }
-    let below = if first > begin { first % 64 } else { 0 };
-    let above = if last < end { 63 - last % 64 } else { 0 };
-    (u64::MAX << below) & (u64::MAX >> above)
+    let begin = word as i64 * 64;
+    let from = clamped(first as i64 - begin);
+    let to = clamped(last as i64 + 1 - begin);
+    lowest_bits(to) & !lowest_bits(from)
+}
+
+/// A number, or the nearest one from 0 to 64.
+#[inline(always)]
+fn clamped(number: i64) -> u64 {
+    let positive = number & !core::hint::black_box(number >> 63);
+    let beyond = positive - 64;
+    (64 + (beyond & core::hint::black_box(beyond >> 63))) as u64
+}
+
+/// So many bits, 64 at most.
+#[inline(always)]
+fn lowest_bits(count: u64) -> u64 {
+    (1_u64 << (count & 63)).wrapping_sub(1) | (count >> 6).wrapping_neg()
 }
 
 /// The number of the lowest bit that is set. By counting the bits below it in parallel: the
