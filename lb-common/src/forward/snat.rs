@@ -178,8 +178,8 @@ fn take_port<I: Ip, F: Frame, T: Tables>(
     Next::with(Next::ANSWER, DropReason::PortAllocationError as u32)
 }
 
-/// Searches for a port at most: one in each address, and one more should another CPU be faster.
-const ATTEMPTS: u32 = MAX_SNAT_ADDRESSES + 1;
+/// Searches for a port at most: the verifier follows each to its end.
+const ATTEMPTS: u32 = 2;
 
 /// Beside what can become of an entry: no port is free.
 const NONE_FREE: u32 = 3;
