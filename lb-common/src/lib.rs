@@ -27,6 +27,7 @@ pub mod flow;
 pub mod forward;
 pub mod snat;
 pub mod tables;
+pub mod target;
 pub mod tunnel;
 pub mod verdict;
 pub mod wire;

@@ -54,7 +54,8 @@ pub struct Endpoint {
     /// [`Self::LISTENER`]: the ring; [`Self::TARGET`]: index of the target. An address with
     /// [`Self::SNAT`]: the last port that flows may have, host byte order.
     pub index: u32,
-    /// [`Self::LISTENER`], [`Self::GUARD`]: the admission class, [`OPEN`] without a group.
+    /// [`Self::LISTENER`], [`Self::GUARD`], [`Self::TARGET`] for packets to it: the admission class,
+    /// [`OPEN`] without a group.
     pub class: u32,
 }
 
@@ -84,7 +85,8 @@ impl Endpoint {
     pub const LOCAL: u8 = 3;
     /// An address of this machine that the agent added: ports without a listener are dropped.
     pub const OWNED: u8 = 4;
-    /// A protocol without ports that is admitted by class, then passed (echo requests).
+    /// Admitted by class, then passed: echo requests, and ports of targets that carry a security
+    /// group and whose replies are not rewritten.
     pub const GUARD: u8 = 5;
 
     /// Flag of a listener: every flow is tracked, in both directions.

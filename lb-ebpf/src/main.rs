@@ -7,6 +7,7 @@
 
 mod frame;
 mod maps;
+mod runtime;
 mod snat;
 
 use aya_ebpf::bindings::xdp_action;
@@ -57,7 +58,13 @@ pub fn lb_snat_request(ctx: XdpContext) -> u32 {
     later(&ctx, Stage::SnatRequest)
 }
 
-/// Takes a source port for a new flow, and sends its first packet.
+/// Looks for a source port that no flow has.
+#[xdp]
+pub fn lb_snat_search(ctx: XdpContext) -> u32 {
+    later(&ctx, Stage::SnatSearch)
+}
+
+/// Gives a new flow the port that was found, and sends its first packet.
 #[xdp]
 pub fn lb_snat_open(ctx: XdpContext) -> u32 {
     later(&ctx, Stage::SnatOpen)
@@ -92,14 +99,3 @@ fn end(ctx: &XdpContext, maps: &Maps<'_>, next: Next, step: &Step) -> u32 {
         Verdict::Redirect(ifindex) => maps.redirect(ifindex),
     }
 }
-
-/// The pipeline cannot panic; the verifier refuses the loop if it could.
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    loop {}
-}
-
-/// Some helpers are for programs of a licence compatible with the GPL only.
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

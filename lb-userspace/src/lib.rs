@@ -1,7 +1,8 @@
 //! The agent of lb: what should be true is configured, observed and written to the kernel.
 //!
 //! Data flows one way: [`config`] -> [`state`] -> [`reconcile`] -> [`dataplane`]; [`health`],
-//! [`netlink`] and [`api`] only send events to the owner of the state.
+//! [`netlink`] and [`api`] only send events to the owner of the state. [`target`] is the other role
+//! that a machine can have, with a data plane of its own.
 
 pub mod agent;
 pub mod api;
@@ -12,3 +13,4 @@ pub mod health;
 pub mod netlink;
 pub mod reconcile;
 pub mod state;
+pub mod target;

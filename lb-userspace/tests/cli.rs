@@ -101,7 +101,7 @@ fn bad_usage_is_told_on_stderr_with_exit_code_2() {
         (&["stauts"], "status"),
         (&["--xdp-mode", "fast"], "native"),
         (&["--iface", "eth0", "status"], "--iface is for the agent itself"),
-        (&["--iface", "eth0", "--role", "target"], "--role target is not supported yet"),
+        (&["--iface", "eth0", "--role", "router"], "balancer, target"),
         (&["--iface", "eth0", "--log-level", "lb=loud"], "cannot read the log level `lb=loud`"),
         (&["--iface", "eth0", "--pin", "/sys/fs/bpf/lb"], "--pin"),
         (&["check"], "<FILE>"),

@@ -20,6 +20,7 @@ pub mod progrun;
 pub mod scene;
 pub mod servers;
 pub mod site;
+pub mod target_world;
 pub mod topology;
 pub mod transfers;
 pub mod tunnels;

@@ -70,6 +70,18 @@ impl Packet {
         Self::new(source, destination, Transport::Tcp(Box::new(header)))
     }
 
+    /// A TCP segment with these control bits: `F`, `S`, `R`, `A`.
+    pub fn flagged(source: SocketAddr, destination: SocketAddr, flags: &str) -> Self {
+        let mut packet = Self::tcp(source, destination);
+        if let Transport::Tcp(header) = &mut packet.transport {
+            header.fin = flags.contains('F');
+            header.syn = flags.contains('S');
+            header.rst = flags.contains('R');
+            header.ack = flags.contains('A');
+        }
+        packet
+    }
+
     /// The first packet of a connection.
     pub fn syn(source: SocketAddr, destination: SocketAddr) -> Self {
         let mut header = TcpHeader::new(0, 0, 1000, 0xffff);

@@ -590,7 +590,11 @@ impl Outcome {
 }
 
 /// What `bpf_ktime_get_ns` counts, nanoseconds.
-fn monotonic() -> Result<u64> {
+///
+/// # Errors
+///
+/// Never, on Linux.
+pub fn monotonic() -> Result<u64> {
     Ok(Duration::from(ClockId::CLOCK_MONOTONIC.now()?).as_nanos() as u64)
 }
 

@@ -227,6 +227,15 @@ impl Scene {
         self.way_back(target, protocol, first, Endpoint::SHARED);
     }
 
+    /// Packets to a target's own address need the class, because it carries a security group.
+    pub fn guard_target(&mut self, target: u32, protocol: u8, class: u32) {
+        let Target { address, port, .. } = self.desired.targets[&target];
+        let key = EndpointKey::new(address, port, protocol);
+        let kind = Endpoint::GUARD;
+        let guard = Endpoint { address, port, protocol, kind, ..Endpoint::default() };
+        self.desired.endpoints.entry(key).or_insert(guard).class = class;
+    }
+
     /// Echo requests to an address need the class.
     pub fn guard(&mut self, address: &str, class: u32) {
         let address = ip(address);

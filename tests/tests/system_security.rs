@@ -38,15 +38,21 @@ fn can_echo(site: &Site, from: Dual) -> [bool; 2] {
     })
 }
 
+/// A client that may not come in, while the usual one may.
+fn refused_stranger(site: &Site) -> Dual {
+    let stranger = site.topology.add_client(66).unwrap();
+    assert_eq!(can_echo(site, client_host()), [true; 2]);
+    assert_eq!(site.drops(DENIED).unwrap(), 0);
+    assert_eq!(can_echo(site, stranger), [false; 2]);
+    assert_eq!(site.drops(DENIED).unwrap(), 6);
+    stranger
+}
+
 #[test]
 fn only_what_a_rule_allows_comes_in() {
     let rules = rule("tcp", Some("1-100"), client_host()) + &rule("udp", Some("7"), client_host());
     let site = guarded(&rules);
-    let stranger = site.topology.add_client(66).unwrap();
-    assert_eq!(can_echo(&site, client_host()), [true; 2]);
-    assert_eq!(site.drops(DENIED).unwrap(), 0);
-    assert_eq!(can_echo(&site, stranger), [false; 2]);
-    assert_eq!(site.drops(DENIED).unwrap(), 6);
+    let stranger = refused_stranger(&site);
     for web in site.web() {
         let from = |host: Dual| Some(SocketAddr::new(host.like(web.ip()), 0));
         site.client(|| clients::http_get(from(client_host()), web, "/").unwrap());
@@ -63,11 +69,7 @@ fn only_what_a_rule_allows_comes_in() {
 fn direct_server_return_is_guarded_too() {
     let rules = rule("tcp", Some("80"), client_host()) + &rule("udp", Some("7"), client_host());
     let site = Site::start_with(Picture::Dsr, 2, |config| guard(config, &rules)).unwrap();
-    let stranger = site.topology.add_client(66).unwrap();
-    assert_eq!(can_echo(&site, client_host()), [true; 2]);
-    assert_eq!(site.drops(DENIED).unwrap(), 0);
-    assert_eq!(can_echo(&site, stranger), [false; 2]);
-    assert_eq!(site.drops(DENIED).unwrap(), 6);
+    let stranger = refused_stranger(&site);
     for web in site.web() {
         let from = |host: Dual| Some(SocketAddr::new(host.like(web.ip()), 0));
         site.client(|| clients::http_get(from(client_host()), web, "/").unwrap());

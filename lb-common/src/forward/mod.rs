@@ -6,9 +6,9 @@
 
 mod decide;
 mod emit;
-mod ip;
-mod parse;
-mod reject;
+pub(crate) mod ip;
+pub(crate) mod parse;
+pub(crate) mod reject;
 mod reply;
 mod request;
 mod select;
@@ -156,6 +156,7 @@ pub fn go_on<F: Frame, T: Tables>(
         (Stage::Encapsulate, false) => tunnel::encapsulate::<V6, F, T>(frame, tables, step),
         (Stage::SnatRequest, true) => snat::request::<V4, F, T>(frame, tables, step),
         (Stage::SnatRequest, false) => snat::request::<V6, F, T>(frame, tables, step),
+        (Stage::SnatSearch, _) => snat::search(tables, step),
         (Stage::SnatOpen, true) => snat::open::<V4, F, T>(frame, tables, step),
         (Stage::SnatOpen, false) => snat::open::<V6, F, T>(frame, tables, step),
         (Stage::SnatReply, true) => snat::reply::<V4, F, T>(frame, tables, step),
@@ -185,9 +186,15 @@ fn to_listener<const SHAPE: bool, I: Answer, F: Frame, T: Tables>(
                 Endpoint::LISTENER => {
                     request::handle(frame, tables, &link, &packet, transport, &endpoint, step)
                 }
-                Endpoint::TARGET => {
-                    reply::note_direct::<I, F, T>(frame, tables, &packet.place(), endpoint.index);
-                    Ok(Verdict::Pass)
+                Endpoint::TARGET | Endpoint::GUARD => {
+                    let Found { index, class, .. } = endpoint;
+                    return reply::to_target::<I, F, T>(
+                        frame,
+                        tables,
+                        &packet.place(),
+                        index,
+                        class,
+                    );
                 }
                 _ => return Next::with(Next::UNDECIDED, 0),
             }

@@ -7,7 +7,7 @@ use crate::verdict::DropReason;
 use crate::wire::checksum::Sum;
 use crate::wire::eth::Macs;
 use crate::wire::icmp::Icmp;
-use crate::wire::{Address, Be16, Be32, Ethernet, Ipv4, Ipv6, Tcp, Udp, VlanTag};
+use crate::wire::{Address, Be16, Be32, EtherType, Ethernet, Ipv4, Ipv6, Tcp, Udp, VlanTag};
 
 use super::ip::{Ip, V4, V6};
 use super::parse::{Link, Packet, Place, whole};
@@ -212,7 +212,7 @@ fn quote<H: bytemuck::Pod>(sum: Sum, header: &H, udp: &Udp) -> Sum {
 }
 
 /// Ethernet and tags, carried to a new place.
-struct Front {
+pub(crate) struct Front {
     ethernet: Ethernet,
     tags: usize,
     outer: VlanTag,
@@ -224,7 +224,7 @@ impl Front {
     const INNER_AT: usize = Self::OUTER_AT + size_of::<VlanTag>();
 
     #[inline(always)]
-    fn read<F: Frame>(frame: &F, link: &Link) -> Option<Self> {
+    pub(crate) fn read<F: Frame>(frame: &F, link: &Link) -> Option<Self> {
         let (mut outer, mut inner) = (VlanTag::default(), VlanTag::default());
         if link.tags > 0 {
             outer = frame.read(Self::OUTER_AT)?;
@@ -235,8 +235,19 @@ impl Front {
         Some(Self { ethernet: frame.read(0)?, tags: link.tags, outer, inner })
     }
 
+    /// The same in front of another packet.
     #[inline(always)]
-    fn write<F: Frame>(&self, frame: &mut F) -> Option<()> {
+    pub(crate) fn before(mut self, ether_type: EtherType) -> Self {
+        match self.tags {
+            0 => self.ethernet.ether_type = ether_type,
+            1 => self.outer.ether_type = ether_type,
+            _ => self.inner.ether_type = ether_type,
+        }
+        self
+    }
+
+    #[inline(always)]
+    pub(crate) fn write<F: Frame>(&self, frame: &mut F) -> Option<()> {
         frame.write(0, self.ethernet)?;
         if self.tags > 0 {
             frame.write(Self::OUTER_AT, self.outer)?;

@@ -1,7 +1,7 @@
 //! A packet from a target, and a client that talks to a target's own address.
 
 use crate::flow::{FlowKey, MAX_IDLE, REFRESH, ReturnFlow};
-use crate::tables::{Endpoint, NO_LISTENER, Tables};
+use crate::tables::{Endpoint, NO_LISTENER, OPEN, Tables};
 use crate::verdict::{DropReason, Verdict};
 
 use super::ip::{End, Ip};
@@ -100,10 +100,22 @@ fn is_direct<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, place: &Place) -
 }
 
 /// A client talks to a target's own address through us: note it, or the replies would be given
-/// the listener's address.
+/// the listener's address. The target lets in whatever comes from us if we are among the members of
+/// a group that it lets in, so its security group is asked here.
 #[inline(never)]
-pub fn note_direct<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, place: &Place, target: u32) {
-    if let Some((key, _)) = place.flow::<I, F>(frame) {
+pub fn to_target<I: Ip, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &T,
+    place: &Place,
+    target: u32,
+    class: u32,
+) -> u64 {
+    let pass = Next::with(Next::PASS, 0);
+    let Some((key, _)) = place.flow::<I, F>(frame) else { return pass };
+    if class != OPEN && !tables.admits(class, key.source) {
+        return Next::with(Next::DROP, DropReason::SecurityGroupDenied as u32);
+    }
+    if target != 0 {
         let reply = FlowKey {
             source: key.destination,
             destination: key.source,
@@ -113,4 +125,5 @@ pub fn note_direct<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, place: &Pl
         };
         tables.note_direct_flow(target, &reply);
     }
+    pass
 }

@@ -4,10 +4,10 @@
 mod flows;
 mod kernel_log;
 mod nics;
-mod reload;
+pub(crate) mod reload;
 mod snat;
 mod start;
-mod watch;
+pub(crate) mod watch;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -26,7 +26,7 @@ use tracing::{debug, error, info, warn};
 use crate::api::server::ApiRequest;
 use crate::api::snapshot::{self, AttachMode, Snapshot};
 use crate::cli::AgentOptions;
-use crate::config::{Config, Forwarding};
+use crate::config::{Config, Forwarding, Role};
 use crate::dataplane::{Dataplane, FlowTableUsage};
 use crate::health::{Checker, HealthEvent};
 use crate::netlink::{
@@ -35,10 +35,13 @@ use crate::netlink::{
 };
 use crate::reconcile::{self, Desired};
 use crate::state::{About, Findings, State, Walk};
+use crate::target;
 
 use nics::Nics;
 use reload::Source;
 use watch::Watch;
+
+pub(crate) use start::find;
 
 /// How often time passes for the state: slots age, draining ends.
 const TICK: Duration = Duration::from_secs(1);
@@ -62,7 +65,15 @@ pub fn run(options: AgentOptions) -> anyhow::Result<()> {
         .build()
         .context("start the runtime")?;
     runtime.block_on(async {
-        let (mut agent, mut events) = Agent::start(options).await?;
+        // First of all: whatever is done from here on is undone at the end, also if the end comes
+        // before the start is over.
+        let signals = Signals::listen()?;
+        let (source, mut config) = Source::open(options.config.clone())?;
+        config.agent.role = options.role.unwrap_or(config.agent.role);
+        if config.agent.role == Role::Target {
+            return target::run(options, signals, source, config).await;
+        }
+        let (mut agent, mut events) = Agent::start(options, signals, source, config).await?;
         agent.follow(&mut events).await;
         agent.end().await;
         Ok(())
@@ -117,10 +128,10 @@ struct Events {
 }
 
 /// Signals that the agent knows.
-struct Signals {
-    hangup: Signal,
-    terminate: Signal,
-    interrupt: Signal,
+pub(crate) struct Signals {
+    pub(crate) hangup: Signal,
+    pub(crate) terminate: Signal,
+    pub(crate) interrupt: Signal,
 }
 
 impl Signals {
@@ -156,11 +167,17 @@ impl Agent {
                     gathered = None;
                     self.reconcile();
                 }
-                Some(ApiRequest::Snapshot(reply)) = events.api.recv() => match self.snapshot() {
-                    // A reader that went away needs no answer.
-                    Ok(snapshot) => drop(reply.send(snapshot)),
-                    Err(error) => warn!("no snapshot: {error:#}"),
-                },
+                Some(ApiRequest::Snapshot(reply)) = events.api.recv() => {
+                    // What is told is true of the tables already.
+                    if gathered.take().is_some() {
+                        self.reconcile();
+                    }
+                    match self.snapshot() {
+                        // A reader that went away needs no answer.
+                        Ok(snapshot) => drop(reply.send(snapshot)),
+                        Err(error) => warn!("no snapshot: {error:#}"),
+                    }
+                }
                 Some(address) = events.unresolved.recv() => self.netlink.resolve_now(address),
                 () = events.file.changed() => self.reload(false).await,
                 _ = events.signals.hangup.recv() => self.reload(true).await,
@@ -360,9 +377,7 @@ impl Agent {
         if !self.is_ready && self.state.is_ready() {
             self.is_ready = true;
             info!("ready");
-            if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
-                debug!("the service manager was not told: {error}");
-            }
+            tell_service_manager(sd_notify::NotifyState::Ready);
         }
     }
 
@@ -387,6 +402,7 @@ impl Agent {
         let about = About {
             agent: snapshot::Agent {
                 version: env!("CARGO_PKG_VERSION").into(),
+                role: Role::Balancer.to_string(),
                 pid: std::process::id(),
                 started: self.started,
                 configuration: self.configuration(),
@@ -413,9 +429,7 @@ impl Agent {
 
     /// Takes everything down: program and maps go with the data plane.
     async fn end(mut self) {
-        if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Stopping]) {
-            debug!("the service manager was not told: {error}");
-        }
+        tell_service_manager(sd_notify::NotifyState::Stopping);
         self.api.abort();
         drop(self.checker);
         match self.addresses.release().await {
@@ -437,5 +451,12 @@ async fn until(moment: Option<tokio::time::Instant>) {
     match moment {
         Some(moment) => tokio::time::sleep_until(moment).await,
         None => std::future::pending().await,
+    }
+}
+
+/// Tells systemd, if it is what started the agent.
+pub(crate) fn tell_service_manager(state: sd_notify::NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        debug!("the service manager was not told: {error}");
     }
 }

@@ -130,6 +130,7 @@ fn remembered(content: &Result<Vec<u8>, LoadError>) -> Result<Vec<u8>, String> {
 fn keep_what_is_fixed(new: &mut Agent, running: &Agent) {
     let Agent {
         interfaces,
+        role,
         xdp_mode,
         availability_zone: _,
         manage_addresses: _,
@@ -142,6 +143,7 @@ fn keep_what_is_fixed(new: &mut Agent, running: &Agent) {
         tunnel_sources: _,
     } = new;
     keep("interfaces", interfaces, &running.interfaces);
+    keep("role", role, &running.role);
     keep("xdp_mode", xdp_mode, &running.xdp_mode);
     keep("hash_seed", hash_seed, &running.hash_seed);
     keep("maglev_table_size", maglev_table_size, &running.maglev_table_size);

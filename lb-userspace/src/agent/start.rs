@@ -31,12 +31,13 @@ use super::{Agent, Events, Signals, kernel_log};
 const WAITING: usize = 4096;
 
 impl Agent {
-    /// Reads the configuration, loads and attaches the program, starts all observers.
-    pub(super) async fn start(options: AgentOptions) -> anyhow::Result<(Self, Events)> {
-        // First of all: whatever is done from here on is undone at the end, also if the end comes
-        // before the start is over.
-        let signals = Signals::listen()?;
-        let (source, config) = Source::open(options.config)?;
+    /// Loads and attaches the program, starts all observers.
+    pub(super) async fn start(
+        options: AgentOptions,
+        signals: Signals,
+        source: Source,
+        config: Config,
+    ) -> anyhow::Result<(Self, Events)> {
         let names = choose_interfaces(&options.interfaces, &config.agent.interfaces)?;
         check_privileges()?;
         let nics = find(&names).await?;
@@ -129,7 +130,7 @@ impl Agent {
 }
 
 /// The machine's NICs of these names.
-async fn find(names: &[String]) -> anyhow::Result<Vec<Interface>> {
+pub(crate) async fn find(names: &[String]) -> anyhow::Result<Vec<Interface>> {
     let interfaces = read_interfaces().await.context("list the interfaces")?;
     let mut found: Vec<Interface> = Vec::new();
     for name in names {

@@ -31,6 +31,9 @@ pub struct Status {
     pub interfaces: Vec<Interface>,
     /// Load balancers by name.
     pub load_balancers: Vec<LoadBalancer>,
+    /// What this machine is a target of; only in the role `target`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub own_target: Option<OwnTarget>,
     /// The tables that remember flows; an agent before 0.2 does not say.
     #[serde(default)]
     pub flow_tables: Vec<FlowTable>,
@@ -45,6 +48,9 @@ pub struct Status {
 pub struct Agent {
     /// Its version, as in Cargo.toml.
     pub version: String,
+    /// `balancer` or `target`.
+    #[serde(default = "balancer")]
+    pub role: String,
     /// Its process.
     pub pid: u32,
     /// When it started, in seconds since 1970-01-01 00:00 UTC.
@@ -55,6 +61,26 @@ pub struct Agent {
     pub generation: u64,
     /// Why the latest reload was refused; `None`: what the file says is what runs.
     pub reload_error: Option<String>,
+}
+
+/// The role of agents that do not say theirs.
+fn balancer() -> String {
+    crate::config::Role::Balancer.to_string()
+}
+
+/// A machine as a target.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnTarget {
+    /// Its addresses that are targets.
+    pub addresses: Vec<IpAddr>,
+    /// The target groups that have them.
+    pub target_groups: Vec<String>,
+    /// The security groups that it carries; none: everybody is let in.
+    pub security_groups: Vec<String>,
+    /// Packets that came in tunnels.
+    pub unwrapped_packets: u64,
+    /// Their bytes without the tunnel header, IP header and payload.
+    pub unwrapped_bytes: u64,
 }
 
 /// A table that remembers flows.
@@ -185,6 +211,7 @@ pub(crate) mod fixture {
             status: Status {
                 agent: Agent {
                     version: "0.1.0".into(),
+                    role: "balancer".into(),
                     pid: 4242,
                     started: 1_700_000_000,
                     configuration: Some("/etc/lb/lb.toml".into()),
@@ -247,6 +274,7 @@ pub(crate) mod fixture {
                         ],
                     },
                 ],
+                own_target: None,
                 flow_tables: [("flows", 1_048_576, 4711, 0), ("half-open", 262_144, 262_144, 33)]
                     .map(|(name, size, entries, evictions)| FlowTable {
                         name: name.into(),

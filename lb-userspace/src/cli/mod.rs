@@ -17,7 +17,7 @@ use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 
 use crate::agent;
 use crate::api::client;
-use crate::config::{DEFAULT_API_SOCKET, LoadError, XdpMode};
+use crate::config::{DEFAULT_API_SOCKET, LoadError, Role, XdpMode};
 
 pub use interfaces::choose_interfaces;
 
@@ -71,8 +71,8 @@ struct RunArgs {
     #[arg(long, value_name = "MODE", value_parser = xdp_mode())]
     xdp_mode: Option<XdpMode>,
 
-    /// What this machine is; `target` is not supported yet
-    #[arg(long, value_enum)]
+    /// What this machine is. Wins over `role` of the configuration, whose default is balancer
+    #[arg(long, value_name = "ROLE", value_parser = role())]
     role: Option<Role>,
 
     /// What is logged to stderr: error, warn, info, debug, trace, or `module=level` pairs
@@ -101,11 +101,18 @@ impl RunArgs {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum Role {
+enum RoleArg {
     /// It balances
     Balancer,
-    #[value(hide = true)]
+    /// It is a target: it unwraps tunnels and enforces its security group
     Target,
+}
+
+fn role() -> impl TypedValueParser<Value = Role> {
+    EnumValueParser::<RoleArg>::new().map(|role| match role {
+        RoleArg::Balancer => Role::Balancer,
+        RoleArg::Target => Role::Target,
+    })
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -189,6 +196,8 @@ pub struct AgentOptions {
     /// A configuration file named on purpose: it must exist. `None`: the default path, where it
     /// need not.
     pub config: Option<PathBuf>,
+    /// What this machine is.
+    pub role: Option<Role>,
     /// How the program is attached.
     pub xdp_mode: Option<XdpMode>,
     /// Where the API listens.
@@ -262,14 +271,11 @@ fn run(cli: Cli) -> anyhow::Result<()> {
 }
 
 fn run_agent(args: RunArgs, api_socket: Option<PathBuf>) -> anyhow::Result<()> {
-    if let Some(Role::Target) = args.role {
-        let text = "--role target is not supported yet: lb-userspace runs as a balancer only";
-        return Err(Usage(text.into()).into());
-    }
     logging::init(&args.log_level)?;
     agent::run(AgentOptions {
         interfaces: args.interfaces,
         config: args.config,
+        role: args.role,
         xdp_mode: args.xdp_mode,
         api_socket,
     })

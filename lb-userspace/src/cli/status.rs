@@ -6,7 +6,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use comfy_table::{Cell, Color};
 
 use super::output::{self, Column, Style, bytes, count};
-use crate::api::snapshot::{Agent, AttachMode, FlowTable, Listener, LoadBalancer, Status};
+use crate::api::snapshot::{
+    Agent, AttachMode, FlowTable, Listener, LoadBalancer, OwnTarget, Status,
+};
 
 /// The text for this moment and this stdout.
 pub(super) fn render_now(status: &Status) -> String {
@@ -20,7 +22,9 @@ fn render(status: &Status, now: u64, style: Style) -> String {
         let _ = write!(text, "\n{heading}\n{}", output::indent(&body));
     };
     section("Interfaces", interfaces(status, style));
-    if status.load_balancers.is_empty() {
+    if let Some(target) = &status.own_target {
+        section("Target", own_target(target));
+    } else if status.load_balancers.is_empty() {
         section("Load balancers", "none: all traffic passes; add one to the configuration".into());
     }
     for load_balancer in &status.load_balancers {
@@ -37,14 +41,14 @@ fn render(status: &Status, now: u64, style: Style) -> String {
 }
 
 fn agent(agent: &Agent, now: u64) -> String {
-    let Agent { version, pid, generation, .. } = agent;
+    let Agent { version, role, pid, generation, .. } = agent;
     let up = humantime::format_duration(Duration::from_secs(now.saturating_sub(agent.started)));
     let configuration = match &agent.configuration {
         Some(path) => format!("configuration {}", path.display()),
         None => "no configuration file".to_owned(),
     };
     let mut text = format!(
-        "lb-userspace {version}, pid {pid}, up {up}\n{configuration}, generation {generation}\n"
+        "lb-userspace {version}, {role}, pid {pid}, up {up}\n{configuration}, generation {generation}\n"
     );
     if let Some(error) = &agent.reload_error {
         text.push_str("\nThe last reload was refused, what ran before goes on:\n");
@@ -66,6 +70,26 @@ fn interfaces(status: &Status, style: Style) -> String {
         vec![Cell::new(&interface.name), Cell::new(interface.index), mode]
     });
     output::table(style, &columns, rows.collect())
+}
+
+fn own_target(target: &OwnTarget) -> String {
+    let list = |names: &[String]| match names {
+        [] => "none".to_owned(),
+        names => names.join(", "),
+    };
+    let addresses: Vec<_> = target.addresses.iter().map(ToString::to_string).collect();
+    let security_groups = match &target.security_groups[..] {
+        [] => "none: everybody is let in".to_owned(),
+        names => names.join(", "),
+    };
+    format!(
+        "addresses        {}\ntarget groups    {}\nsecurity groups  {security_groups}\n\
+         unwrapped        {} packets, {}",
+        list(&addresses),
+        list(&target.target_groups),
+        count(target.unwrapped_packets),
+        bytes(target.unwrapped_bytes)
+    )
 }
 
 fn heading(load_balancer: &LoadBalancer) -> String {
@@ -149,6 +173,22 @@ mod tests {
     #[test]
     fn everything() {
         insta::assert_snapshot!(render(&fixture::snapshot().status, NOW, Style::Plain));
+    }
+
+    #[test]
+    fn a_target() {
+        let mut status = fixture::snapshot().status;
+        status.agent.role = "target".into();
+        status.load_balancers.clear();
+        status.own_target = Some(OwnTarget {
+            addresses: vec!["10.0.2.11".parse().unwrap(), "fd00:2::11".parse().unwrap()],
+            target_groups: vec!["api".into(), "web".into()],
+            security_groups: vec!["web-target".into()],
+            unwrapped_packets: 1_234_567,
+            unwrapped_bytes: 2_345_678_901,
+        });
+        status.warnings.clear();
+        insta::assert_snapshot!(render(&status, NOW, Style::Plain));
     }
 
     #[test]

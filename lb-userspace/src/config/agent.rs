@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::model::{Agent, TunnelSources, XdpMode};
+use super::model::{Agent, Role, TunnelSources, XdpMode};
 use super::reader::{Table, Value, Wrong};
 use super::tunnel_sources;
 
@@ -13,6 +13,7 @@ impl Default for Agent {
     fn default() -> Self {
         Self {
             interfaces: Vec::new(),
+            role: Role::Balancer,
             xdp_mode: XdpMode::Auto,
             availability_zone: None,
             manage_addresses: true,
@@ -29,13 +30,15 @@ impl Default for Agent {
 
 pub(super) fn read(mut table: Table<'_>) -> Agent {
     let default = Agent::default();
+    let roles = [("balancer", Role::Balancer), ("target", Role::Target)];
     let xdp_modes =
         [("auto", XdpMode::Auto), ("native", XdpMode::Native), ("generic", XdpMode::Generic)];
-    if let Some(role) = table.optional("role") {
-        role.choice(&[("balancer", ())], &["target"]);
-    }
     let agent = Agent {
         interfaces: table.optional("interfaces").map(interfaces).unwrap_or_default(),
+        role: table
+            .optional("role")
+            .and_then(|role| role.choice(&roles, &[]))
+            .unwrap_or(default.role),
         xdp_mode: table
             .optional("xdp_mode")
             .and_then(|mode| mode.choice(&xdp_modes, &[]))

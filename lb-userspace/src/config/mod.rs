@@ -15,6 +15,8 @@ pub mod model;
 mod reader;
 mod references;
 mod security_group;
+mod security_group_member;
+mod security_group_uses;
 mod snat;
 mod target_group;
 #[cfg(test)]
@@ -92,14 +94,13 @@ pub fn parse(file_name: &str, text: &str) -> Result<Parsed, ConfigErrors> {
 fn read_sections<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
     let mut root = Table::root(report, root);
     let agent = root.subtable("agent", "[agent]".to_owned()).map(agent::read).unwrap_or_default();
-    let security_groups: BTreeMap<&str, SecurityGroup> = root
-        .sections("security_group")
-        .into_iter()
-        .map(|section| (section.name, security_group::read(section.table)))
-        .collect();
     let sections = Sections {
         availability_zone: agent.availability_zone.clone(),
-        security_groups: security_groups.keys().copied().collect(),
+        security_groups: root
+            .sections("security_group")
+            .into_iter()
+            .map(|section| (section.name, security_group::read(section.table)))
+            .collect(),
         target_groups: root
             .sections("target_group")
             .into_iter()
@@ -115,10 +116,12 @@ fn read_sections<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
     root.finish();
     references::check(report, &sections);
     snat::check(&sections.target_groups, &sections.load_balancers);
-    let Sections { target_groups, load_balancers, .. } = sections;
+    let Sections { security_groups, target_groups, load_balancers, .. } = sections;
     Config {
         agent,
-        security_groups: owned(security_groups),
+        security_groups: owned(
+            security_groups.into_iter().map(|(name, draft)| (name, draft.group)),
+        ),
         target_groups: owned(target_groups.into_iter().map(|(name, draft)| (name, draft.group))),
         load_balancers: owned(
             load_balancers.into_iter().map(|(name, draft)| (name, draft.into_load_balancer())),

@@ -29,6 +29,8 @@ pub struct Config {
 pub struct Agent {
     /// NICs to attach to; `--iface` wins over it.
     pub interfaces: Vec<String>,
+    /// What this machine is; `--role` wins over it.
+    pub role: Role,
     /// How the program is attached.
     pub xdp_mode: XdpMode,
     /// The zone this agent stands in; see [`LoadBalancer::cross_zone`].
@@ -61,6 +63,26 @@ pub struct TunnelSources {
     pub v6: Ipv6Net,
 }
 
+/// What a machine is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Role {
+    /// It balances.
+    #[default]
+    Balancer,
+    /// It is a target: it unwraps tunnels and enforces its security group.
+    Target,
+}
+
+impl fmt::Display for Role {
+    /// As the configuration file writes it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Balancer => "balancer",
+            Self::Target => "target",
+        })
+    }
+}
+
 /// How an XDP program is attached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum XdpMode {
@@ -77,6 +99,19 @@ pub enum XdpMode {
 pub struct SecurityGroup {
     /// Rules; their union is allowed.
     pub ingress: Vec<IngressRule>,
+    /// What carries the group: what rules mean that have it as a source.
+    pub members: Vec<Member>,
+}
+
+/// What packets of a security group's machines are known by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Member {
+    /// An address: that of packets, and of the tunnel headers around packets.
+    Address(IpAddr),
+    /// A network that sources of tunnel headers are taken from; host bits are zero.
+    Tunnels(IpNet),
+    /// The MAC address that frames come from.
+    Mac([u8; 6]),
 }
 
 /// One ingress rule.
@@ -88,6 +123,8 @@ pub struct IngressRule {
     pub ports: RangeInclusive<u16>,
     /// Where packets may come from; host bits are zero.
     pub sources: Vec<IpNet>,
+    /// Security groups whose members packets may come from, or through (`sg:NAME`).
+    pub groups: Vec<String>,
 }
 
 /// The protocol of an ingress rule.
@@ -188,6 +225,8 @@ pub struct TargetGroup {
     pub unhealthy_connection_termination: bool,
     /// Whether every flow is remembered, not only those that a change could break.
     pub track_every_flow: bool,
+    /// Name of the security group that its targets carry; `None`: they let everybody in.
+    pub security_group: Option<String>,
     /// What the flows have in common that go to one target.
     pub stickiness: Stickiness,
     /// How long the share of a target grows that joins others, 30 to 900 s; zero: it is full at

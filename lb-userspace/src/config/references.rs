@@ -9,6 +9,8 @@ use super::diagnostic::Report;
 use super::load_balancer::{self, GroupDraft, ListenerDraft};
 use super::model::{Forwarding, Stickiness, Target};
 use super::reader::{Value, did_you_mean};
+use super::security_group;
+use super::security_group_uses;
 use super::target_group::{self, UNKNOWN_PORT};
 
 /// Most (address, listener) pairs of a configuration: the data plane's listener table is fixed.
@@ -27,7 +29,7 @@ pub const MAX_FORWARD_ACTIONS: usize = 256;
 pub(super) struct Sections<'a> {
     /// The agent's zone.
     pub(super) availability_zone: Option<String>,
-    pub(super) security_groups: BTreeSet<&'a str>,
+    pub(super) security_groups: BTreeMap<&'a str, security_group::Draft<'a>>,
     pub(super) target_groups: Vec<(&'a str, target_group::Draft<'a>)>,
     pub(super) load_balancers: Vec<(&'a str, load_balancer::Draft<'a>)>,
 }
@@ -45,20 +47,24 @@ pub(super) fn check(report: &Report<'_>, sections: &Sections<'_>) {
         warn_of_missing_families(load_balancer, &groups);
         check_zone(load_balancer, &groups, sections.availability_zone.as_deref());
     }
+    security_group_uses::check(sections);
     check_addresses(sections);
     check_limits(report, sections);
 }
 
-fn check_security_groups(load_balancer: &load_balancer::Draft<'_>, groups: &BTreeSet<&str>) {
+fn check_security_groups(
+    load_balancer: &load_balancer::Draft<'_>,
+    groups: &BTreeMap<&str, security_group::Draft<'_>>,
+) {
     for (value, name) in load_balancer.security_groups.iter().flatten() {
-        if !groups.contains(name) {
-            refuse_unknown(*value, name, "security_group", groups.iter().copied());
+        if !groups.contains_key(name) {
+            refuse_unknown(*value, name, "security_group", groups.keys().copied());
         }
     }
 }
 
 /// Refuses a reference to a section that is not there.
-fn refuse_unknown<'a>(
+pub(super) fn refuse_unknown<'a>(
     value: Value<'_>,
     name: &str,
     kind: &str,

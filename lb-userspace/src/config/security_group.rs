@@ -8,8 +8,19 @@ use ipnet::IpNet;
 use super::address;
 use super::model::{IngressRule, RuleProtocol, SecurityGroup};
 use super::reader::{Table, Value, Wrong};
+use super::security_group_member::members;
 
-pub(super) fn read(mut table: Table<'_>) -> SecurityGroup {
+/// A security group as far as it could be read.
+pub(super) struct Draft<'a> {
+    pub(super) group: SecurityGroup,
+    /// Security groups that it has as sources, and where the file has them.
+    pub(super) references: Vec<(Value<'a>, &'a str)>,
+}
+
+/// Begins a source that is a security group.
+const GROUP_PREFIX: &str = "sg:";
+
+pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
     let help = "write a list of rules, such as [{ protocol = \"tcp\", ports = \"80\", \
                 sources = [\"0.0.0.0/0\", \"::/0\"] }]";
     let rules = match table.optional("ingress") {
@@ -20,12 +31,15 @@ pub(super) fn read(mut table: Table<'_>) -> SecurityGroup {
         let message = format!("{} has no ingress rule and denies everything", table.name());
         table.warning(message, "add rules to `ingress`");
     }
-    table.not_supported_yet(&["members"]);
+    let members = table.optional("members").map(members).unwrap_or_default();
     table.finish();
-    SecurityGroup { ingress: rules.into_iter().flatten().filter_map(rule).collect() }
+    let mut references = Vec::new();
+    let rules = rules.into_iter().flatten().filter_map(|value| rule(value, &mut references));
+    let group = SecurityGroup { ingress: rules.collect(), members };
+    Draft { group, references }
 }
 
-fn rule(value: Value<'_>) -> Option<IngressRule> {
+fn rule<'a>(value: Value<'a>, references: &mut Vec<(Value<'a>, &'a str)>) -> Option<IngressRule> {
     let mut table = value.table(
         "this rule",
         "write { protocol = \"tcp\", ports = \"80\", sources = [\"0.0.0.0/0\", \"::/0\"] }",
@@ -42,9 +56,22 @@ fn rule(value: Value<'_>) -> Option<IngressRule> {
     let ports = rule_ports(&mut table, protocol);
     let sources = table
         .required("sources", "add sources = [\"0.0.0.0/0\", \"::/0\"] to let everyone in")
-        .and_then(sources);
+        .and_then(|value| sources(value, references));
     table.finish();
-    Some(IngressRule { protocol: protocol?, ports: ports?, sources: sources? })
+    let (mut networks, mut groups) = (Vec::new(), Vec::new());
+    for source in sources? {
+        match source {
+            Source::Network(network) => networks.push(network),
+            Source::Group(name) => groups.push(name.to_owned()),
+        }
+    }
+    Some(IngressRule { protocol: protocol?, ports: ports?, sources: networks, groups })
+}
+
+/// One of a rule's sources.
+enum Source<'a> {
+    Network(IpNet),
+    Group(&'a str),
 }
 
 /// The ports of a rule: TCP and UDP must say which, the others have none to say.
@@ -85,7 +112,10 @@ fn port_range(value: Value<'_>) -> Option<RangeInclusive<u16>> {
     })
 }
 
-fn sources(value: Value<'_>) -> Option<Vec<IpNet>> {
+fn sources<'a>(
+    value: Value<'a>,
+    references: &mut Vec<(Value<'a>, &'a str)>,
+) -> Option<Vec<Source<'a>>> {
     let help = "write a list of networks, such as [\"10.0.0.0/8\", \"2001:db8::/32\"]";
     let items = value.items(help)?;
     if items.is_empty() {
@@ -93,20 +123,19 @@ fn sources(value: Value<'_>) -> Option<Vec<IpNet>> {
         return None;
     }
     // Every item is looked at before the first bad one makes the list worthless.
-    let sources: Vec<Option<IpNet>> = items.into_iter().map(source).collect();
+    let sources: Vec<Option<Source<'_>>> =
+        items.into_iter().map(|item| source(item, references)).collect();
     sources.into_iter().collect()
 }
 
-fn source(value: Value<'_>) -> Option<IpNet> {
+fn source<'a>(value: Value<'a>, references: &mut Vec<(Value<'a>, &'a str)>) -> Option<Source<'a>> {
     let help = "write a network or an address, such as \"10.0.0.0/8\", \"2001:db8::/32\" or \
-                \"192.0.2.7\"";
-    let text = value.string(help)?;
-    if text.starts_with("sg:") {
-        let message = format!("the source {} is not supported yet", value.quote());
-        value.error(message, "write networks instead, such as \"10.0.0.0/8\"");
-        return None;
+                \"192.0.2.7\", or a security group, such as \"sg:web-lb\"";
+    if let Some(name) = value.string(help)?.strip_prefix(GROUP_PREFIX) {
+        references.push((value, name));
+        return Some(Source::Group(name));
     }
-    value.parsed(help, |text| parse_network(value, text, help))
+    value.parsed(help, |text| parse_network(value, text, help)).map(Source::Network)
 }
 
 /// A network, or an address for the network of it alone.

@@ -21,6 +21,8 @@ pub(super) struct Draft<'a> {
     pub(super) forwarding: Option<Forwarding>,
     /// Where the file has each of `group.snat.addresses`.
     pub(super) snat_addresses: Vec<(Value<'a>, IpAddr)>,
+    /// The security group's name, and where the file has it.
+    pub(super) security_group: Option<(Value<'a>, &'a str)>,
     pub(super) stickiness: Option<Stickiness>,
     /// Where the file has each of `group.targets`.
     pub(super) target_values: Vec<Value<'a>>,
@@ -86,6 +88,9 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
         .optional("flow_tracking")
         .and_then(|tracking| tracking.choice(&[("auto", false), ("always", true)], &[]))
         .unwrap_or(false);
+    let security_group = table.optional("security_group").and_then(|value| {
+        Some((value, value.string("write the name of a security group in quotes")?))
+    });
     let stickiness = match table.optional("stickiness") {
         Some(value) => stickiness(value),
         None => Some(Stickiness::None),
@@ -95,7 +100,7 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
     let name = table.name().trim_end_matches(']').to_owned();
     let health_check =
         health_check::read(table.subtable("health_check", format!("{name}.health_check]")));
-    table.not_supported_yet(&["security_group", "protocol_version", "proxy_protocol_v2"]);
+    table.not_supported_yet(&["protocol_version", "proxy_protocol_v2"]);
     table.finish();
     let group = TargetGroup {
         protocol: protocol.unwrap_or(Protocol::Tcp),
@@ -109,12 +114,13 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
         deregistration_delay,
         unhealthy_connection_termination,
         track_every_flow,
+        security_group: security_group.map(|(_, name)| name.to_owned()),
         stickiness: stickiness.unwrap_or(Stickiness::None),
         slow_start,
         targets,
         health_check,
     };
-    Draft { group, protocol, forwarding, snat_addresses, stickiness, target_values }
+    Draft { group, protocol, forwarding, snat_addresses, security_group, stickiness, target_values }
 }
 
 fn stickiness(value: Value<'_>) -> Option<Stickiness> {

@@ -10,6 +10,7 @@ use crate::config::XdpMode;
 use crate::netlink::{Interface, XdpAttachmentMode};
 
 use super::PROGRAM;
+use crate::target::WAY_IN;
 
 /// A program on a NIC. Dropping it detaches the program.
 #[derive(Debug)]
@@ -81,7 +82,7 @@ pub fn attach(program: &mut Xdp, nic: &Interface, mode: XdpMode) -> anyhow::Resu
 fn is_ours(program_id: u32) -> bool {
     let mut programs = loaded_programs().filter_map(Result::ok);
     let found = programs.find(|program| program.id() == program_id);
-    found.is_some_and(|program| program.name_as_str() == Some(PROGRAM))
+    found.is_some_and(|program| matches!(program.name_as_str(), Some(PROGRAM | WAY_IN)))
 }
 
 /// The BPF links that hold a program on interfaces. None can also mean that the kernel does not say.

@@ -34,7 +34,7 @@ use crate::state::Counters;
 
 use flows::FlowMeter;
 
-pub use attach::{Attachment, check_privileges};
+pub use attach::{Attachment, attach as attach_xdp, check_privileges};
 pub use flows::{FlowTableUsage, FlowTables, map_name};
 pub use mapped::MappedArray;
 pub use pod::Raw;
@@ -222,9 +222,9 @@ impl Dataplane {
             Step::SetInterface(index, interface) => {
                 self.interfaces.insert(index, Raw(*interface), 0)?;
             }
-            Step::RemoveInterface(index) => removed(self.interfaces.remove(index))?,
+            Step::RemoveInterface(index) => map_removed(self.interfaces.remove(index))?,
             Step::AddDevice(index) => self.devices.insert(*index, *index, None, 0)?,
-            Step::RemoveDevice(index) => removed(self.devices.remove(*index))?,
+            Step::RemoveDevice(index) => map_removed(self.devices.remove(*index))?,
             Step::SetTarget(index, target) => {
                 self.targets.store_front(*index, target, KERNELS_WORD);
             }
@@ -247,7 +247,7 @@ impl Dataplane {
                 self.admission.insert(&trie_key(*class, prefix), 1, 0)?;
             }
             Step::RemovePrefix(class, prefix) => {
-                removed(self.admission.remove(&trie_key(*class, prefix)))?;
+                map_removed(self.admission.remove(&trie_key(*class, prefix)))?;
             }
             Step::SetEndpoint(endpoint) => {
                 for write in self.table.insert(*endpoint) {
@@ -289,7 +289,7 @@ impl Dataplane {
             Write::Overflow(endpoint) => {
                 self.overflow.insert(Raw(endpoint.key()), Raw(*endpoint), 0)?;
             }
-            Write::RemoveOverflow(key) => removed(self.overflow.remove(&Raw(*key)))?,
+            Write::RemoveOverflow(key) => map_removed(self.overflow.remove(&Raw(*key)))?,
         }
         Ok(())
     }
@@ -371,7 +371,7 @@ fn sum(values: &PerCpuValues<Raw<Traffic>>) -> Traffic {
 }
 
 /// A plan that is carried out again after an error finds some of its removals done.
-fn removed(result: Result<(), MapError>) -> Result<(), MapError> {
+pub(crate) fn map_removed(result: Result<(), MapError>) -> Result<(), MapError> {
     match result {
         Err(MapError::KeyNotFound | MapError::ElementNotFound) => Ok(()),
         Err(MapError::SyscallError(error))
@@ -405,11 +405,11 @@ fn load_stages(ebpf: &mut Ebpf) -> anyhow::Result<ProgramArray<MapData>> {
     Ok(stages)
 }
 
-fn take(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<Map> {
+pub(crate) fn take(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<Map> {
     ebpf.take_map(name).ok_or_else(|| anyhow!("the object lacks the map {name}"))
 }
 
-fn mapped<T: bytemuck::Pod>(
+pub(crate) fn mapped<T: bytemuck::Pod>(
     ebpf: &mut Ebpf,
     name: &str,
     length: u32,

@@ -282,6 +282,7 @@ impl State {
             |name: &&Arc<str>| self.used.contains(&***name) && !uncounted.contains(&***name);
         self.counted = names.filter(is_counted).cloned().collect();
         self.put_ways_back(ways_back, desired);
+        self.put_target_admissions(desired, &mut classes);
         desired.classes = classes.new.iter().cloned().collect();
         self.classes = classes.new;
     }
@@ -394,13 +395,14 @@ fn left_out_of(kind: &str, names: Vec<String>, rest: Duration) -> Option<String>
 }
 
 /// Admission classes while they are given out: equal contents get equal numbers, and keep them.
-struct Classes {
+pub struct Classes {
     old: Vec<(u32, Arc<BTreeSet<Prefix>>)>,
     new: Vec<(u32, Arc<BTreeSet<Prefix>>)>,
 }
 
 impl Classes {
-    fn number(&mut self, admission: Option<&Admission>, next: &mut u32) -> u32 {
+    /// The class of an admission; `next` is the first number that was never given out.
+    pub fn number(&mut self, admission: Option<&Admission>, next: &mut u32) -> u32 {
         let Some(Some(prefixes)) = admission else { return OPEN };
         let is_same = |(_, known): &&(u32, Arc<BTreeSet<Prefix>>)| {
             Arc::ptr_eq(known, prefixes) || known == prefixes
@@ -427,7 +429,8 @@ pub fn compile_admissions(config: &Config) -> Admissions {
         let ports = balancer.listeners.iter().map(|l| Service::Port(l.protocol, l.port));
         for service in ports.chain([Service::Echo]) {
             for is_v4 in [true, false] {
-                let prefixes = admitted(&groups, service, is_v4).map(Arc::new);
+                let prefixes =
+                    admitted(&groups, &config.security_groups, service, is_v4).map(Arc::new);
                 admissions.insert((name.clone(), service, is_v4), prefixes);
             }
         }

@@ -10,6 +10,7 @@ mod selection;
 mod slow_start;
 mod snapshot;
 mod snat;
+mod target_admissions;
 mod tunnels;
 mod walk;
 
@@ -30,6 +31,7 @@ use actions::{Action, Rings};
 use desired::{Admissions, compile_admissions};
 use registry::Registry;
 use slow_start::SlowStart;
+use target_admissions::TargetAdmissions;
 
 pub use snapshot::{About, Counters};
 pub use snat::port_pools;
@@ -78,6 +80,8 @@ pub struct State {
     rings: Rings,
     /// Admitted sources by load balancer, service and family, computed once a configuration.
     admissions: Admissions,
+    /// Whom targets let in that carry a security group.
+    target_admissions: TargetAdmissions,
     classes: Vec<(u32, Arc<BTreeSet<Prefix>>)>,
     next_class: u32,
     /// Listeners that track every flow, by number.
@@ -115,6 +119,7 @@ impl State {
             listeners: Registry::new(MAX_LISTENERS),
             rings: Rings::default(),
             admissions: BTreeMap::new(),
+            target_admissions: BTreeMap::new(),
             classes: Vec::new(),
             next_class: OPEN + 1,
             tracked: BTreeSet::new(),
@@ -163,6 +168,9 @@ impl State {
         self.draining.retain(|key, _| {
             !registered.contains(key) && self.config.target_groups.contains_key(&*key.target_group)
         });
+        let draining: Vec<IpAddr> = self.draining.keys().map(|key| key.address).collect();
+        self.target_admissions =
+            target_admissions::compile(&self.config, &self.target_admissions, &draining);
         self.health.retain(|key, _| registered.contains(key) || self.draining.contains_key(key));
         self.slow_start.retain(|key| {
             let group = self.config.target_groups.get(&*key.target_group)?;

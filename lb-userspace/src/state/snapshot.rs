@@ -64,7 +64,15 @@ impl State {
         let drops =
             drops.into_iter().map(|(reason, count)| (reason.name().into(), count)).collect();
         Ok(Snapshot {
-            status: Status { agent, interfaces, load_balancers, flow_tables, drops, warnings },
+            status: Status {
+                agent,
+                interfaces,
+                load_balancers,
+                own_target: None,
+                flow_tables,
+                drops,
+                warnings,
+            },
             target_groups: self.config.target_groups.keys().cloned().collect(),
             targets: self
                 .all_targets()

@@ -73,7 +73,7 @@ pub fn with_balancer(control: Control, f: impl FnOnce(&Model)) {
             fill(model, control);
             *last = Some(control.0);
         }
-        model.flows.take();
+        model.flows.iter().for_each(|table| table.borrow_mut().clear());
         model.return_flows.take();
         model.direct_flows.take();
         model.direct_targets.take();

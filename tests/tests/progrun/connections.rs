@@ -4,10 +4,14 @@ use std::time::Duration;
 
 use lb_common::{
     flow::{FlowKey, FlowTable, TCP, UDP},
+    tables::{Slot, Target},
     verdict::DropReason::{PortAllocationError, TargetDown},
     wire::Be16,
 };
-use lb_tests::packets::Packet;
+use lb_tests::{
+    packets::Packet,
+    scene::{CLASS, Way},
+};
 use lb_userspace::dataplane::LoadOptions;
 
 use super::*;
@@ -333,6 +337,49 @@ fn a_client_that_talks_to_the_target_itself_over_ipv6_and_udp() {
             Step::back("and back", &reply, &restored(&reply, "10.0.10.100:53", 10), (2, 2)),
         ],
     );
+}
+
+/// Its replies go on, whoever asked: they may be answers to what came through the load balancer.
+#[test]
+fn a_target_with_a_security_group_is_not_for_everybody() {
+    let mut scene = Scene::new();
+    scene.class(CLASS, &[("192.0.10.0", 24), ("2001:db8:10::", 64)]);
+    let targets = [
+        (1, Target::NAT, "10.0.10.100:80", "10.0.11.21:8080"),
+        (2, Target::NAT, "[fd00:10::100]:80", "[fd00:11::22]:8080"),
+        (3, Target::DSR_L2, "10.0.10.100:81", "10.0.11.23:81"),
+        (4, Target::DSR_L2, "[fd00:10::100]:81", "[fd00:11::24]:81"),
+    ];
+    let mut steps = Vec::new();
+    for (number, mode, listener, target) in targets {
+        scene.target(number, mode, target, Way::by(11));
+        scene.listener(number, TCP, listener, &[Slot::settled(number)]);
+        scene.guard_target(number, TCP, CLASS);
+        let is_v4 = target.starts_with('1');
+        let (friend, stranger) = if is_v4 {
+            ("192.0.10.7:4000", "192.0.12.7:4000")
+        } else {
+            ("[2001:db8:10::7]:4000", "[2001:db8:12::7]:4000")
+        };
+        let denied = DropReason::SecurityGroupDenied;
+        steps.extend([
+            Step::drop("a stranger's connection", syn(stranger, target).build(), denied),
+            Step::drop("and its data", segment(stranger, target).build(), denied),
+            Step::pass("who is let in", segment(friend, target).build()),
+            Step::pass("another port", segment(stranger, &target.replace(":8", ":9")).build()),
+        ]);
+        if mode == Target::NAT {
+            let request = segment(stranger, listener);
+            let balanced = translated(&request, number, target);
+            steps.push(Step::to(
+                "through the load balancer",
+                &request,
+                &balanced,
+                (number, number),
+            ));
+        }
+    }
+    run(&scene, &steps);
 }
 
 /// The first of these SYNs makes an entry, and so on; the kernel's tables have 1024 places here.

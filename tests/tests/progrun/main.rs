@@ -159,14 +159,7 @@ fn syn(source: &str, destination: &str) -> Packet {
 
 /// A segment with these control bits: `F`, `S`, `R`, `A`.
 fn flagged(source: &str, destination: &str, flags: &str) -> Packet {
-    let mut packet = Packet::tcp(at(source), at(destination));
-    if let Transport::Tcp(header) = &mut packet.transport {
-        header.fin = flags.contains('F');
-        header.syn = flags.contains('S');
-        header.rst = flags.contains('R');
-        header.ack = flags.contains('A');
-    }
-    packet
+    Packet::flagged(at(source), at(destination), flags)
 }
 
 /// A datagram with data.

@@ -58,6 +58,29 @@ macro_rules! rule {
     };
 }
 
+/// A security group with the given members.
+macro_rules! members {
+    ($members:expr) => {
+        concat!(rule!("protocol = \"all\", sources = [\"::/0\"]"), "\nmembers = ", $members)
+    };
+}
+
+/// A target group that lets in a load balancer with the given members.
+macro_rules! carried {
+    ($forwarding:expr, $members:expr) => {
+        concat!(
+            "[security_group.lb]\nmembers = [",
+            $members,
+            "]\ningress = [{ protocol = \"all\", sources = [\"::/0\"] }]\n\
+             [security_group.target]\n\
+             ingress = [{ protocol = \"tcp\", ports = \"80\", sources = [\"sg:lb\"] }]\n\
+             [target_group.web]\nport = 80\nsecurity_group = \"target\"\nforwarding = \"",
+            $forwarding,
+            "\"\ntargets = [\"10.0.2.11\"]\n"
+        )
+    };
+}
+
 /// Files with exactly one error.
 const ONE_ERROR: &[(&str, &str)] = &[
     ("toml_missing_value", "[agent]\ninterfaces ="),
@@ -89,7 +112,6 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("interfaces_no_name", "[agent]\ninterfaces = [\"a-name-too-long-for-linux\"]"),
     ("interfaces_twice", "[agent]\ninterfaces = [\"eth0\", \"eth0\"]"),
     ("interfaces_integer", "[agent]\ninterfaces = [0]"),
-    ("role_target", "[agent]\nrole = \"target\""),
     ("role_unknown", "[agent]\nrole = \"balancr\""),
     ("xdp_mode", "[agent]\nxdp_mode = \"skb\""),
     ("availability_zone_empty", "[agent]\navailability_zone = \"\""),
@@ -120,7 +142,14 @@ const ONE_ERROR: &[(&str, &str)] = &[
     // security groups
     ("ingress_no_list", "[security_group.web]\ningress = { protocol = \"all\" }"),
     ("ingress_no_rule", "[security_group.web]\ningress = [\"tcp\"]"),
-    ("members", concat!(rule!("protocol = \"all\", sources = [\"::/0\"]"), "\nmembers = []")),
+    ("members_no_list", members!("\"10.0.2.1\"")),
+    ("member_name", members!("[\"lb1.example.com\"]")),
+    ("member_short_mac", members!("[\"02:00:0a:00:02\"]")),
+    ("member_group_mac", members!("[\"01:00:5e:00:00:01\"]")),
+    ("member_loopback", members!("[\"127.0.0.1\"]")),
+    ("member_host_bits", members!("[\"172.16.0.1/16\"]")),
+    ("member_everybody", members!("[\"::/0\"]")),
+    ("member_twice", members!("[\"10.0.2.1\", \"10.0.2.1/32\"]")),
     ("rule_without_protocol", rule!("ports = \"80\", sources = [\"::/0\"]")),
     ("rule_protocol", rule!("protocol = \"tpc\", ports = \"80\", sources = [\"::/0\"]")),
     ("rule_without_ports", rule!("protocol = \"tcp\", sources = [\"::/0\"]")),
@@ -136,7 +165,14 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("source_length", rule!("protocol = \"all\", sources = [\"10.0.0.0/33\"]")),
     ("source_word", rule!("protocol = \"all\", sources = [\"any\"]")),
     ("source_mapped", rule!("protocol = \"all\", sources = [\"::ffff:10.0.0.0/104\"]")),
-    ("source_security_group", rule!("protocol = \"all\", sources = [\"sg:web-lb\"]")),
+    ("source_security_group_unknown", rule!("protocol = \"all\", sources = [\"sg:web-lb\"]")),
+    (
+        "source_security_group_without_members",
+        concat!(
+            rule!("protocol = \"all\", sources = [\"sg:web-lb\"]"),
+            "\n[security_group.web-lb]\ningress = [{ protocol = \"all\", sources = [\"::/0\"] }]"
+        ),
+    ),
     // target groups
     ("target_group_port_zero", "[target_group.web]\nport = 0"),
     ("target_group_port_range", "[target_group.web]\nport = 70000"),
@@ -163,7 +199,19 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("slow_start_too_short", target_group!("slow_start = \"29s\"")),
     ("slow_start_too_long", target_group!("slow_start = \"901s\"")),
     ("flow_tracking", target_group!("flow_tracking = \"never\"")),
-    ("target_group_security_group", target_group!("security_group = \"web-target\"")),
+    ("target_group_security_group_unknown", target_group!("security_group = \"web-target\"")),
+    ("target_group_security_group_list", target_group!("security_group = [\"web-target\"]")),
+    ("nat_without_mac", carried!("nat", "\"10.0.2.1\", \"172.16.0.0/16\"")),
+    ("dsr_l2_without_mac", carried!("dsr_l2", "\"10.0.2.1\"")),
+    ("dsr_ipip_without_tunnels", carried!("dsr_ipip", "\"02:00:0a:00:02:01\"")),
+    (
+        "nat_without_mac_behind_a_load_balancer",
+        concat!(
+            carried!("nat", "\"10.0.2.1\""),
+            "[load_balancer.web]\naddresses = [\"192.0.2.1\"]\nsecurity_groups = [\"lb\"]\n\
+             listener = [{ port = 80, target_group = \"web\" }]"
+        ),
+    ),
     ("snat_addresses", target_group!("snat_addresses = [\"10.0.0.7\"]")),
     ("gue_port_range", target_group!("forwarding = \"dsr_gue\"\ngue_port = 0")),
     ("gue_port_string", target_group!("forwarding = \"dsr_gue\"\ngue_port = \"6080\"")),

@@ -4,20 +4,22 @@
 //! A listener with such targets tracks every flow: its packets have been through
 //! [`select`](super::select).
 
-use crate::flow::{FlowKey, Keys};
-use crate::snat::{
-    Atomics, Entered, MAX_SNAT_ADDRESSES, NO_PORT, PortPool, SnatFlow, SnatReturn, Stamp,
-};
+mod port;
+
+use crate::flow::FlowKey;
+use crate::snat::{SnatFlow, SnatReturn, Stamp};
 use crate::tables::{Endpoint, EndpointKey, Tables, Target};
 use crate::verdict::DropReason;
 use crate::wire::checksum::Sum;
 use crate::wire::ipv4::TtlProtocolChecksum;
-use crate::wire::{Address, Be16, Ipv4, Ipv6, Tcp};
+use crate::wire::{Address, Be16, Ipv4, Ipv6};
 
 use super::ip::{ANY, Ip, V4, V6};
 use super::parse::{Link, Packet, Ports, Transport};
 use super::select::serving;
-use super::{Frame, Next, Outcome, Selected, Step, decide, emit};
+use super::{Frame, Next, Outcome, Selected, Step, emit};
+
+pub use port::{open, search};
 
 /// What a packet's ends become. Plain numbers that are always written, see [`Step`]; in this order, so
 /// that no address lies beside its port and is copied with it, byte by byte.
@@ -46,7 +48,7 @@ impl Ends {
     }
 }
 
-/// A client's packet whose target has been chosen. That of a flow without a port goes on to [`open`].
+/// A client's packet whose target has been chosen. That of a flow without a port goes on to [`search`].
 #[inline(never)]
 pub fn request<I: Readdress, F: Frame, T: Tables>(
     frame: &mut F,
@@ -56,7 +58,7 @@ pub fn request<I: Readdress, F: Frame, T: Tables>(
     let mut ends = Ends::unknown();
     find_flow::<I, F, T>(frame, tables, step, &mut ends);
     if ends.is_known == 0 {
-        return Next::with(Next::SNAT_OPEN, 0);
+        return Next::with(Next::SNAT_SEARCH, 0);
     }
     send_request::<I, F, T>(frame, tables, step, &ends)
 }
@@ -108,123 +110,6 @@ fn renew<T: Tables>(
     let stamp = Stamp::new(now, state);
     let reply = reply_key(target, flow.address, flow.port, key.protocol);
     tables.stamp_snat_return(&reply, stamp) && tables.stamp_snat(key, stamp)
-}
-
-/// The first packet of a flow: it gets a port of one of the target's source addresses.
-#[inline(never)]
-pub fn open<I: Readdress, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) -> u64 {
-    let mut ends = Ends::unknown();
-    let refused = take_port::<I, F, T>(frame, tables, step, &mut ends);
-    if ends.is_known == 0 {
-        return refused;
-    }
-    send_request::<I, F, T>(frame, tables, step, &ends)
-}
-
-/// Finds the flow a port; if there is none: what is to be done.
-#[inline(never)]
-fn take_port<I: Ip, F: Frame, T: Tables>(
-    frame: &F,
-    tables: &T,
-    step: &Step,
-    ends: &mut Ends,
-) -> u64 {
-    let malformed = Next::with(Next::DROP, DropReason::Malformed as u32);
-    let Some(packet) = step.place.read::<I, F>(frame) else { return malformed };
-    let Some(transport) = packet.transport else { return malformed };
-    let number = step.selected.index;
-    let Some(target) = serving(tables, number) else {
-        return Next::with(Next::ANSWER, DropReason::TargetDown as u32);
-    };
-    let Some(listener) = tables.listener(step.recall.listener) else {
-        return Next::with(Next::DROP, DropReason::TableInconsistent as u32);
-    };
-    // A packet that dies on the way takes no port.
-    if let Err(reason) = can_leave(tables, target, &packet) {
-        return Next::with(Next::DROP, reason as u32);
-    }
-    let key = packet.flow(transport.ports);
-    let hash = tables.keys().flow(&key) as u32 >> 8;
-    let ends_already = transport.flags & (Tcp::FIN | Tcp::RST) != 0;
-    let state = if ends_already { Stamp::CLOSING } else { Stamp::OPENING };
-    let mut back = SnatReturn {
-        stamp: Stamp::new(tables.now(), state),
-        client: key.source,
-        client_port: key.source_port,
-        idle: listener.idle as u16,
-        listener: step.recall.listener,
-        target: number,
-        pool: 0,
-    };
-    let sources = target.sources();
-    for attempt in 0..ATTEMPTS {
-        // The address that the hash says, while it has ports; then the others. The same one again
-        // where another CPU took the port just then.
-        let next = attempt.wrapping_add(1);
-        let index = hash.wrapping_add(attempt) % if sources == 0 { 1 } else { sources };
-        let entered = enter::<T>(tables, &key, target, index, &mut back, ends);
-        if entered == Entered::New as u32 {
-            return Next::with(Next::UNDECIDED, 0);
-        }
-        if entered == Entered::Full as u32 || (entered == NONE_FREE && next >= sources) {
-            break;
-        }
-    }
-    // Not a flow of that target, then.
-    let kind = decide::Kind::of(key.protocol, transport.flags);
-    if let Some(table) = decide::first_table(step.recall.slot, kind, true) {
-        tables.forget(table, &key);
-    }
-    Next::with(Next::ANSWER, DropReason::PortAllocationError as u32)
-}
-
-/// Searches for a port at most: the verifier follows each to its end.
-const ATTEMPTS: u32 = 2;
-
-/// Beside what can become of an entry: no port is free.
-const NONE_FREE: u32 = 3;
-
-/// Takes a port of one of the target's addresses and remembers the flow for both directions. One of
-/// [`Entered`], or [`NONE_FREE`].
-#[inline(never)]
-fn enter<T: Tables>(
-    tables: &T,
-    key: &FlowKey,
-    target: &Target,
-    index: u32,
-    back: &mut SnatReturn,
-    ends: &mut Ends,
-) -> u32 {
-    let index = back.target.wrapping_mul(MAX_SNAT_ADDRESSES).wrapping_add(index);
-    let Some(source) = tables.source(index) else { return NONE_FREE };
-    let Some(pool) = tables.pool(source.pool) else { return NONE_FREE };
-    let mut port = 0;
-    find_port::<T::Atomics>(pool, source.first as u32, source.last as u32, &mut port);
-    if port as u32 == NO_PORT {
-        return NONE_FREE;
-    }
-    back.pool = source.pool;
-    let (stamp, address, number) = (back.stamp, source.address, Be16::new(port));
-    let reply = reply_key(target, address, number, key.protocol);
-    let entered = tables.enter_snat_return(&reply, back);
-    if entered != Entered::New {
-        return entered as u32;
-    }
-    let flow = SnatFlow { stamp, address, target: back.target, port: number, idle: back.idle };
-    if !tables.remember_snat(key, &flow) {
-        tables.forget_snat_return(&reply);
-        return Entered::Full as u32;
-    }
-    pool.mark::<T::Atomics>(port);
-    lead(ends, target, address, number);
-    Entered::New as u32
-}
-
-/// A function of its own in the kernel too, with stack of its own. The port is left in a half word,
-/// which the verifier does not track: it would follow each of the many ways to one to the end.
-#[inline(never)]
-fn find_port<A: Atomics>(pool: &PortPool, first: u32, last: u32, port: &mut u16) {
-    *port = pool.find::<A>(first, last) as u16;
 }
 
 /// The flow as the target's packets show it.

@@ -1,0 +1,38 @@
+//! The programs of a target: lb-common's target pipeline, bound to packets in the kernel and to
+//! maps. An object of its own, so that a target has none of the balancer's maps.
+#![no_std]
+#![no_main]
+#![allow(missing_docs, reason = "the program macros drop the comments of what they wrap")]
+
+#[path = "../frame.rs"]
+mod frame;
+mod maps;
+#[path = "../runtime.rs"]
+mod runtime;
+mod skb;
+
+use aya_ebpf::bindings::{TC_ACT_UNSPEC, xdp_action};
+use aya_ebpf::macros::{classifier, xdp};
+use aya_ebpf::programs::{TcContext, XdpContext};
+use lb_common::target::{admit_target, record};
+use lb_common::verdict::Verdict;
+
+use frame::XdpFrame;
+use maps::Maps;
+use skb::SkbFrame;
+
+/// On the way in, attached to every NIC that the load balancer's packets come by.
+#[xdp]
+pub fn lb_target(ctx: XdpContext) -> u32 {
+    match admit_target(&mut XdpFrame::new(&ctx), &Maps) {
+        Verdict::Drop => xdp_action::XDP_DROP,
+        _ => xdp_action::XDP_PASS,
+    }
+}
+
+/// On the way out of the same NICs. Others' programs and filters come next, whatever it saw.
+#[classifier]
+pub fn lb_target_out(ctx: TcContext) -> i32 {
+    record(&SkbFrame::new(&ctx), &Maps);
+    TC_ACT_UNSPEC
+}
