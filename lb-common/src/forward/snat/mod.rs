@@ -15,7 +15,7 @@ use crate::wire::ipv4::TtlProtocolChecksum;
 use crate::wire::{Address, Be16, Ipv4, Ipv6};
 
 use super::ip::{ANY, Ip, V4, V6};
-use super::parse::{Link, Packet, Ports, Transport};
+use super::parse::{Link, Packet, Ports, Transport, whole, whole_mut};
 use super::select::serving;
 use super::{Frame, Next, Outcome, Selected, Step, emit};
 
@@ -58,9 +58,24 @@ pub fn request<I: Readdress, F: Frame, T: Tables>(
     let mut ends = Ends::unknown();
     find_flow::<I, F, T>(frame, tables, step, &mut ends);
     if ends.is_known == 0 {
-        return Next::with(Next::SNAT_SEARCH, 0);
+        return before_search::<I, F, T>(frame, tables, step);
     }
     send_request::<I, F, T>(frame, tables, step, &ends)
+}
+
+/// A flow without a port gets one, unless its packet dies on the way.
+#[inline(never)]
+fn before_search<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &Step) -> u64 {
+    let Some(packet) = step.place.read::<I, F>(frame) else {
+        return Next::with(Next::DROP, DropReason::Malformed as u32);
+    };
+    let Some(target) = serving(tables, step.selected.index) else {
+        return Next::with(Next::ANSWER, DropReason::TargetDown as u32);
+    };
+    match can_leave(tables, target, &packet) {
+        Ok(()) => Next::with(Next::SNAT_SEARCH, 0),
+        Err(reason) => Next::with(Next::DROP, reason as u32),
+    }
 }
 
 /// Finds the flow's source address and port, where it has them.
@@ -295,7 +310,7 @@ fn write_reply<I: Readdress, F: Frame, T: Tables>(
     if packet.is_fragment() {
         return Err(DropReason::Fragmented.into());
     }
-    if transport.is_malformed(frame, &packet) {
+    if transport.is_malformed(whole(frame), &packet) {
         return Err(DropReason::Malformed.into());
     }
     if packet.length > hop.mtu as usize {
@@ -304,6 +319,7 @@ fn write_reply<I: Readdress, F: Frame, T: Tables>(
     if I::hops(&packet.header) <= 1 {
         return Err(DropReason::TtlExceeded.into());
     }
+    let frame = whole_mut(frame);
     translate(frame, &packet, &transport, ends)?;
     let verdict = emit::send(frame, &link, hop)?;
     tables.count_reply(origin.listener, origin.target, packet.length as u64);

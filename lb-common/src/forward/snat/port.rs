@@ -1,16 +1,15 @@
 //! A port for each flow: looked for in the bitmap of its address, made its own by an entry in the
 //! table of flows.
 
-use crate::flow::FlowKey;
 use crate::snat::{Entered, MAX_SNAT_ADDRESSES, NO_PORT, SnatFlow, SnatReturn, Stamp};
 use crate::tables::{Tables, Target};
 use crate::verdict::DropReason;
 use crate::wire::{Be16, Tcp};
 
 use super::super::ip::Ip;
-use super::super::select::serving;
+use super::super::select::{Asked, ask, serving};
 use super::super::{Frame, Next, Selected, Step, decide};
-use super::{Ends, Readdress, can_leave, lead, reply_key, send_request};
+use super::{Ends, Readdress, lead, reply_key, send_request};
 
 /// Looks for a port for a new flow. Needs nothing of the packet, so that the verifier follows the
 /// search once and not for every shape of packet.
@@ -104,17 +103,14 @@ fn take_port<I: Ip, F: Frame, T: Tables>(
     ends: &mut Ends,
 ) -> u64 {
     let malformed = Next::with(Next::DROP, DropReason::Malformed as u32);
-    let Some(packet) = step.place.read::<I, F>(frame) else { return malformed };
-    let Some(transport) = packet.transport else { return malformed };
+    let mut asked = Asked::nothing();
+    if ask::<I, F>(frame, &step.place, &mut asked) == 0 {
+        return malformed;
+    }
     let Some(target) = serving(tables, step.selected.index) else {
         return Next::with(Next::ANSWER, DropReason::TargetDown as u32);
     };
-    // A packet that dies on the way takes no port.
-    if let Err(reason) = can_leave(tables, target, &packet) {
-        return Next::with(Next::DROP, reason as u32);
-    }
-    let key = packet.flow(transport.ports);
-    let entered = enter(tables, &key, step, transport.flags, target, ends);
+    let entered = enter(tables, &asked, step, target, ends);
     if entered == Entered::New as u32 {
         return Next::with(Next::UNDECIDED, 0);
     }
@@ -123,9 +119,8 @@ fn take_port<I: Ip, F: Frame, T: Tables>(
         return Next::with(Next::SNAT_SEARCH, again.argument());
     }
     // Not a flow of that target, then.
-    let kind = decide::Kind::of(key.protocol, transport.flags);
-    if let Some(table) = decide::first_table(step.recall.slot, kind, true) {
-        tables.forget(table, &key);
+    if let Some(table) = decide::first_table(step.recall.slot, asked.kind(), true) {
+        tables.forget(table, &asked.key);
     }
     Next::with(Next::ANSWER, DropReason::PortAllocationError as u32)
 }
@@ -134,9 +129,8 @@ fn take_port<I: Ip, F: Frame, T: Tables>(
 #[inline(never)]
 fn enter<T: Tables>(
     tables: &T,
-    key: &FlowKey,
+    Asked { key, flags }: &Asked,
     step: &Step,
-    flags: u8,
     target: &Target,
     ends: &mut Ends,
 ) -> u32 {
