@@ -137,7 +137,7 @@ impl State {
         let mut wanted = Vec::new();
         for (key, target) in self.all_targets() {
             let (Some(number), Some(group)) =
-                (self.targets.get(&key), self.config.target_groups.get(&*key.target_group))
+                (self.targets.get(key), self.config.target_groups.get(&*key.target_group))
             else {
                 continue;
             };

@@ -19,7 +19,7 @@ pub fn search<T: Tables>(tables: &T, step: &Step) -> u64 {
     let mut port = NO_PORT as u16;
     let sources = free_port(tables, step, attempt, &mut port);
     let number = attempt.number.wrapping_add(1);
-    if port as u32 == NO_PORT && number % sources != 0 {
+    if port as u32 == NO_PORT && !number.is_multiple_of(sources) {
         return Next::with(Next::SNAT_SEARCH, Attempt { number, port: 0 }.argument());
     }
     Next::with(Next::SNAT_OPEN, Attempt { number: attempt.number, port: port as u32 }.argument())

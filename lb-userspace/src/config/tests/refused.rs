@@ -202,6 +202,7 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("target_group_security_group_unknown", target_group!("security_group = \"web-target\"")),
     ("target_group_security_group_list", target_group!("security_group = [\"web-target\"]")),
     ("nat_without_mac", carried!("nat", "\"10.0.2.1\", \"172.16.0.0/16\"")),
+    ("snat_without_address", carried!("snat", "\"02:00:0a:00:02:01\"")),
     ("dsr_l2_without_mac", carried!("dsr_l2", "\"10.0.2.1\"")),
     ("dsr_ipip_without_tunnels", carried!("dsr_ipip", "\"02:00:0a:00:02:01\"")),
     (
