@@ -123,6 +123,10 @@ impl<'a> Maps<'a> {
             Stage::Recall => jump::<{ Stage::Recall as u32 }>(ctx),
             Stage::Answer => jump::<{ Stage::Answer as u32 }>(ctx),
             Stage::Encapsulate => jump::<{ Stage::Encapsulate as u32 }>(ctx),
+            Stage::SnatRequest => jump::<{ Stage::SnatRequest as u32 }>(ctx),
+            Stage::SnatSearch => jump::<{ Stage::SnatSearch as u32 }>(ctx),
+            Stage::SnatOpen => jump::<{ Stage::SnatOpen as u32 }>(ctx),
+            Stage::SnatReply => jump::<{ Stage::SnatReply as u32 }>(ctx),
         }
         // It is back: the agent has not put the stage there.
         self.count_drop(DropReason::TableInconsistent as u32);

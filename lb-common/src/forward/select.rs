@@ -3,7 +3,7 @@
 //! On a settled slot the hash alone decides, and nothing is read or written for the flow. Only a
 //! slot that changed lately remembers flows, and only those that the change could break.
 
-use crate::flow::{self, Flow, FlowKey, FlowTable, Keys, ReturnFlow, TCP};
+use crate::flow::{self, Flow, FlowKey, FlowTable, Keys, ReturnFlow, TCP, UDP};
 use crate::tables::{Endpoint, Slot, Tables, Target};
 use crate::verdict::DropReason;
 
@@ -94,7 +94,10 @@ pub fn serving<T: Tables>(tables: &T, index: u32) -> Option<&Target> {
 /// Recalls the flow, and remembers it if it must: it may be older than the slot's last change, or
 /// is tracked anyway. Leaves the target, or says why there is none.
 #[inline(never)]
-pub fn recall<T: Tables>(tables: &T, step: &mut Step) -> u64 {
+pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step) -> u64 {
+    if step.place.protocol == UDP as u16 {
+        step.recall.flags = datagram_flags::<I, F>(frame, &step.place);
+    }
     // Parts that are functions of their own in the kernel too, and look at the flow in memory: what
     // one of them found out the verifier need not follow through the others.
     match remember(tables, &step.recall) {
@@ -177,6 +180,13 @@ fn kept<T: Tables>(tables: &T, recall: &Recall, found: &mut Recalled) -> u32 {
     MORE
 }
 
+/// What stands for TCP's control bits in a datagram.
+#[inline(never)]
+fn datagram_flags<I: Ip, F: Frame>(frame: &F, place: &Place) -> u32 {
+    let Some((_, transport)) = place.flow::<I, F>(frame) else { return 0 };
+    if place.is_quic_initial(frame, &transport) { Kind::QUIC_INITIAL as u32 } else { 0 }
+}
+
 /// The flow goes on to its target.
 const KNOWN: u32 = 0;
 /// Its target is gone.
@@ -226,7 +236,7 @@ fn note<T: Tables>(tables: &T, recall: &Recall, index: u32) -> u32 {
         let flow = Flow { last_seen: tables.now(), target: index, closing };
         tables.remember(table, &recall.key, &flow);
     }
-    matches!(kind, Kind::Opening | Kind::Datagram) as u32
+    !matches!(kind, Kind::Amid | Kind::Ending) as u32
 }
 
 /// Why a packet does not go to a target that does not serve. No target has number 0: it stands in

@@ -24,11 +24,27 @@ pub enum Stage {
     Answer = 1,
     /// Sends a packet to its target through a tunnel.
     Encapsulate = 2,
+    /// Sends a packet to its target from an address and a port of this machine.
+    SnatRequest = 3,
+    /// Looks for a source port that no flow has.
+    SnatSearch = 4,
+    /// Gives a new flow the port that was found, and sends its first packet.
+    SnatOpen = 5,
+    /// Sends a target's packet to the client whose flow has its destination port.
+    SnatReply = 6,
 }
 
 impl Stage {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 3] = [Self::Recall, Self::Answer, Self::Encapsulate];
+    pub const ALL: [Self; 7] = [
+        Self::Recall,
+        Self::Answer,
+        Self::Encapsulate,
+        Self::SnatRequest,
+        Self::SnatSearch,
+        Self::SnatOpen,
+        Self::SnatReply,
+    ];
 
     /// The name of its program.
     pub const fn program(self) -> &'static str {
@@ -36,6 +52,10 @@ impl Stage {
             Self::Recall => "lb_recall",
             Self::Answer => "lb_answer",
             Self::Encapsulate => "lb_encapsulate",
+            Self::SnatRequest => "lb_snat_request",
+            Self::SnatSearch => "lb_snat_search",
+            Self::SnatOpen => "lb_snat_open",
+            Self::SnatReply => "lb_snat_reply",
         }
     }
 }
@@ -45,7 +65,7 @@ impl Stage {
 #[derive(Clone, Copy)]
 pub struct Next {
     action: u32,
-    /// By action: an interface, a [`DropReason`].
+    /// By action: an interface, a [`DropReason`], another action, an attempt to get a port.
     argument: u32,
 }
 
@@ -60,6 +80,10 @@ impl Next {
     pub(super) const ANSWER: u32 = Self::STAGES + Stage::Answer as u32;
     const ENCAPSULATE: u32 = Self::STAGES + Stage::Encapsulate as u32;
     const RECALL: u32 = Self::STAGES + Stage::Recall as u32;
+    const SNAT_REQUEST: u32 = Self::STAGES + Stage::SnatRequest as u32;
+    pub(super) const SNAT_SEARCH: u32 = Self::STAGES + Stage::SnatSearch as u32;
+    pub(super) const SNAT_OPEN: u32 = Self::STAGES + Stage::SnatOpen as u32;
+    const SNAT_REPLY: u32 = Self::STAGES + Stage::SnatReply as u32;
 
     #[inline(always)]
     pub(super) fn with(action: u32, argument: u32) -> u64 {
@@ -78,6 +102,10 @@ impl Next {
             Self::RECALL => Some(Stage::Recall),
             Self::ANSWER => Some(Stage::Answer),
             Self::ENCAPSULATE => Some(Stage::Encapsulate),
+            Self::SNAT_REQUEST => Some(Stage::SnatRequest),
+            Self::SNAT_SEARCH => Some(Stage::SnatSearch),
+            Self::SNAT_OPEN => Some(Stage::SnatOpen),
+            Self::SNAT_REPLY => Some(Stage::SnatReply),
             _ => None,
         }
     }
@@ -114,7 +142,7 @@ pub struct Step {
     pub(super) recall: Recall,
     pub(super) place: Place,
     pub(super) selected: Selected,
-    /// By stage: a [`DropReason`].
+    /// By stage: a [`DropReason`], an action of [`Next`], an attempt to get a port.
     pub(super) argument: u32,
 }
 
@@ -181,23 +209,23 @@ impl Step {
 /// Says how a stage ended, and leaves what the next one needs.
 #[inline(always)]
 pub(super) fn conclude(step: &mut impl Handover, outcome: Outcome, place: Place) -> u64 {
-    match outcome {
+    let next = match outcome {
         Ok(Verdict::Pass | Verdict::Drop) => Next::with(Next::PASS, 0),
         Ok(Verdict::Transmit) => Next::with(Next::TRANSMIT, 0),
         Ok(Verdict::Redirect(ifindex)) => Next::with(Next::REDIRECT, ifindex),
         Err(Stop::Drop(reason)) => Next::with(Next::DROP, reason as u32),
-        Err(stop) => {
-            step.with_step(|step| step.place = place);
-            match stop {
-                Stop::Drop(reason) | Stop::Answer(reason) => {
-                    Next::with(Next::ANSWER, reason as u32)
-                }
-                Stop::Recall => Next::with(Next::RECALL, 0),
-                Stop::TooBig => Next::with(Next::ANSWER, DropReason::TooBig as u32),
-                Stop::Encapsulate => Next::with(Next::ENCAPSULATE, 0),
-            }
-        }
+        Err(Stop::Answer(reason)) => Next::with(Next::ANSWER, reason as u32),
+        Err(Stop::Recall) => Next::with(Next::RECALL, 0),
+        Err(Stop::TooBig) => Next::with(Next::ANSWER, DropReason::TooBig as u32),
+        Err(Stop::Encapsulate) => Next::with(Next::ENCAPSULATE, 0),
+        Err(Stop::Snat) => Next::with(Next::SNAT_REQUEST, 0),
+        Err(Stop::SnatReply(otherwise)) => Next::with(Next::SNAT_REPLY, otherwise),
+    };
+    // Not in the arms: the compiler would keep what some of them have not set.
+    if next as u32 >= Next::STAGES {
+        step.with_step(|step| step.place = place);
     }
+    next
 }
 
 impl Default for Step {
