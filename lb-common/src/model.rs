@@ -13,10 +13,11 @@ use crate::flow::{Flow, FlowKey, FlowTable, HashKeys, ReturnFlow};
 use crate::forward::{Frame, forward};
 use crate::lru::Lru;
 use crate::tables::{
-    Bucket, Endpoint, EndpointKey, Listener, NextHop, Slot, Tables, Target, Traffic,
+    Bucket, Endpoint, EndpointKey, Listener, NIC_PLACES, NextHop, Slot, Tables, Target, Traffic,
 };
 use crate::verdict::{DropReason, Verdict};
 use crate::wire::Address;
+use crate::wire::eth::OwnMac;
 
 /// All tables of one balancer.
 #[derive(Debug, Clone)]
@@ -27,6 +28,8 @@ pub struct Model {
     pub ring_size: u32,
     /// Monotonic time, nanoseconds.
     pub now: Cell<u64>,
+    /// NICs' own addresses by place.
+    pub own_macs: BTreeMap<u32, OwnMac>,
     /// Listeners, targets and local addresses.
     pub endpoints: EndpointTable,
     /// Listeners by index.
@@ -67,6 +70,7 @@ impl Model {
             hash_keys,
             ring_size,
             now: Cell::new(0),
+            own_macs: BTreeMap::new(),
             endpoints: EndpointTable::new(hash_keys),
             listeners: BTreeMap::new(),
             targets: BTreeMap::new(),
@@ -114,6 +118,10 @@ impl Tables for Model {
 
     fn now(&self) -> u64 {
         self.now.get()
+    }
+
+    fn own_mac(&self, nic: u32) -> OwnMac {
+        self.own_macs.get(&(nic % NIC_PLACES)).copied().unwrap_or(OwnMac::UNKNOWN)
     }
 
     fn bucket(&self, index: u32) -> Option<&Bucket> {

@@ -15,15 +15,17 @@ use lb_common::forward::{Stage, Step};
 use lb_common::tables::{
     AdmissionKey, BUCKETS, Bucket, CachedHop, Endpoint, EndpointKey, FlowChanges, Interface,
     Listener, MAX_DEVICES, MAX_DIRECT_FLOWS, MAX_LISTENERS, MAX_PREFIXES, MAX_RINGS, MAX_TARGETS,
-    NEXT_HOP_CACHE, NextHop, OVERFLOW_ENDPOINTS, Slot, Tables, Target, Traffic,
+    NEXT_HOP_CACHE, NIC_PLACES, NextHop, OVERFLOW_ENDPOINTS, Slot, Tables, Target, Traffic,
 };
 use lb_common::verdict::DropReason;
 use lb_common::wire::Address;
-use lb_common::wire::eth::Macs;
+use lb_common::wire::eth::{Macs, OwnMac};
 
 // Arrays that the agent writes through shared memory, word by word.
 #[map]
 static ENDPOINTS: Array<Bucket> = Array::with_max_entries(BUCKETS, BPF_F_MMAPABLE);
+#[map]
+static NIC_MACS: Array<OwnMac> = Array::with_max_entries(NIC_PLACES, BPF_F_MMAPABLE);
 #[map]
 static TARGETS: Array<Target> = Array::with_max_entries(MAX_TARGETS, BPF_F_MMAPABLE);
 #[map]
@@ -312,6 +314,11 @@ impl Tables for Maps<'_> {
     fn now(&self) -> u64 {
         // SAFETY: a helper without arguments.
         unsafe { bpf_ktime_get_ns() }
+    }
+
+    #[inline(always)]
+    fn own_mac(&self, nic: u32) -> OwnMac {
+        NIC_MACS.get(nic % NIC_PLACES).copied().unwrap_or(OwnMac::UNKNOWN)
     }
 
     #[inline(always)]

@@ -67,8 +67,8 @@ pub struct Ecmp {
     router: Namespace,
     replies: Replies,
     dead_targets: Vec<u8>,
+    switch: Namespace,
     // What only needs to exist.
-    _switch: Namespace,
     _pass: Attached,
 }
 
@@ -101,11 +101,6 @@ impl Ecmp {
             default_route(&balancer, Dual::new(uplink(index), 1))?;
             pass.attach(&router, &port)?;
             pass.attach(&switch, balancer.role())?;
-            // A veth has no filter for MAC addresses, unlike a NIC: what is not for this machine
-            // must not come, such as what the switch floods because its receiver is dead.
-            switch.ip("link set dev PORT type bridge_slave flood off"
-                .replace("PORT", balancer.role())
-                .as_str())?;
             Ok(balancer)
         };
         let balancers = (0..BALANCERS).map(new_balancer).collect::<Result<_>>()?;
@@ -123,7 +118,6 @@ impl Ecmp {
             Ok(target)
         };
         let targets = (0..targets).map(new_target).collect::<Result<_>>()?;
-        let (_switch, _pass) = (switch, pass);
         Ok(Self {
             client,
             balancers,
@@ -132,8 +126,8 @@ impl Ecmp {
             router,
             replies,
             dead_targets: Vec::new(),
-            _switch,
-            _pass,
+            switch,
+            _pass: pass,
         })
     }
 
@@ -208,13 +202,28 @@ impl Ecmp {
     /// If the router's interface cannot be watched.
     pub fn flows_of(&self, balancer: usize, time: Duration) -> Result<BTreeSet<SocketAddr>> {
         let socket = PacketSocket::watch(&self.router, &router_port(balancer))?;
+        Ok(self.segments(&socket, time).into_iter().collect())
+    }
+
+    /// Listens to what passes a balancer's port of the targets' switch, either way.
+    ///
+    /// # Errors
+    ///
+    /// If the port cannot be watched.
+    pub fn watch_switch(&self, balancer: usize) -> Result<PacketSocket> {
+        PacketSocket::watch(&self.switch, self.balancers[balancer].role())
+    }
+
+    /// The sources of the TCP segments to the listener that a socket hears, within
+    /// `time`.
+    pub fn segments(&self, socket: &PacketSocket, time: Duration) -> Vec<SocketAddr> {
         let end = Instant::now() + time;
-        let mut flows = BTreeSet::new();
+        let mut sources = Vec::new();
         loop {
             let left = end.saturating_duration_since(Instant::now());
             // It ends with the error that nothing comes within no time.
-            let Ok(frame) = socket.receive(left, |_| true) else { return Ok(flows) };
-            flows.extend(tcp_to(self.listener, &frame));
+            let Ok(frame) = socket.receive(left, |_| true) else { return sources };
+            sources.extend(tcp_to(self.listener, &frame));
         }
     }
 }

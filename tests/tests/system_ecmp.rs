@@ -6,7 +6,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     io::{self, Write as _},
-    net::SocketAddr,
+    net::{SocketAddr, TcpStream},
     ops::Range,
     thread,
     time::{Duration, Instant},
@@ -47,6 +47,36 @@ fn long_transfers_with_nat() {
 #[test]
 fn long_transfers_with_direct_server_return() {
     Scenario::start("dsr_l2").run();
+}
+
+/// The switch does not know where a dead target is, and gives what is for it to both balancers: each
+/// would send the other's packets to the target once more, with nothing that counts the hops.
+#[test]
+fn a_switch_that_floods_makes_no_loop() {
+    let mut scenario = Scenario::start("dsr_l2");
+    let network = &mut scenario.network;
+    network.kill_target(KILLED).unwrap();
+    let ports = [0, 1].map(|balancer| network.watch_switch(balancer).unwrap());
+    let listener = network.listener;
+    network.client.run(|| {
+        for address in listener.both().into_iter().cycle().take(60) {
+            // Long enough for whoever lives, short enough for no second SYN.
+            let _ = TcpStream::connect_timeout(&(address, PORT).into(), Duration::from_millis(50));
+        }
+    });
+    let mut seen: BTreeMap<SocketAddr, [usize; 2]> = BTreeMap::new();
+    for (balancer, port) in ports.iter().enumerate() {
+        for source in network.segments(port, Duration::from_millis(200)) {
+            seen.entry(source).or_default()[balancer] += 1;
+        }
+    }
+    let flooded = seen.values().filter(|counts| counts.iter().all(|count| *count > 0)).count();
+    let most = seen.values().flatten().max().copied().unwrap_or(0);
+    let mut output = io::stdout();
+    writeln!(output, "{flooded} of {} flows flooded, {most} segments at most", seen.len()).unwrap();
+    // A third of 60 goes to the dead target: fewer happen less than once in a million runs.
+    assert!(flooded >= 4, "{seen:?}");
+    assert!(most < 10, "{seen:?}");
 }
 
 /// Two agents, targets, and transfers under way.

@@ -23,9 +23,10 @@ use lb_common::flow::{FlowTable, HashKeys};
 use lb_common::forward::Stage;
 use lb_common::tables::{
     AdmissionKey, BUCKETS, Bucket, Endpoint, EndpointKey, Interface, Listener, MAX_LISTENERS,
-    MAX_RINGS, MAX_TARGETS, Slot, Target, Traffic,
+    MAX_RINGS, MAX_TARGETS, NIC_PLACES, Slot, Target, Traffic,
 };
 use lb_common::verdict::DropReason;
+use lb_common::wire::eth::OwnMac;
 
 use crate::config::XdpMode;
 use crate::reconcile::{Plan, Prefix, Step};
@@ -75,6 +76,7 @@ pub struct Dataplane {
     ring_size: u32,
     table: EndpointTable,
     endpoints: MappedArray<Bucket>,
+    nic_macs: MappedArray<OwnMac>,
     targets: MappedArray<Target>,
     listeners: MappedArray<Listener>,
     slots: MappedArray<Slot>,
@@ -125,6 +127,7 @@ impl Dataplane {
             ring_size: options.ring_size,
             table: EndpointTable::new(keys),
             endpoints: mapped(&mut ebpf, "ENDPOINTS", BUCKETS)?,
+            nic_macs: mapped(&mut ebpf, "NIC_MACS", NIC_PLACES)?,
             targets: mapped(&mut ebpf, "TARGETS", MAX_TARGETS)?,
             listeners: mapped(&mut ebpf, "LISTENERS", MAX_LISTENERS)?,
             slots: mapped(&mut ebpf, "SLOTS", slots)?,
@@ -213,6 +216,8 @@ impl Dataplane {
             Step::RemoveInterface(index) => map_removed(self.interfaces.remove(index))?,
             Step::AddDevice(index) => self.devices.insert(*index, *index, None, 0)?,
             Step::RemoveDevice(index) => map_removed(self.devices.remove(*index))?,
+            Step::SetOwnMac(place, mac) => self.nic_macs.store(*place, mac),
+            Step::ForgetOwnMac(place) => self.nic_macs.store(*place, &OwnMac::UNKNOWN),
             Step::SetTarget(index, target) => {
                 self.targets.store_front(*index, target, KERNELS_WORD);
             }
