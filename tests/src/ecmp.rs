@@ -95,6 +95,8 @@ impl Ecmp {
             let port = router_port(index);
             link((&router, &port), (&balancer, "eth0"))?;
             plug(&switch, &balancer, "eth1")?;
+            // Its addresses come back with its links.
+            balancer.sysctl("net/ipv6/conf/all/keep_addr_on_down", "1")?;
             become_host(&router, &port, Dual::new(uplink(index), 1))?;
             become_host(&balancer, "eth0", Dual::new(uplink(index), 2))?;
             become_host(&balancer, "eth1", gateway(index))?;
@@ -140,16 +142,11 @@ impl Ecmp {
     pub fn announce(&self) -> Result<()> {
         let mut batch = String::new();
         for (group, listener) in GROUPS.into_iter().zip(self.listener.both()) {
-            let mut members = Vec::new();
-            for index in 0..BALANCERS {
-                let member = (group + 1 + index).to_string();
-                let (via, port) = (Dual::new(uplink(index), 2).like(listener), router_port(index));
-                batch += &format!("nexthop add id {member} via {via} dev {port}\n");
-                members.push(member);
-            }
-            let members = members.join("/");
-            batch +=
-                &format!("nexthop add id {group} group {members} type resilient buckets 128\n");
+            batch.extend((0..BALANCERS).map(|index| nexthop(group, index, listener)));
+            batch += &format!(
+                "nexthop add id {group} group {} type resilient buckets 128\n",
+                members(group)
+            );
             batch += &format!("route add {listener} nhid {group}\n");
         }
         self.router.ip(&batch)?;
@@ -166,6 +163,38 @@ impl Ecmp {
     pub fn kill_balancer(&self, index: usize) -> Result<()> {
         self.balancers[index].ip("link set eth0 down\nlink set eth1 down")?;
         self.lead_replies((0..BALANCERS).filter(|other| *other != index))
+    }
+
+    /// The machine of a dead balancer runs again. Nothing leads to it before
+    /// [`Self::announce_again`].
+    ///
+    /// # Errors
+    ///
+    /// If there is no such balancer.
+    pub fn revive_balancer(&self, index: usize) -> Result<()> {
+        let balancer = &self.balancers[index];
+        balancer.ip("link set eth0 up\nlink set eth1 up")?;
+        default_route(balancer, Dual::new(uplink(index), 1))
+    }
+
+    /// Leads flows to a balancer once more, and at once, as routers do that know no buckets: the
+    /// group would else leave it those only that nobody uses.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses.
+    pub fn announce_again(&self, index: usize) -> Result<()> {
+        let mut batch = String::new();
+        for (group, listener) in GROUPS.into_iter().zip(self.listener.both()) {
+            batch += &nexthop(group, index, listener);
+            batch += &format!(
+                "nexthop replace id {group} group {} type resilient buckets 128 idle_timer 1 \
+                 unbalanced_timer 1\n",
+                members(group)
+            );
+        }
+        self.router.ip(&batch)?;
+        self.lead_replies(0..BALANCERS)
     }
 
     /// The default routes of targets. Not by nexthop groups: on Linux 6.18 IPv6 sockets go on with
@@ -251,6 +280,18 @@ fn tcp_to(destination: Dual, frame: &[u8]) -> Option<SocketAddr> {
 /// The network between the router and a balancer.
 fn uplink(balancer: usize) -> u8 {
     [3, 4][balancer]
+}
+
+/// The command that adds the nexthop to a balancer.
+fn nexthop(group: usize, balancer: usize, listener: IpAddr) -> String {
+    let (via, port) = (Dual::new(uplink(balancer), 2).like(listener), router_port(balancer));
+    format!("nexthop add id {} via {via} dev {port}\n", group + 1 + balancer)
+}
+
+/// The nexthops of a group.
+fn members(group: usize) -> String {
+    let numbers = (0..BALANCERS).map(|balancer| (group + 1 + balancer).to_string());
+    numbers.collect::<Vec<_>>().join("/")
 }
 
 /// A balancer's address among the targets.

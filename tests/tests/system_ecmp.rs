@@ -6,6 +6,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     io::{self, Write as _},
+    mem,
     net::{SocketAddr, TcpStream},
     ops::Range,
     thread,
@@ -19,6 +20,7 @@ use lb_tests::{
     site::PATIENCE,
     topology::{client_host, target_host},
     transfers::{Direction, Outcome, Transfers, probe},
+    tunnels::Decapsulator,
     wait_until,
 };
 
@@ -36,12 +38,23 @@ const LOST: usize = 1;
 const EARLY: Range<u16> = 20_000..20_050;
 /// Those that begin between the changes.
 const LATE: Range<u16> = 20_050..20_086;
+/// Those that begin while one balancer is dead.
+const MEANWHILE: Range<u16> = 20_086..20_126;
 /// How long nothing happens between two events, while bytes flow.
 const PEACE: Duration = Duration::from_millis(800);
 
 #[test]
 fn long_transfers_with_nat() {
-    Scenario::start("nat").run();
+    let mut scenario = Scenario::start("nat");
+    scenario.run();
+    scenario.run_return();
+}
+
+#[test]
+fn long_transfers_through_tunnels() {
+    let mut scenario = Scenario::start("dsr_gue");
+    scenario.run();
+    scenario.run_return();
 }
 
 #[test]
@@ -72,8 +85,7 @@ fn a_switch_that_floods_makes_no_loop() {
     }
     let flooded = seen.values().filter(|counts| counts.iter().all(|count| *count > 0)).count();
     let most = seen.values().flatten().max().copied().unwrap_or(0);
-    let mut output = io::stdout();
-    writeln!(output, "{flooded} of {} flows flooded, {most} segments at most", seen.len()).unwrap();
+    say(&format!("{flooded} of {} flows flooded, {most} segments at most", seen.len()));
     // A third of 60 goes to the dead target: fewer happen less than once in a million runs.
     assert!(flooded >= 4, "{seen:?}");
     assert!(most < 10, "{seen:?}");
@@ -89,6 +101,8 @@ struct Scenario {
     ports: Range<u16>,
     transfers: Transfers,
     agents: Vec<Agent>,
+    /// What take the outer headers off, where there are any.
+    _ends: Vec<Decapsulator>,
     _servers: Vec<Server>,
     network: Ecmp,
 }
@@ -98,6 +112,9 @@ impl Scenario {
         let replies = if forwarding == "nat" { Replies::Balancers } else { Replies::Router };
         let network = Ecmp::new(replies, TARGETS).unwrap();
         let servers = start_servers(&network, replies);
+        let has_tunnels = forwarding == "dsr_gue";
+        let ends = network.targets.iter().filter(|_| has_tunnels);
+        let ends = ends.map(|target| Decapsulator::start(target).unwrap()).collect();
         let registered = vec![0, 1, 2];
         let config = configuration(&network, forwarding, &registered, "");
         let start = |balancer| Agent::start(balancer, &INTERFACES, &config).unwrap();
@@ -114,6 +131,7 @@ impl Scenario {
             ports: LATE,
             transfers,
             agents,
+            _ends: ends,
             _servers: servers,
             network,
         };
@@ -124,7 +142,7 @@ impl Scenario {
         scenario
     }
 
-    fn run(mut self) {
+    fn run(&mut self) {
         let begun = Instant::now();
         self.find_homes();
         self.begin_transfers(EARLY);
@@ -153,13 +171,48 @@ impl Scenario {
         self.agents.remove(LOST).kill().unwrap();
         thread::sleep(2 * PEACE);
 
-        let Self { forwarding, homes, transfers, .. } = self;
-        let verdict = Verdict::new(transfers.finish(), &homes, &moved);
+        let verdict = Verdict::new(self.finish(), &self.homes, &moved);
         let time = begun.elapsed().as_secs_f64();
-        // Not by `println!`, whose text is shown of failed tests only.
-        let mut output = io::stdout();
-        writeln!(output, "{forwarding}, two balancers, {time:.1} s:\n{verdict}").unwrap();
+        say(&format!("{}, two balancers, {time:.1} s:\n{verdict}", self.forwarding));
         verdict.check();
+    }
+
+    /// The dead balancer comes back, and half of the flows are moved to it, which has seen none of
+    /// them. They began after the last change, so both choose alike.
+    fn run_return(&mut self) {
+        let begun = Instant::now();
+        self.begin_transfers(MEANWHILE);
+        self.network.revive_balancer(LOST).unwrap();
+        let config = configuration(&self.network, self.forwarding, &self.registered, "");
+        let balancer = &self.network.balancers[LOST];
+        self.agents.push(Agent::start(balancer, &INTERFACES, &config).unwrap());
+        for target in self.registered.clone() {
+            let state = if target == KILLED { "unhealthy" } else { "healthy" };
+            self.wait_for(target, state);
+        }
+        self.network.announce_again(LOST).unwrap();
+        wait_until("flows to the returned balancer", PATIENCE, || {
+            self.network.flows_of(LOST, PEACE).unwrap().len() > MEANWHILE.len() / 2
+        })
+        .unwrap();
+        thread::sleep(PEACE);
+        let moved = self.network.flows_of(LOST, PEACE).unwrap();
+        let outcomes = self.finish();
+        let time = begun.elapsed().as_secs_f64();
+        let broken: Vec<_> = outcomes.iter().filter(|outcome| outcome.result.is_err()).collect();
+        let (all, moved, broken_count) = (outcomes.len(), moved.len(), broken.len());
+        say(&format!(
+            "{}, a balancer comes back, {time:.1} s:\n  {all:>4} transfers, {moved} of them moved \
+             to it by ECMP\n  {broken_count:>4} broken",
+            self.forwarding
+        ));
+        assert!(broken.is_empty(), "{broken:#?}");
+    }
+
+    /// What became of the transfers so far.
+    fn finish(&mut self) -> Vec<Outcome> {
+        let next = Transfers::new(&self.network.client).unwrap();
+        mem::replace(&mut self.transfers, next).finish()
     }
 
     /// Asks for the target of every flow that will begin, while all slots are settled.
@@ -212,6 +265,11 @@ impl Scenario {
             }
         }
     }
+}
+
+/// Not by `println!`, whose text is shown of failed tests only.
+fn say(text: &str) {
+    writeln!(io::stdout(), "{text}").unwrap();
 }
 
 /// The client's addresses with these ports.
