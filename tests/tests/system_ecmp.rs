@@ -40,6 +40,8 @@ const EARLY: Range<u16> = 20_000..20_050;
 const LATE: Range<u16> = 20_050..20_086;
 /// Those that begin while one balancer is dead.
 const MEANWHILE: Range<u16> = 20_086..20_126;
+/// Of these the router moves at least so many: fewer of 40 happen less than once in a million runs.
+const LEAST_MOVED: usize = 5;
 /// How long nothing happens between two events, while bytes flow.
 const PEACE: Duration = Duration::from_millis(800);
 
@@ -177,8 +179,9 @@ impl Scenario {
         verdict.check();
     }
 
-    /// The dead balancer comes back, and half of the flows are moved to it, which has seen none of
-    /// them. They began after the last change, so both choose alike.
+    /// The dead balancer comes back, and flows are moved to it, of which it has seen none. They began
+    /// after the last change, so both choose alike. Linux 6.18 as a router moves half of the IPv4
+    /// flows, while those of IPv6 go on as they went, though `ip route get` says otherwise.
     fn run_return(&mut self) {
         let begun = Instant::now();
         self.begin_transfers(MEANWHILE);
@@ -192,7 +195,7 @@ impl Scenario {
         }
         self.network.announce_again(LOST).unwrap();
         wait_until("flows to the returned balancer", PATIENCE, || {
-            self.network.flows_of(LOST, PEACE).unwrap().len() > MEANWHILE.len() / 2
+            self.network.flows_of(LOST, PEACE).unwrap().len() >= LEAST_MOVED
         })
         .unwrap();
         thread::sleep(PEACE);
