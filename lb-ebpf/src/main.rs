@@ -1,6 +1,8 @@
 //! The XDP programs of lb: lb-common's pipeline, bound to a packet in the kernel and to maps.
 #![no_std]
 #![no_main]
+#![feature(core_intrinsics)]
+#![allow(internal_features, reason = "the library has no atomic instructions for BPF")]
 #![allow(missing_docs, reason = "the program macros drop the comments of what they wrap")]
 
 mod frame;
@@ -52,6 +54,30 @@ pub fn lb_answer(ctx: XdpContext) -> u32 {
 #[xdp]
 pub fn lb_encapsulate(ctx: XdpContext) -> u32 {
     later(&ctx, Stage::Encapsulate)
+}
+
+/// Sends a packet to its target from an address and a port of this machine.
+#[xdp]
+pub fn lb_snat_request(ctx: XdpContext) -> u32 {
+    later(&ctx, Stage::SnatRequest)
+}
+
+/// Looks for a source port that no flow has.
+#[xdp]
+pub fn lb_snat_search(ctx: XdpContext) -> u32 {
+    later(&ctx, Stage::SnatSearch)
+}
+
+/// Gives a new flow the port that was found, and sends its first packet.
+#[xdp]
+pub fn lb_snat_open(ctx: XdpContext) -> u32 {
+    later(&ctx, Stage::SnatOpen)
+}
+
+/// Sends a target's packet to the client whose flow has its destination port.
+#[xdp]
+pub fn lb_snat_reply(ctx: XdpContext) -> u32 {
+    later(&ctx, Stage::SnatReply)
 }
 
 /// A stage that another program has handed over to.

@@ -1,5 +1,7 @@
 //! The maps, and the pipeline's lookups in them.
 
+mod snat;
+
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_NOEXIST, bpf_fib_lookup as FibLookup, xdp_action};
 use aya_ebpf::helpers::{bpf_fib_lookup, bpf_ktime_get_ns};
 use aya_ebpf::macros::map;
@@ -122,6 +124,10 @@ impl<'a> Maps<'a> {
                     Stage::Deliver => STAGES.tail_call(ctx, Stage::Deliver as u32),
                     Stage::Answer => STAGES.tail_call(ctx, Stage::Answer as u32),
                     Stage::Encapsulate => STAGES.tail_call(ctx, Stage::Encapsulate as u32),
+                    Stage::SnatRequest => STAGES.tail_call(ctx, Stage::SnatRequest as u32),
+                    Stage::SnatSearch => STAGES.tail_call(ctx, Stage::SnatSearch as u32),
+                    Stage::SnatOpen => STAGES.tail_call(ctx, Stage::SnatOpen as u32),
+                    Stage::SnatReply => STAGES.tail_call(ctx, Stage::SnatReply as u32),
                 };
             }
         }

@@ -43,9 +43,11 @@ fn unsafe_is_where_it_must_be_and_nowhere_else() {
     assert_eq!(unsafe_in("lb-common"), BTreeSet::new());
     let places = ["frame.rs", "main.rs", "maps.rs"];
     let objects = ["src", "src/target"];
-    let expected =
-        objects.iter().flat_map(|object| places.map(|place| format!("{object}/{place}")));
-    assert_eq!(unsafe_in("lb-ebpf"), expected.collect());
+    let mut expected: BTreeSet<_> =
+        objects.iter().flat_map(|object| places.map(|place| format!("{object}/{place}"))).collect();
+    // A part of `maps.rs`.
+    expected.insert("src/maps/snat.rs".into());
+    assert_eq!(unsafe_in("lb-ebpf"), expected);
     for object in objects {
         let main = format!("{}/../lb-ebpf/{object}/main.rs", env!("CARGO_MANIFEST_DIR"));
         let source = fs::read_to_string(main).unwrap();

@@ -236,6 +236,12 @@ pub fn whole<F: Frame>(frame: &F) -> &F {
     core::hint::black_box(frame)
 }
 
+/// As [`whole`].
+#[inline(always)]
+pub fn whole_mut<F: Frame>(frame: &mut F) -> &mut F {
+    core::hint::black_box(frame)
+}
+
 /// Reads the transport header.
 #[inline(always)]
 fn transport<F: Frame>(frame: &F, protocol: u8, l4: usize) -> Option<Transport> {

@@ -41,6 +41,7 @@ impl State {
         self.turn_rings(now);
         self.put_targets(&mut desired);
         self.put_addresses(&mut desired);
+        self.put_sources(&mut desired);
         self.put_listeners(&mut desired);
         for (number, ring) in self.rings.iter() {
             desired.rings.insert(number, ring.slots().clone());
@@ -187,7 +188,7 @@ impl State {
                 "it is behind {name}, which lb is not attached to: add --iface {name}"
             )));
         }
-        let NextHop { ifindex, vlan, source_mac, destination_mac, mtu } = *hop;
+        let NextHop { ifindex, vlan, source_mac, destination_mac, mtu, .. } = *hop;
         let macs = Macs::new(destination_mac, source_mac);
         Ok(tables::NextHop { ifindex, macs, vlan: vlan.unwrap_or(0), mtu })
     }
@@ -234,8 +235,10 @@ impl State {
             let service = Service::Port(key.protocol, key.port);
             let admission = self.admissions.get(&(balancer.clone(), service, is_v4));
             let class = classes.number(admission, &mut self.next_class);
-            let is_tracked =
-                sharing.contains(&number) || self.any_group(listener, |g| g.track_every_flow);
+            let is_tracked = sharing.contains(&number)
+                || self.any_group(listener, |group| {
+                    group.track_every_flow || group.forwarding == Forwarding::Snat
+                });
             if is_tracked {
                 self.tracked.insert(number);
             } else {

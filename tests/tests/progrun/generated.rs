@@ -41,6 +41,7 @@ fn host_and_kernel_agree() {
             change(&mut scene, &mut generator);
             world.set(scene.desired.clone()).unwrap();
             age(world, &mut generator);
+            world.walk_snat().unwrap();
         }
         let counts = world.counts().unwrap();
         println!("{actions:?} {:?}", counts.drops);
@@ -114,6 +115,7 @@ fn age(world: &mut World<'_>, generator: &mut Generator) {
     }
     let mut ago = || Duration::from_secs(*AGES.choose(generator.rng()).expect("some"));
     world.age(|_| ago()).unwrap();
+    world.age_snat(&mut ago).unwrap();
     for (key, flow) in returns {
         world.remember_return(key, flow.listener, flow.target, ago()).unwrap();
     }
