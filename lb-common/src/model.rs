@@ -9,7 +9,7 @@ use std::vec::Vec;
 use bytemuck::Pod;
 
 use crate::endpoints::EndpointTable;
-use crate::flow::{Flow, FlowKey, FlowTable, HashKeys, ReturnFlow};
+use crate::flow::{Flow, FlowKey, FlowTable, HashKeys, ReturnFlow, ReturnTable};
 use crate::forward::{Frame, forward};
 use crate::lru::Lru;
 use crate::snat::SnatModel;
@@ -47,8 +47,8 @@ pub struct Model {
     pub flows: [RefCell<Lru<FlowKey, Flow>>; FlowTable::ALL.len()],
     /// Packets for which remembered flows were looked up.
     pub lookups: Cell<u64>,
-    /// Which listener flows came by.
-    pub return_flows: RefCell<BTreeMap<FlowKey, ReturnFlow>>,
+    /// Which listener flows came by, by [`ReturnTable`].
+    pub return_flows: [RefCell<Lru<FlowKey, ReturnFlow>>; ReturnTable::ALL.len()],
     /// Clients that talk to targets' own addresses.
     pub direct_flows: RefCell<BTreeSet<FlowKey>>,
     /// Targets that such clients talk to.
@@ -82,7 +82,7 @@ impl Model {
             routes: BTreeMap::new(),
             flows: Default::default(),
             lookups: Cell::new(0),
-            return_flows: RefCell::default(),
+            return_flows: Default::default(),
             direct_flows: RefCell::default(),
             direct_targets: RefCell::default(),
             snat: SnatModel::default(),
@@ -101,6 +101,16 @@ impl Model {
     /// A table of remembered flows.
     pub fn flow_table(&self, table: FlowTable) -> &RefCell<Lru<FlowKey, Flow>> {
         &self.flows[table as usize]
+    }
+
+    /// A table of ways back.
+    pub fn return_table(&self, table: ReturnTable) -> &RefCell<Lru<FlowKey, ReturnFlow>> {
+        &self.return_flows[table as usize]
+    }
+
+    /// How many ways back both tables remember.
+    pub fn remembered_returns(&self) -> usize {
+        self.return_flows.iter().map(|table| table.borrow().len()).sum()
     }
 
     /// How many flows all tables remember.
@@ -179,12 +189,16 @@ impl Tables for Model {
         self.flow_table(table).borrow_mut().remove(key);
     }
 
-    fn return_flow(&self, key: &FlowKey) -> Option<ReturnFlow> {
-        self.return_flows.borrow().get(key).copied()
+    fn return_flow(&self, table: ReturnTable, key: &FlowKey) -> Option<ReturnFlow> {
+        self.return_table(table).borrow_mut().get(key)
     }
 
-    fn remember_return(&self, key: &FlowKey, flow: &ReturnFlow) {
-        self.return_flows.borrow_mut().insert(*key, *flow);
+    fn remember_return(&self, table: ReturnTable, key: &FlowKey, flow: &ReturnFlow) {
+        self.return_table(table).borrow_mut().insert(*key, *flow);
+    }
+
+    fn forget_fresh_return(&self, key: &FlowKey) {
+        self.return_table(ReturnTable::Fresh).borrow_mut().remove(key);
     }
 
     fn has_direct_flows(&self, index: u32, _target: &Target) -> bool {

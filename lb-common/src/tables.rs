@@ -6,7 +6,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::flow::{Flow, FlowKey, FlowTable, Keys, ReturnFlow};
+use crate::flow::{Flow, FlowKey, FlowTable, Keys, ReturnFlow, ReturnTable};
 use crate::snat::SnatTables;
 use crate::tunnel::Tunnel;
 use crate::wire::eth::{Macs, OwnMac};
@@ -398,9 +398,11 @@ pub trait Tables: SnatTables {
     /// Forgets a flow.
     fn forget(&self, table: FlowTable, key: &FlowKey);
     /// Which listener a target's flow came by; the time of its last packet is not checked.
-    fn return_flow(&self, key: &FlowKey) -> Option<ReturnFlow>;
+    fn return_flow(&self, table: ReturnTable, key: &FlowKey) -> Option<ReturnFlow>;
     /// Remembers which listener a target's flow came by; replaces what was there.
-    fn remember_return(&self, key: &FlowKey, flow: &ReturnFlow);
+    fn remember_return(&self, table: ReturnTable, key: &FlowKey, flow: &ReturnFlow);
+    /// Forgets which listener a fresh flow came by.
+    fn forget_fresh_return(&self, key: &FlowKey);
 
     /// Whether some client talks to this target's own address through us.
     fn has_direct_flows(&self, index: u32, target: &Target) -> bool;

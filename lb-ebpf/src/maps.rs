@@ -12,7 +12,7 @@ use aya_ebpf::maps::{
 use aya_ebpf::programs::XdpContext;
 use aya_ebpf::{EbpfContext as _, Global};
 use aya_log_ebpf::debug;
-use lb_common::flow::{Flow, FlowKey, FlowTable, HashKeys, Keys, ReturnFlow};
+use lb_common::flow::{Flow, FlowKey, FlowTable, HashKeys, Keys, ReturnFlow, ReturnTable};
 use lb_common::forward::{Stage, Step};
 use lb_common::tables::{
     AdmissionKey, BUCKETS, Bucket, CachedHop, Endpoint, EndpointKey, FlowChanges, Interface,
@@ -48,7 +48,8 @@ static INTERFACES: HashMap<u32, Interface> = HashMap::with_max_entries(MAX_DEVIC
 #[map]
 static DEVICES: DevMapHash = DevMapHash::with_max_entries(MAX_DEVICES, 0);
 
-// Sized by the agent: `flow_table_size`, `half_open_table_size`, `once_seen_table_size`.
+// Sized by the agent: `flow_table_size`, `half_open_table_size`, `once_seen_table_size`. Ways back as
+// flows and as half-open flows.
 #[map]
 static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(1, 0);
 #[map]
@@ -62,6 +63,8 @@ static FLOW_CHANGES: PerCpuArray<FlowChanges> =
     PerCpuArray::with_max_entries(FlowTable::ALL.len() as u32, 0);
 #[map]
 static RETURN_FLOWS: LruHashMap<FlowKey, ReturnFlow> = LruHashMap::with_max_entries(1, 0);
+#[map]
+static FRESH_RETURNS: LruHashMap<FlowKey, ReturnFlow> = LruHashMap::with_max_entries(1, 0);
 #[map]
 static DIRECT_FLOWS: LruHashMap<FlowKey, u32> = LruHashMap::with_max_entries(MAX_DIRECT_FLOWS, 0);
 #[map]
@@ -230,6 +233,14 @@ fn flow_map(table: FlowTable) -> &'static LruHashMap<FlowKey, Flow> {
     }
 }
 
+#[inline(always)]
+fn return_map(table: ReturnTable) -> &'static LruHashMap<FlowKey, ReturnFlow> {
+    match table {
+        ReturnTable::Established => &RETURN_FLOWS,
+        ReturnTable::Fresh => &FRESH_RETURNS,
+    }
+}
+
 /// Each of these is a function of its own in the kernel too, told the table by number: what follows
 /// is looked at once by the verifier. What they return is for the verifier's sake as well.
 #[inline(never)]
@@ -381,15 +392,21 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(always)]
-    fn return_flow(&self, key: &FlowKey) -> Option<ReturnFlow> {
+    fn return_flow(&self, table: ReturnTable, key: &FlowKey) -> Option<ReturnFlow> {
         // SAFETY: copied at once.
-        unsafe { RETURN_FLOWS.get(key) }.copied()
+        unsafe { return_map(table).get(key) }.copied()
     }
 
     #[inline(always)]
-    fn remember_return(&self, key: &FlowKey, flow: &ReturnFlow) {
+    fn remember_return(&self, table: ReturnTable, key: &FlowKey, flow: &ReturnFlow) {
         // As for `remember`.
-        let _ = RETURN_FLOWS.insert(key, flow, 0);
+        let _ = return_map(table).insert(key, flow, 0);
+    }
+
+    #[inline(always)]
+    fn forget_fresh_return(&self, key: &FlowKey) {
+        // Gone already is as good.
+        let _ = FRESH_RETURNS.remove(key);
     }
 
     #[inline(always)]

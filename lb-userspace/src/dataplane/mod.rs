@@ -120,6 +120,7 @@ impl Dataplane {
             .map_max_entries(map_name(FlowTable::HalfOpen), options.half_open_table_size)
             .map_max_entries(map_name(FlowTable::OnceSeen), options.once_seen_table_size)
             .map_max_entries("RETURN_FLOWS", options.flow_table_size)
+            .map_max_entries("FRESH_RETURNS", options.half_open_table_size)
             .map_max_entries("SNAT_FLOWS", options.flow_table_size)
             .map_max_entries("SNAT_RETURNS", options.flow_table_size)
             .map_max_entries("PORT_POOLS", options.port_pools)

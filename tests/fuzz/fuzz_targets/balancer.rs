@@ -86,7 +86,7 @@ pub fn with_balancer(control: Control, f: impl FnOnce(&Model)) {
             *last = Some(control.0);
         }
         model.flows.iter().for_each(|table| table.borrow_mut().clear());
-        model.return_flows.take();
+        model.return_flows.iter().for_each(|table| table.borrow_mut().clear());
         model.direct_flows.take();
         model.direct_targets.take();
         model.unresolved.take();
