@@ -29,7 +29,9 @@ use lb_common::tables::{
 use lb_common::verdict::DropReason;
 use lb_common::wire::eth::OwnMac;
 
+use crate::agent::Attaches;
 use crate::config::XdpMode;
+use crate::netlink;
 use crate::reconcile::{Plan, Prefix, Step};
 use crate::state::Counters;
 
@@ -154,30 +156,6 @@ impl Dataplane {
             attachments: Vec::new(),
             ebpf,
         })
-    }
-
-    /// Attaches the program to a NIC.
-    ///
-    /// # Errors
-    /// See [`attach::attach`].
-    pub fn attach(
-        &mut self,
-        nic: &crate::netlink::Interface,
-        mode: XdpMode,
-    ) -> anyhow::Result<&Attachment> {
-        let attachment = attach::attach(program(&mut self.ebpf, PROGRAM)?, nic, mode)?;
-        self.attachments.push(attachment);
-        self.attachments.last().context("just attached")
-    }
-
-    /// Lets go of NICs, given by index, that are gone.
-    pub fn detach_all_but(&mut self, stays: impl Fn(u32) -> bool) -> Vec<Attachment> {
-        self.attachments.extract_if(.., |attachment| !stays(attachment.ifindex)).collect()
-    }
-
-    /// What the program is attached to.
-    pub fn attachments(&self) -> &[Attachment] {
-        &self.attachments
     }
 
     /// The loaded program of the first stage, for program runs.
@@ -340,6 +318,22 @@ impl Dataplane {
             Counter::Target => self.target_traffic.set(index, values, 0)?,
         }
         Ok(())
+    }
+}
+
+impl Attaches for Dataplane {
+    fn attach(&mut self, nic: &netlink::Interface, mode: XdpMode) -> anyhow::Result<&Attachment> {
+        let attachment = attach::attach(program(&mut self.ebpf, PROGRAM)?, nic, mode)?;
+        self.attachments.push(attachment);
+        self.attachments.last().context("just attached")
+    }
+
+    fn detach_all_but(&mut self, stays: impl Fn(u32) -> bool) -> Vec<Attachment> {
+        self.attachments.extract_if(.., |attachment| !stays(attachment.ifindex)).collect()
+    }
+
+    fn attachments(&self) -> &[Attachment] {
+        &self.attachments
     }
 }
 
