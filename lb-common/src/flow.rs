@@ -126,6 +126,30 @@ impl ReturnFlow {
     }
 }
 
+/// The tables of ways back: what the first packet of a flow makes lies apart, as in [`FlowTable`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum ReturnTable {
+    /// Of flows that have shown themselves twice.
+    Established = 0,
+    /// Of flows of which one packet came.
+    Fresh = 1,
+}
+
+impl ReturnTable {
+    /// Both of them, in the order of their numbers.
+    pub const ALL: [Self; 2] = [Self::Established, Self::Fresh];
+
+    /// Where the way back of a flow is whose own entry is in this table.
+    #[inline(always)]
+    pub fn beside(table: FlowTable) -> Self {
+        match table {
+            FlowTable::Flows => Self::Established,
+            FlowTable::HalfOpen | FlowTable::OnceSeen => Self::Fresh,
+        }
+    }
+}
+
 /// The flow hash, keyed so that nobody outside can aim flows at one target.
 ///
 /// It is NH, the universal hash of UMAC (RFC 4418 section 5.2): for keys nobody knows, two

@@ -9,15 +9,16 @@ use std::vec::Vec;
 use bytemuck::Pod;
 
 use crate::endpoints::EndpointTable;
-use crate::flow::{Flow, FlowKey, FlowTable, HashKeys, ReturnFlow};
+use crate::flow::{Flow, FlowKey, FlowTable, HashKeys, ReturnFlow, ReturnTable};
 use crate::forward::{Frame, forward};
 use crate::lru::Lru;
 use crate::snat::SnatModel;
 use crate::tables::{
-    Bucket, Endpoint, EndpointKey, Listener, NextHop, Slot, Tables, Target, Traffic,
+    Bucket, Endpoint, EndpointKey, Listener, NIC_PLACES, NextHop, Slot, Tables, Target, Traffic,
 };
 use crate::verdict::{DropReason, Verdict};
 use crate::wire::Address;
+use crate::wire::eth::OwnMac;
 
 /// All tables of one balancer.
 #[derive(Debug, Clone)]
@@ -28,6 +29,8 @@ pub struct Model {
     pub ring_size: u32,
     /// Monotonic time, nanoseconds.
     pub now: Cell<u64>,
+    /// NICs' own addresses by place.
+    pub own_macs: BTreeMap<u32, OwnMac>,
     /// Listeners, targets and local addresses.
     pub endpoints: EndpointTable,
     /// Listeners by index.
@@ -44,8 +47,8 @@ pub struct Model {
     pub flows: [RefCell<Lru<FlowKey, Flow>>; FlowTable::ALL.len()],
     /// Packets for which remembered flows were looked up.
     pub lookups: Cell<u64>,
-    /// Which listener flows came by.
-    pub return_flows: RefCell<BTreeMap<FlowKey, ReturnFlow>>,
+    /// Which listener flows came by, by [`ReturnTable`].
+    pub return_flows: [RefCell<Lru<FlowKey, ReturnFlow>>; ReturnTable::ALL.len()],
     /// Clients that talk to targets' own addresses.
     pub direct_flows: RefCell<BTreeSet<FlowKey>>,
     /// Targets that such clients talk to.
@@ -70,6 +73,7 @@ impl Model {
             hash_keys,
             ring_size,
             now: Cell::new(0),
+            own_macs: BTreeMap::new(),
             endpoints: EndpointTable::new(hash_keys),
             listeners: BTreeMap::new(),
             targets: BTreeMap::new(),
@@ -78,7 +82,7 @@ impl Model {
             routes: BTreeMap::new(),
             flows: Default::default(),
             lookups: Cell::new(0),
-            return_flows: RefCell::default(),
+            return_flows: Default::default(),
             direct_flows: RefCell::default(),
             direct_targets: RefCell::default(),
             snat: SnatModel::default(),
@@ -97,6 +101,16 @@ impl Model {
     /// A table of remembered flows.
     pub fn flow_table(&self, table: FlowTable) -> &RefCell<Lru<FlowKey, Flow>> {
         &self.flows[table as usize]
+    }
+
+    /// A table of ways back.
+    pub fn return_table(&self, table: ReturnTable) -> &RefCell<Lru<FlowKey, ReturnFlow>> {
+        &self.return_flows[table as usize]
+    }
+
+    /// How many ways back both tables remember.
+    pub fn remembered_returns(&self) -> usize {
+        self.return_flows.iter().map(|table| table.borrow().len()).sum()
     }
 
     /// How many flows all tables remember.
@@ -118,6 +132,10 @@ impl Tables for Model {
 
     fn now(&self) -> u64 {
         self.now.get()
+    }
+
+    fn own_mac(&self, nic: u32) -> OwnMac {
+        self.own_macs.get(&(nic % NIC_PLACES)).copied().unwrap_or(OwnMac::UNKNOWN)
     }
 
     fn bucket(&self, index: u32) -> Option<&Bucket> {
@@ -171,12 +189,16 @@ impl Tables for Model {
         self.flow_table(table).borrow_mut().remove(key);
     }
 
-    fn return_flow(&self, key: &FlowKey) -> Option<ReturnFlow> {
-        self.return_flows.borrow().get(key).copied()
+    fn return_flow(&self, table: ReturnTable, key: &FlowKey) -> Option<ReturnFlow> {
+        self.return_table(table).borrow_mut().get(key)
     }
 
-    fn remember_return(&self, key: &FlowKey, flow: &ReturnFlow) {
-        self.return_flows.borrow_mut().insert(*key, *flow);
+    fn remember_return(&self, table: ReturnTable, key: &FlowKey, flow: &ReturnFlow) {
+        self.return_table(table).borrow_mut().insert(*key, *flow);
+    }
+
+    fn forget_fresh_return(&self, key: &FlowKey) {
+        self.return_table(ReturnTable::Fresh).borrow_mut().remove(key);
     }
 
     fn has_direct_flows(&self, index: u32, _target: &Target) -> bool {

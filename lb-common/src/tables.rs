@@ -6,10 +6,10 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::flow::{Flow, FlowKey, FlowTable, Keys, ReturnFlow};
+use crate::flow::{Flow, FlowKey, FlowTable, Keys, ReturnFlow, ReturnTable};
 use crate::snat::SnatTables;
 use crate::tunnel::Tunnel;
-use crate::wire::eth::Macs;
+use crate::wire::eth::{Macs, OwnMac};
 use crate::wire::{Address, Be16};
 
 /// Buckets of the endpoint table; a power of two.
@@ -28,6 +28,8 @@ pub const MAX_RINGS: u32 = 264;
 pub const MAX_PREFIXES: u32 = 2_000_000;
 /// NICs that packets leave by.
 pub const MAX_DEVICES: u32 = 256;
+/// Places for NICs' own addresses, found by the last bits of a NIC's index; a power of two.
+pub const NIC_PLACES: u32 = 256;
 /// Clients that talk to a target's own address through us.
 pub const MAX_DIRECT_FLOWS: u32 = 65_536;
 /// Next hops of replies remembered on each CPU; a power of two.
@@ -372,6 +374,8 @@ pub trait Tables: SnatTables {
     /// Monotonic time, nanoseconds.
     fn now(&self) -> u64;
 
+    /// The own address of the NIC with this index.
+    fn own_mac(&self, nic: u32) -> OwnMac;
     /// A bucket of the endpoint table.
     fn bucket(&self, index: u32) -> Option<&Bucket>;
     /// An endpoint that found its bucket full.
@@ -394,9 +398,11 @@ pub trait Tables: SnatTables {
     /// Forgets a flow.
     fn forget(&self, table: FlowTable, key: &FlowKey);
     /// Which listener a target's flow came by; the time of its last packet is not checked.
-    fn return_flow(&self, key: &FlowKey) -> Option<ReturnFlow>;
+    fn return_flow(&self, table: ReturnTable, key: &FlowKey) -> Option<ReturnFlow>;
     /// Remembers which listener a target's flow came by; replaces what was there.
-    fn remember_return(&self, key: &FlowKey, flow: &ReturnFlow);
+    fn remember_return(&self, table: ReturnTable, key: &FlowKey, flow: &ReturnFlow);
+    /// Forgets which listener a fresh flow came by.
+    fn forget_fresh_return(&self, key: &FlowKey);
 
     /// Whether some client talks to this target's own address through us.
     fn has_direct_flows(&self, index: u32, target: &Target) -> bool;
@@ -429,6 +435,7 @@ const _: () = {
     assert!(size_of::<Slot>() == 8);
     assert!(BUCKETS.is_power_of_two());
     assert!(NEXT_HOP_CACHE.is_power_of_two());
+    assert!(NIC_PLACES.is_power_of_two());
     assert!(MAX_TARGETS <= 1 << Slot::SHIFT);
 };
 

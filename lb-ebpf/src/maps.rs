@@ -1,5 +1,7 @@
 //! The maps, and the pipeline's lookups in them.
 
+mod snat;
+
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_NOEXIST, bpf_fib_lookup as FibLookup, xdp_action};
 use aya_ebpf::helpers::{bpf_fib_lookup, bpf_ktime_get_ns};
 use aya_ebpf::macros::map;
@@ -10,20 +12,22 @@ use aya_ebpf::maps::{
 use aya_ebpf::programs::XdpContext;
 use aya_ebpf::{EbpfContext as _, Global};
 use aya_log_ebpf::debug;
-use lb_common::flow::{Flow, FlowKey, FlowTable, HashKeys, Keys, ReturnFlow};
+use lb_common::flow::{Flow, FlowKey, FlowTable, HashKeys, Keys, ReturnFlow, ReturnTable};
 use lb_common::forward::{Stage, Step};
 use lb_common::tables::{
     AdmissionKey, BUCKETS, Bucket, CachedHop, Endpoint, EndpointKey, FlowChanges, Interface,
     Listener, MAX_DEVICES, MAX_DIRECT_FLOWS, MAX_LISTENERS, MAX_PREFIXES, MAX_RINGS, MAX_TARGETS,
-    NEXT_HOP_CACHE, NextHop, OVERFLOW_ENDPOINTS, Slot, Tables, Target, Traffic,
+    NEXT_HOP_CACHE, NIC_PLACES, NextHop, OVERFLOW_ENDPOINTS, Slot, Tables, Target, Traffic,
 };
 use lb_common::verdict::DropReason;
 use lb_common::wire::Address;
-use lb_common::wire::eth::Macs;
+use lb_common::wire::eth::{Macs, OwnMac};
 
 // Arrays that the agent writes through shared memory, word by word.
 #[map]
 static ENDPOINTS: Array<Bucket> = Array::with_max_entries(BUCKETS, BPF_F_MMAPABLE);
+#[map]
+static NIC_MACS: Array<OwnMac> = Array::with_max_entries(NIC_PLACES, BPF_F_MMAPABLE);
 #[map]
 static TARGETS: Array<Target> = Array::with_max_entries(MAX_TARGETS, BPF_F_MMAPABLE);
 #[map]
@@ -44,7 +48,8 @@ static INTERFACES: HashMap<u32, Interface> = HashMap::with_max_entries(MAX_DEVIC
 #[map]
 static DEVICES: DevMapHash = DevMapHash::with_max_entries(MAX_DEVICES, 0);
 
-// Sized by the agent: `flow_table_size`, `half_open_table_size`, `once_seen_table_size`.
+// Sized by the agent: `flow_table_size`, `half_open_table_size`, `once_seen_table_size`. Ways back as
+// flows and as half-open flows.
 #[map]
 static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(1, 0);
 #[map]
@@ -58,6 +63,8 @@ static FLOW_CHANGES: PerCpuArray<FlowChanges> =
     PerCpuArray::with_max_entries(FlowTable::ALL.len() as u32, 0);
 #[map]
 static RETURN_FLOWS: LruHashMap<FlowKey, ReturnFlow> = LruHashMap::with_max_entries(1, 0);
+#[map]
+static FRESH_RETURNS: LruHashMap<FlowKey, ReturnFlow> = LruHashMap::with_max_entries(1, 0);
 #[map]
 static DIRECT_FLOWS: LruHashMap<FlowKey, u32> = LruHashMap::with_max_entries(MAX_DIRECT_FLOWS, 0);
 #[map]
@@ -226,6 +233,14 @@ fn flow_map(table: FlowTable) -> &'static LruHashMap<FlowKey, Flow> {
     }
 }
 
+#[inline(always)]
+fn return_map(table: ReturnTable) -> &'static LruHashMap<FlowKey, ReturnFlow> {
+    match table {
+        ReturnTable::Established => &RETURN_FLOWS,
+        ReturnTable::Fresh => &FRESH_RETURNS,
+    }
+}
+
 /// Each of these is a function of its own in the kernel too, told the table by number: what follows
 /// is looked at once by the verifier. What they return is for the verifier's sake as well.
 #[inline(never)]
@@ -319,6 +334,11 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(always)]
+    fn own_mac(&self, nic: u32) -> OwnMac {
+        NIC_MACS.get(nic % NIC_PLACES).copied().unwrap_or(OwnMac::UNKNOWN)
+    }
+
+    #[inline(always)]
     fn bucket(&self, index: u32) -> Option<&Bucket> {
         ENDPOINTS.get(index)
     }
@@ -372,15 +392,21 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(always)]
-    fn return_flow(&self, key: &FlowKey) -> Option<ReturnFlow> {
+    fn return_flow(&self, table: ReturnTable, key: &FlowKey) -> Option<ReturnFlow> {
         // SAFETY: copied at once.
-        unsafe { RETURN_FLOWS.get(key) }.copied()
+        unsafe { return_map(table).get(key) }.copied()
     }
 
     #[inline(always)]
-    fn remember_return(&self, key: &FlowKey, flow: &ReturnFlow) {
+    fn remember_return(&self, table: ReturnTable, key: &FlowKey, flow: &ReturnFlow) {
         // As for `remember`.
-        let _ = RETURN_FLOWS.insert(key, flow, 0);
+        let _ = return_map(table).insert(key, flow, 0);
+    }
+
+    #[inline(always)]
+    fn forget_fresh_return(&self, key: &FlowKey) {
+        // Gone already is as good.
+        let _ = FRESH_RETURNS.remove(key);
     }
 
     #[inline(always)]

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use lb_common::snat::SnatSource;
 use lb_common::tables::{Endpoint, EndpointKey, Interface, Listener, Slot, Target};
 use lb_common::wire::Address;
+use lb_common::wire::eth::OwnMac;
 
 /// A source prefix; bits count from the first of the 128, so `10.0.0.0/8` has 104.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -28,6 +29,8 @@ pub struct Desired {
     pub interfaces: BTreeMap<u32, Interface>,
     /// NICs that packets may be redirected to.
     pub devices: BTreeSet<u32>,
+    /// NICs' own addresses, by place ([`NIC_PLACES`](lb_common::tables::NIC_PLACES)).
+    pub own_macs: BTreeMap<u32, OwnMac>,
     /// Targets by index.
     pub targets: BTreeMap<u32, Target>,
     /// Listeners by index.
@@ -59,6 +62,8 @@ pub enum Step {
     RemoveInterface(u32),
     AddDevice(u32),
     RemoveDevice(u32),
+    SetOwnMac(u32, OwnMac),
+    ForgetOwnMac(u32),
     SetTarget(u32, Target),
     ClearTarget(u32),
     SetListener(u32, Listener),
@@ -76,6 +81,10 @@ pub enum Step {
 /// The plan that turns `from` into `to`.
 pub fn diff(from: &Desired, to: &Desired) -> Plan {
     let mut steps = Vec::new();
+
+    // A NIC that has another address now must not refuse its frames for a moment longer.
+    steps.extend(changed(&from.own_macs, &to.own_macs).map(|(i, new)| Step::SetOwnMac(i, *new)));
+    steps.extend(removed(&from.own_macs, &to.own_macs).map(Step::ForgetOwnMac));
 
     // What listeners lean on, before them.
     steps.extend(
@@ -150,6 +159,8 @@ impl fmt::Display for Step {
             Self::RemoveInterface(index) => write!(f, "no interface {index}"),
             Self::AddDevice(index) => write!(f, "device {index}"),
             Self::RemoveDevice(index) => write!(f, "no device {index}"),
+            Self::SetOwnMac(place, _) => write!(f, "own address of the NIC in place {place}"),
+            Self::ForgetOwnMac(place) => write!(f, "no own address in place {place}"),
             Self::SetTarget(index, target) => write!(f, "target {index} at {:?}", target.address),
             Self::ClearTarget(index) => write!(f, "no target {index}"),
             Self::SetListener(index, listener) => {
@@ -206,6 +217,12 @@ mod tests {
                 }
                 Step::RemoveInterface(index) => {
                     tables.interfaces.remove(&index).expect("an interface to remove");
+                }
+                Step::SetOwnMac(place, mac) => {
+                    tables.own_macs.insert(place, mac);
+                }
+                Step::ForgetOwnMac(place) => {
+                    tables.own_macs.remove(&place).expect("an address to forget");
                 }
                 Step::AddDevice(index) => assert!(tables.devices.insert(index)),
                 Step::RemoveDevice(index) => assert!(tables.devices.remove(&index)),
@@ -279,6 +296,8 @@ mod tests {
             for ((index, targets, class), hop) in listeners {
                 desired.devices.insert(u32::from(hop) + 1);
                 desired.interfaces.insert(u32::from(hop) + 1, Interface::default());
+                let mac = OwnMac::new([2, 0, 0, 0, index as u8, hop as u8]);
+                desired.own_macs.insert(u32::from(hop) + 1, mac);
                 let address = Ipv4Addr::new(10, 0, 0, index as u8).into();
                 let port = Be16::new(80);
                 desired.listeners.insert(index, Listener { address, port, ..Listener::default() });

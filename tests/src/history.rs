@@ -331,6 +331,8 @@ fn network() -> Network {
         mtu: 1500,
         up: true,
         vlan: None,
+        controller: None,
+        lower: None,
         xdp: None,
     };
     let hop = |last| NextHop {
@@ -365,6 +367,7 @@ fn template(is_v6: bool, is_tcp: bool) -> Vec<u8> {
 
 /// Brings the host's tables from one picture to another.
 pub fn copy_tables(model: &mut Model, from: &Desired, to: &Desired) {
+    model.own_macs = to.own_macs.clone();
     model.listeners = to.listeners.clone();
     model.targets = to.targets.clone();
     model.rings = to.rings.iter().map(|(n, ring)| (*n, ring.to_vec())).collect();

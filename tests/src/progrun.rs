@@ -17,7 +17,7 @@ use aya::{
     programs::{TestRun as _, TestRunOptions},
 };
 use lb_common::{
-    flow::{Flow, FlowKey, FlowTable, ReturnFlow},
+    flow::{Flow, FlowKey, FlowTable, ReturnFlow, ReturnTable},
     lru::Lru,
     model::{Bytes, Model},
     snat::{SnatFlow, SnatReturn, Stamp},
@@ -36,6 +36,10 @@ use crate::{history::copy_tables, netns::Namespace};
 
 /// How far the two sides' clocks may be apart, nanoseconds: they look one after the other.
 const CLOCK_SLACK: u64 = 500_000_000;
+
+/// The kernel's tables of ways back.
+const RETURNS: [(ReturnTable, &str); ReturnTable::ALL.len()] =
+    [(ReturnTable::Established, "RETURN_FLOWS"), (ReturnTable::Fresh, "FRESH_RETURNS")];
 
 /// A gateway: where packets to its prefix go.
 #[derive(Clone, Copy, Debug)]
@@ -343,13 +347,16 @@ impl<'a> World<'a> {
                     && Flow { last_seen: times[1], ..*a } == *b
             })?;
         }
-        let returns: BTreeMap<FlowKey, ReturnFlow> = self.dump("RETURN_FLOWS")?;
+        for (table, name) in RETURNS {
+            let returns: BTreeMap<FlowKey, ReturnFlow> = self.dump(name)?;
+            let known = contents(&self.model.return_table(table).borrow());
+            same(name, &known, &returns, |a, b| {
+                let times = [a.last_seen, b.last_seen];
+                times[0].abs_diff(times[1]) < CLOCK_SLACK
+                    && ReturnFlow { last_seen: times[1], ..*a } == *b
+            })?;
+        }
         let direct: BTreeMap<FlowKey, u32> = self.dump("DIRECT_FLOWS")?;
-        same("return flow", &self.model.return_flows.borrow(), &returns, |a, b| {
-            let times = [a.last_seen, b.last_seen];
-            times[0].abs_diff(times[1]) < CLOCK_SLACK
-                && ReturnFlow { last_seen: times[1], ..*a } == *b
-        })?;
         let known = self.model.direct_flows.borrow();
         let known: BTreeMap<FlowKey, u32> = known.iter().map(|key| (*key, 1)).collect();
         same("direct flow", &known, &direct, |a, b| a == b)?;
@@ -492,7 +499,26 @@ impl<'a> World<'a> {
         Ok(())
     }
 
-    /// The same for the other direction.
+    /// The same for ways back.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel's table does not take it.
+    pub fn age_returns(&mut self, mut age: impl FnMut() -> Duration) -> Result<()> {
+        let now = monotonic()?;
+        for (table, name) in RETURNS {
+            let flows = contents(&self.model.return_table(table).borrow());
+            for (key, flow) in flows {
+                let flow = ReturnFlow { last_seen: now - age().as_nanos() as u64, ..flow };
+                self.model.return_table(table).borrow_mut().insert(key, flow);
+                self.map::<ReturnFlow>(name)?.insert(Raw(key), Raw(flow), 0)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes both sides remember the way back of an established flow that was last seen some time
+    /// ago.
     ///
     /// # Errors
     ///
@@ -505,7 +531,7 @@ impl<'a> World<'a> {
         ago: Duration,
     ) -> Result<()> {
         let flow = ReturnFlow { last_seen: monotonic()? - ago.as_nanos() as u64, listener, target };
-        self.model.return_flows.borrow_mut().insert(key, flow);
+        self.model.return_table(ReturnTable::Established).borrow_mut().insert(key, flow);
         let mut map = self.map::<ReturnFlow>("RETURN_FLOWS")?;
         Ok(map.insert(Raw(key), Raw(flow), 0)?)
     }
@@ -520,9 +546,11 @@ impl<'a> World<'a> {
             self.model.flow_table(table).borrow_mut().clear();
             self.clear::<Flow>(map_name(table))?;
         }
-        self.model.return_flows.borrow_mut().clear();
         self.model.direct_flows.borrow_mut().clear();
-        self.clear::<ReturnFlow>("RETURN_FLOWS")?;
+        for (table, name) in RETURNS {
+            self.model.return_table(table).borrow_mut().clear();
+            self.clear::<ReturnFlow>(name)?;
+        }
         self.clear::<u32>("DIRECT_FLOWS")
     }
 

@@ -13,14 +13,17 @@ use lb_common::{
         Endpoint, EndpointKey, Interface, Listener, NO_LISTENER, NO_RING, NextHop, OPEN, Slot,
         Target,
     },
-    wire::{Address, Be16, eth::Macs},
+    wire::{
+        Address, Be16,
+        eth::{Macs, OwnMac},
+    },
 };
 use lb_userspace::{
     dataplane::LoadOptions,
     reconcile::{Desired, Prefix},
 };
 
-use crate::progrun::device_mac;
+use crate::{packets::OUR_MAC, progrun::device_mac};
 
 /// What the program is loaded with: small rings, the same hash on every run.
 pub const OPTIONS: LoadOptions = LoadOptions {
@@ -78,6 +81,7 @@ impl Scene {
         let interfaces = [(10, interface(10, 0)), (11, interface(11, 0)), (12, interface(10, 100))];
         scene.desired.interfaces = interfaces.into();
         scene.desired.devices = [10, 11].into();
+        scene.desired.own_macs = [10, 11].map(|device| (device, OwnMac::new(OUR_MAC))).into();
         for local in ["10.0.10.2", "10.0.11.2", "fd00:10::2", "fd00:11::2"] {
             scene.address(local, Endpoint::LOCAL);
         }

@@ -3,7 +3,7 @@
 //! On a settled slot the hash alone decides, and nothing is read or written for the flow. Only a
 //! slot that changed lately remembers flows, and only those that the change could break.
 
-use crate::flow::{self, Flow, FlowKey, FlowTable, Keys, ReturnFlow, TCP};
+use crate::flow::{self, Flow, FlowKey, FlowTable, Keys, ReturnFlow, ReturnTable, TCP};
 use crate::tables::{Endpoint, Slot, Tables, Target};
 use crate::verdict::DropReason;
 use crate::wire::{Address, Be16};
@@ -317,7 +317,13 @@ fn update<T: Tables>(
     {
         // Evicted on its own, the other direction is restored here.
         let return_flow = ReturnFlow { last_seen: now, listener: recall.listener, target };
-        tables.remember_return(&reply_key(key, entry), &return_flow);
+        let reply = reply_key(key, entry);
+        if fate == Fate::Promoted {
+            tables.remember_return(ReturnTable::Established, &reply, &return_flow);
+            tables.forget_fresh_return(&reply);
+        } else {
+            tables.remember_return(ReturnTable::beside(known.table), &reply, &return_flow);
+        }
     }
 }
 
@@ -345,12 +351,8 @@ fn claim<T: Tables>(tables: &T, key: &FlowKey, recall: &Recall, index: &mut u32)
             return CLAIMED;
         }
         let reply = reply_key(key, target);
-        let taken = tables.return_flow(&reply).is_some_and(|flow| {
-            flow.listener != recall.listener && is_in_use(tables, key, &flow, now)
-        });
-        if !taken {
-            let flow = ReturnFlow { last_seen: now, listener: recall.listener, target: *index };
-            tables.remember_return(&reply, &flow);
+        let flow = ReturnFlow { last_seen: now, listener: recall.listener, target: *index };
+        if claim_way_back(tables, key, &reply, &flow) == CLAIMED {
             return CLAIMED;
         }
         next = next.wrapping_add(step);
@@ -359,6 +361,25 @@ fn claim<T: Tables>(tables: &T, key: &FlowKey, recall: &Recall, index: &mut u32)
         *index = slot.current;
     }
     TAKEN
+}
+
+/// Notes the way back of a new flow, if none is in its place that lives. One that was noted when a
+/// flow was established stays there: it would be found first.
+#[inline(never)]
+fn claim_way_back<T: Tables>(tables: &T, key: &FlowKey, reply: &FlowKey, flow: &ReturnFlow) -> u32 {
+    let mut place = ReturnTable::Fresh;
+    for table in ReturnTable::ALL {
+        if let Some(known) = tables.return_flow(table, reply) {
+            let is_other = known.listener != flow.listener;
+            if is_other && is_in_use(tables, key, &known, flow.last_seen) {
+                return TAKEN;
+            }
+            place = table;
+            break;
+        }
+    }
+    tables.remember_return(place, reply, flow);
+    CLAIMED
 }
 
 /// Whether the connection by which the client's port is known at a target still lives: neither is

@@ -11,7 +11,6 @@ pub(crate) mod watch;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,7 +23,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tracing::{debug, error, info, warn};
 
 use crate::api::server::ApiRequest;
-use crate::api::snapshot::{self, AttachMode, Snapshot};
+use crate::api::snapshot::Snapshot;
 use crate::cli::AgentOptions;
 use crate::config::{Config, Forwarding, Role};
 use crate::dataplane::{Dataplane, FlowTableUsage};
@@ -37,11 +36,11 @@ use crate::reconcile::{self, Desired};
 use crate::state::{About, Findings, State, Walk};
 use crate::target;
 
-use nics::Nics;
 use reload::Source;
 use watch::Watch;
 
-pub(crate) use start::find;
+pub(crate) use nics::{Attaches, Nics, interfaces};
+pub(crate) use start::Prepared;
 
 /// How often time passes for the state: slots age, draining ends.
 const TICK: Duration = Duration::from_secs(1);
@@ -91,7 +90,6 @@ struct Agent {
     ring_size: u32,
 
     source: Source,
-    reload_error: Option<String>,
     warnings: Vec<String>,
     network_problems: Vec<String>,
     /// What the log has been told of what does not forward.
@@ -113,7 +111,6 @@ struct Agent {
     watchman: flows::Watchman,
     last_walk: Instant,
     snat_walks: snat::Walks,
-    started: u64,
     is_ready: bool,
 }
 
@@ -279,18 +276,8 @@ impl Agent {
 
     /// Reads the configuration again. What is wrong with it changes nothing that runs.
     async fn reload(&mut self, is_asked: bool) {
-        let config = match self.source.read_again(is_asked, self.state.config()) {
-            Ok(Some(config)) => config,
-            Ok(None) => return,
-            Err(error) => {
-                error!(
-                    "the configuration is not taken over, the running one stays in force:\n{error:#}"
-                );
-                self.reload_error = Some(format!("{error:#}"));
-                return;
-            }
-        };
-        self.reload_error = None;
+        let running = self.state.config();
+        let Some(config) = self.source.reload(is_asked, running) else { return };
         self.set_config(config).await;
         info!("configuration reloaded");
     }
@@ -394,22 +381,9 @@ impl Agent {
 
     fn snapshot(&mut self) -> anyhow::Result<Snapshot> {
         self.check_forwarding();
-        let interfaces = self.dataplane.attachments().iter().map(|nic| snapshot::Interface {
-            name: nic.name.clone(),
-            index: nic.ifindex,
-            mode: if nic.is_native { AttachMode::Native } else { AttachMode::Generic },
-        });
         let about = About {
-            agent: snapshot::Agent {
-                version: env!("CARGO_PKG_VERSION").into(),
-                role: Role::Balancer.to_string(),
-                pid: std::process::id(),
-                started: self.started,
-                configuration: self.configuration(),
-                generation: self.generation,
-                reload_error: self.reload_error.clone(),
-            },
-            interfaces: interfaces.collect(),
+            agent: self.source.describe(Role::Balancer, self.generation),
+            interfaces: interfaces(self.dataplane.attachments()),
             flow_tables: flows::in_status(&self.flow_tables),
             warnings: self
                 .nics
@@ -421,10 +395,6 @@ impl Agent {
                 .collect(),
         };
         self.state.snapshot(about, &self.dataplane)
-    }
-
-    fn configuration(&self) -> Option<PathBuf> {
-        self.source.is_there().then(|| self.source.path().to_owned())
     }
 
     /// Takes everything down: program and maps go with the data plane.

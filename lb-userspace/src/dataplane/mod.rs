@@ -24,11 +24,14 @@ use lb_common::flow::{FlowTable, HashKeys};
 use lb_common::forward::Stage;
 use lb_common::tables::{
     AdmissionKey, BUCKETS, Bucket, Endpoint, EndpointKey, Interface, Listener, MAX_LISTENERS,
-    MAX_RINGS, MAX_TARGETS, Slot, Target, Traffic,
+    MAX_RINGS, MAX_TARGETS, NIC_PLACES, Slot, Target, Traffic,
 };
 use lb_common::verdict::DropReason;
+use lb_common::wire::eth::OwnMac;
 
+use crate::agent::Attaches;
 use crate::config::XdpMode;
+use crate::netlink;
 use crate::reconcile::{Plan, Prefix, Step};
 use crate::state::Counters;
 
@@ -79,6 +82,7 @@ pub struct Dataplane {
     ring_size: u32,
     table: EndpointTable,
     endpoints: MappedArray<Bucket>,
+    nic_macs: MappedArray<OwnMac>,
     targets: MappedArray<Target>,
     listeners: MappedArray<Listener>,
     slots: MappedArray<Slot>,
@@ -118,6 +122,7 @@ impl Dataplane {
             .map_max_entries(map_name(FlowTable::HalfOpen), options.half_open_table_size)
             .map_max_entries(map_name(FlowTable::OnceSeen), options.once_seen_table_size)
             .map_max_entries("RETURN_FLOWS", options.flow_table_size)
+            .map_max_entries("FRESH_RETURNS", options.half_open_table_size)
             .map_max_entries("SNAT_FLOWS", options.flow_table_size)
             .map_max_entries("SNAT_RETURNS", options.flow_table_size)
             .map_max_entries("PORT_POOLS", options.port_pools)
@@ -133,6 +138,7 @@ impl Dataplane {
             ring_size: options.ring_size,
             table: EndpointTable::new(keys),
             endpoints: mapped(&mut ebpf, "ENDPOINTS", BUCKETS)?,
+            nic_macs: mapped(&mut ebpf, "NIC_MACS", NIC_PLACES)?,
             targets: mapped(&mut ebpf, "TARGETS", MAX_TARGETS)?,
             listeners: mapped(&mut ebpf, "LISTENERS", MAX_LISTENERS)?,
             slots: mapped(&mut ebpf, "SLOTS", slots)?,
@@ -150,30 +156,6 @@ impl Dataplane {
             attachments: Vec::new(),
             ebpf,
         })
-    }
-
-    /// Attaches the program to a NIC.
-    ///
-    /// # Errors
-    /// See [`attach::attach`].
-    pub fn attach(
-        &mut self,
-        nic: &crate::netlink::Interface,
-        mode: XdpMode,
-    ) -> anyhow::Result<&Attachment> {
-        let attachment = attach::attach(program(&mut self.ebpf, PROGRAM)?, nic, mode)?;
-        self.attachments.push(attachment);
-        self.attachments.last().context("just attached")
-    }
-
-    /// Lets go of NICs, given by index, that are gone.
-    pub fn detach_all_but(&mut self, stays: impl Fn(u32) -> bool) -> Vec<Attachment> {
-        self.attachments.extract_if(.., |attachment| !stays(attachment.ifindex)).collect()
-    }
-
-    /// What the program is attached to.
-    pub fn attachments(&self) -> &[Attachment] {
-        &self.attachments
     }
 
     /// The loaded program of the first stage, for program runs.
@@ -225,6 +207,8 @@ impl Dataplane {
             Step::RemoveInterface(index) => map_removed(self.interfaces.remove(index))?,
             Step::AddDevice(index) => self.devices.insert(*index, *index, None, 0)?,
             Step::RemoveDevice(index) => map_removed(self.devices.remove(*index))?,
+            Step::SetOwnMac(place, mac) => self.nic_macs.store(*place, mac),
+            Step::ForgetOwnMac(place) => self.nic_macs.store(*place, &OwnMac::UNKNOWN),
             Step::SetTarget(index, target) => {
                 self.targets.store_front(*index, target, KERNELS_WORD);
             }
@@ -334,6 +318,22 @@ impl Dataplane {
             Counter::Target => self.target_traffic.set(index, values, 0)?,
         }
         Ok(())
+    }
+}
+
+impl Attaches for Dataplane {
+    fn attach(&mut self, nic: &netlink::Interface, mode: XdpMode) -> anyhow::Result<&Attachment> {
+        let attachment = attach::attach(program(&mut self.ebpf, PROGRAM)?, nic, mode)?;
+        self.attachments.push(attachment);
+        self.attachments.last().context("just attached")
+    }
+
+    fn detach_all_but(&mut self, stays: impl Fn(u32) -> bool) -> Vec<Attachment> {
+        self.attachments.extract_if(.., |attachment| !stays(attachment.ifindex)).collect()
+    }
+
+    fn attachments(&self) -> &[Attachment] {
+        &self.attachments
     }
 }
 

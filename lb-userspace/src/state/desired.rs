@@ -19,6 +19,7 @@ use crate::reconcile::{Desired, Prefix};
 
 use super::actions::Candidates;
 use super::admission::{Service, admitted};
+use super::own_macs::own_macs;
 use super::tunnels::{mode, too_narrow};
 use super::{ListenerKey, State, TargetKey, listener_keys, protocol_number};
 
@@ -35,6 +36,7 @@ impl State {
         self.alerts.clear();
         let mut desired = Desired::default();
         self.put_interfaces(&mut desired);
+        desired.own_macs = own_macs(&self.network.interfaces, &self.attached);
         self.number(now);
         self.turn_rings(now);
         self.put_targets(&mut desired);

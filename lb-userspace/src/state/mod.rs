@@ -4,6 +4,7 @@
 mod actions;
 mod admission;
 mod desired;
+mod own_macs;
 mod registry;
 mod rings;
 mod selection;

@@ -98,6 +98,12 @@ fn change(scene: &mut Scene, generator: &mut Generator) {
             }
         }
     }
+    if rng.random_ratio(1, 4) {
+        // Every one that has no way gets one now and then, or what is to be seen would hang on luck.
+        desired.targets.values_mut().filter(|target| target.hop.ifindex == 0).for_each(|target| {
+            target.hop.ifindex = 11;
+        });
+    }
     use SlotState::{Learning, LearningTcp, Pinned, Settled};
     for number in [20, 22, 24, 26, 28, 32, 33, 34, 35, 73, 74] {
         let ring = desired.rings.get_mut(&number).expect("a ring");
@@ -116,7 +122,6 @@ fn change(scene: &mut Scene, generator: &mut Generator) {
 
 /// Gives remembered flows other ages; some are forgotten.
 fn age(world: &mut World<'_>, generator: &mut Generator) {
-    let returns: Vec<_> = world.model.return_flows.borrow().iter().map(|(k, f)| (*k, *f)).collect();
     let direct = world.model.direct_flows.borrow().len();
     if direct > 500 {
         world.forget_all().unwrap();
@@ -124,9 +129,7 @@ fn age(world: &mut World<'_>, generator: &mut Generator) {
     let mut ago = || Duration::from_secs(*AGES.choose(generator.rng()).expect("some"));
     world.age(|_| ago()).unwrap();
     world.age_snat(&mut ago).unwrap();
-    for (key, flow) in returns {
-        world.remember_return(key, flow.listener, flow.target, ago()).unwrap();
-    }
+    world.age_returns(&mut ago).unwrap();
 }
 
 fn number(variable: &str, default: u64) -> u64 {

@@ -17,9 +17,10 @@ use aya::programs::{ProgramFd, ProgramInfo};
 use lb_common::{
     flow::{TCP, UDP},
     tables::{Endpoint, Interface, OPEN, Slot, SlotState, Target},
+    wire::eth::OwnMac,
 };
 use lb_tests::{
-    packets::Packet,
+    packets::{OUR_MAC, Packet},
     programs::{FIRST_PORT, Floor, PORT_BITS, Varying, Wrapper, pin_to_cpu},
     progrun::Network,
     scene::{Scene, Way},
@@ -198,6 +199,7 @@ fn tables() -> Desired {
     // The way to the gateway leads out where the packets came in.
     let loopback = Interface { ifindex: LOOPBACK, vlan: 0, mtu: 1500 };
     scene.desired.interfaces.insert(10, loopback);
+    scene.desired.own_macs.insert(LOOPBACK, OwnMac::new(OUR_MAC));
     for (listener, (protocol, at, mode, class, flags, device)) in (1..).zip([
         (TCP, "10.0.10.100:80", Target::NAT, OPEN, 0, LOOPBACK),
         (UDP, "10.0.10.100:53", Target::NAT, OPEN, 0, LOOPBACK),
