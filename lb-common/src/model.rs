@@ -11,9 +11,10 @@ use bytemuck::Pod;
 use crate::endpoints::EndpointTable;
 use crate::flow::{Flow, FlowKey, FlowTable, HashKeys, ReturnFlow};
 use crate::forward::{Frame, forward};
+use crate::load::{Load, Share};
 use crate::lru::Lru;
 use crate::tables::{
-    Bucket, Endpoint, EndpointKey, Listener, NextHop, Slot, Tables, Target, Traffic,
+    Bucket, Endpoint, EndpointKey, GONE, Listener, NextHop, Slot, Tables, Target, Traffic,
 };
 use crate::verdict::{DropReason, Verdict};
 use crate::wire::Address;
@@ -33,6 +34,8 @@ pub struct Model {
     pub listeners: BTreeMap<u32, Listener>,
     /// Targets by index.
     pub targets: BTreeMap<u32, Target>,
+    /// Connections of targets by index.
+    pub loads: RefCell<BTreeMap<u32, Load>>,
     /// Rings by number.
     pub rings: BTreeMap<u32, Vec<Slot>>,
     /// Admitted prefixes: class, prefix, length in bits of the 128-bit address.
@@ -70,6 +73,7 @@ impl Model {
             endpoints: EndpointTable::new(hash_keys),
             listeners: BTreeMap::new(),
             targets: BTreeMap::new(),
+            loads: RefCell::default(),
             rings: BTreeMap::new(),
             prefixes: Vec::new(),
             routes: BTreeMap::new(),
@@ -93,6 +97,15 @@ impl Model {
     /// A table of remembered flows.
     pub fn flow_table(&self, table: FlowTable) -> &RefCell<Lru<FlowKey, Flow>> {
         &self.flows[table as usize]
+    }
+
+    /// Says what a target is due; `None`: nothing is counted for it any more.
+    pub fn set_share(&self, target: u32, share: Option<Share>) {
+        let mut loads = self.loads.borrow_mut();
+        match share {
+            Some(share) => loads.entry(target).or_default().share = share,
+            None => drop(loads.remove(&target)),
+        }
     }
 
     /// How many flows all tables remember.
@@ -152,19 +165,33 @@ impl Tables for Model {
         self.flow_table(table).borrow_mut().get(key)
     }
 
-    fn remember(&self, table: FlowTable, key: &FlowKey, flow: &Flow) {
-        self.flow_table(table).borrow_mut().insert(*key, *flow);
+    fn remember(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> u32 {
+        let mut flows = self.flow_table(table).borrow_mut();
+        let open = |flow: &&Flow| table == FlowTable::Flows && flow.closing == 0;
+        let replaced = flows.peek(key).filter(open).map_or(0, |flow| flow.target);
+        flows.insert(*key, *flow);
+        replaced
     }
 
-    fn refresh(&self, table: FlowTable, key: &FlowKey, flow: &Flow) {
+    fn refresh(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> u32 {
         let mut table = self.flow_table(table).borrow_mut();
-        if let Some(known) = table.get(key) {
-            table.insert(*key, Flow { target: known.target, ..*flow });
-        }
+        let Some(known) = table.get(key) else { return GONE };
+        table.insert(*key, Flow { target: known.target, ..*flow });
+        known.closing
     }
 
-    fn forget(&self, table: FlowTable, key: &FlowKey) {
-        self.flow_table(table).borrow_mut().remove(key);
+    fn forget(&self, table: FlowTable, key: &FlowKey) -> u32 {
+        u32::from(self.flow_table(table).borrow_mut().remove(key))
+    }
+
+    fn load(&self, target: u32) -> Load {
+        self.loads.borrow().get(&target).copied().unwrap_or_default()
+    }
+
+    fn change_load(&self, target: u32, change: u64) {
+        let mut loads = self.loads.borrow_mut();
+        let load = loads.entry(target).or_default();
+        load.balance = load.balance.wrapping_add(change);
     }
 
     fn return_flow(&self, key: &FlowKey) -> Option<ReturnFlow> {

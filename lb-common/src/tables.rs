@@ -7,6 +7,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use crate::flow::{Flow, FlowKey, FlowTable, Keys, ReturnFlow};
+use crate::load::Load;
 use crate::tunnel::Tunnel;
 use crate::wire::eth::Macs;
 use crate::wire::{Address, Be16};
@@ -336,6 +337,9 @@ pub struct FlowChanges {
     pub removed: u64,
 }
 
+/// Of [`Tables::refresh`]: the flow is not there.
+pub const GONE: u32 = u32::MAX;
+
 /// The lookups, for the kernel and for the host.
 ///
 /// Methods take `&self`: in the kernel, all tables are shared with other CPUs anyway.
@@ -365,16 +369,23 @@ pub trait Tables {
 
     /// What a table remembers of a flow; the time of its last packet is not checked.
     fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow>;
-    /// Remembers a flow; replaces what was there.
-    fn remember(&self, table: FlowTable, key: &FlowKey, flow: &Flow);
-    /// Brings the time and the end of a remembered flow up to date; nothing if it is gone.
-    fn refresh(&self, table: FlowTable, key: &FlowKey, flow: &Flow);
-    /// Forgets a flow.
-    fn forget(&self, table: FlowTable, key: &FlowKey);
+    /// Remembers a flow; replaces what was there. Returns the target whose flow it replaced in
+    /// [`FlowTable::Flows`], unless that one was closing; else 0.
+    fn remember(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> u32;
+    /// Brings the time and the end of a remembered flow up to date; nothing if it is gone. Returns
+    /// what [`Flow::closing`] was, to one of several CPUs that change it at once; [`GONE`].
+    fn refresh(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> u32;
+    /// Forgets a flow. Returns 1 to the one that did; 0 if it was gone.
+    fn forget(&self, table: FlowTable, key: &FlowKey) -> u32;
     /// Which listener a target's flow came by; the time of its last packet is not checked.
     fn return_flow(&self, key: &FlowKey) -> Option<ReturnFlow>;
     /// Remembers which listener a target's flow came by; replaces what was there.
     fn remember_return(&self, key: &FlowKey, flow: &ReturnFlow);
+
+    /// How many connections a target has; all zero beyond the table's end.
+    fn load(&self, target: u32) -> Load;
+    /// Adds to a target's [`Load::balance`], atomically.
+    fn change_load(&self, target: u32, change: u64);
 
     /// Whether some client talks to this target's own address through us.
     fn has_direct_flows(&self, index: u32, target: &Target) -> bool;

@@ -1,9 +1,12 @@
 //! The XDP programs of lb: lb-common's pipeline, bound to a packet in the kernel and to maps.
 #![no_std]
 #![no_main]
+#![feature(core_intrinsics)]
+#![allow(internal_features, reason = "the library has no atomic instructions for BPF")]
 #![allow(missing_docs, reason = "the program macros drop the comments of what they wrap")]
 
 mod frame;
+mod loads;
 mod maps;
 mod runtime;
 

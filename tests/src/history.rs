@@ -365,6 +365,9 @@ fn template(is_v6: bool, is_tcp: bool) -> Vec<u8> {
 pub fn copy_tables(model: &mut Model, from: &Desired, to: &Desired) {
     model.listeners = to.listeners.clone();
     model.targets = to.targets.clone();
+    for target in from.shares.keys().chain(to.shares.keys()) {
+        model.set_share(*target, to.shares.get(target).copied());
+    }
     model.rings = to.rings.iter().map(|(n, ring)| (*n, ring.to_vec())).collect();
     let prefixes = to.classes.iter().flat_map(|(class, prefixes)| {
         prefixes.iter().map(|prefix| (*class, prefix.address, u32::from(prefix.bits)))
@@ -385,6 +388,10 @@ impl FlowStore for Store<'_> {
     fn each(&self, table: FlowTable, visit: &mut dyn FnMut(FlowKey, Flow)) {
         let table = self.0.flow_table(table).borrow();
         table.iter().for_each(|(key, flow)| visit(*key, *flow));
+    }
+
+    fn balance(&self, target: u32) -> u64 {
+        self.0.load(target).balance
     }
 
     fn forget(&mut self, table: FlowTable, key: &FlowKey, target: u32) {

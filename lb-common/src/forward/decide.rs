@@ -117,6 +117,17 @@ pub fn choice(slot: Slot, kind: Kind) -> u32 {
     if is_older && slot.previous() != 0 { slot.previous() } else { slot.current }
 }
 
+/// Whether a flow that is not remembered is certain to be new where every flow is tracked: nobody
+/// has it yet, so it can go to any target.
+#[inline(always)]
+pub fn is_new(slot: Slot, kind: Kind) -> bool {
+    match kind {
+        Kind::Opening => true,
+        Kind::Datagram => slot.state() != SlotState::Learning,
+        Kind::Amid | Kind::Ending => false,
+    }
+}
+
 /// Where a flow goes that was not remembered until now; `None`: nowhere.
 #[inline(always)]
 pub fn first_table(slot: Slot, kind: Kind, is_tracked: bool) -> Option<FlowTable> {
@@ -203,6 +214,17 @@ mod tests {
         }
         assert_eq!(choice(Slot::new(1, 0, Learning), Amid), 1, "there was none before");
         assert_eq!(choice(Slot::new(0, 2, Learning), Opening), 0, "there is none now");
+    }
+
+    #[test]
+    fn who_may_choose_freely() {
+        use SlotState::{Learning, LearningTcp, Pinned, Settled};
+        for state in [Settled, Learning, LearningTcp, Pinned] {
+            let is_new = |kind| super::is_new(Slot::new(1, 2, state), kind);
+            assert!(is_new(Kind::Opening), "{state:?}");
+            assert!(!is_new(Kind::Amid) && !is_new(Kind::Ending), "{state:?}");
+            assert_eq!(is_new(Kind::Datagram), state != Learning, "{state:?}");
+        }
     }
 
     #[test]

@@ -234,6 +234,12 @@ impl Agent {
             match walk.await {
                 Ok(findings) => {
                     self.state.set_flows(findings.flows);
+                    let mut corrections = findings.corrections;
+                    // A place that was cleared meanwhile stays clear.
+                    corrections.retain(|target, _| self.current.shares.contains_key(target));
+                    if let Err(error) = self.dataplane.correct(&corrections) {
+                        error!("the targets' connections cannot be told: {error:#}");
+                    }
                     if !findings.settled.is_empty() {
                         self.state.settle(&findings.settled);
                         self.reconcile();

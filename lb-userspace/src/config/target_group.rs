@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::address::{host_address, parse_host_address};
 use super::agent::availability_zone;
 use super::health_check;
-use super::model::{Forwarding, Protocol, Stickiness, Target, TargetGroup};
+use super::model::{Algorithm, Forwarding, Protocol, Stickiness, Target, TargetGroup};
 use super::reader::{Table, Value, Wrong, show_duration};
 
 /// A target group as far as it could be read.
@@ -66,11 +66,7 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
         None => Some(Forwarding::Nat),
     };
     let gue_port = gue_port(table.optional("gue_port"), forwarding);
-    if let Some(algorithm) = table.optional("algorithm") {
-        let later =
-            ["least_connections", "round_robin", "least_outstanding_requests", "weighted_random"];
-        algorithm.choice(&[("maglev", ())], &later);
-    }
+    let algorithm = table.optional("algorithm").and_then(algorithm);
     let deregistration_delay = table
         .optional("deregistration_delay")
         .and_then(|delay| delay.duration(Duration::ZERO..=MAX_DEREGISTRATION_DELAY))
@@ -90,6 +86,15 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
         Some(value) => stickiness(value),
         None => Some(Stickiness::None),
     };
+    if let (Some((value, Algorithm::LeastConnections)), Some(Stickiness::SourceIp)) =
+        (algorithm, stickiness)
+    {
+        value.error(
+            format!("`algorithm = {}` contradicts `stickiness`", value.quote()),
+            "all flows of a client go to one target, or each to the less loaded one: leave out \
+             one of the two keys",
+        );
+    }
     let slow_start = table.optional("slow_start").and_then(slow_start).unwrap_or_default();
     let (target_values, targets) = targets(table.optional("targets"), port).into_iter().unzip();
     let name = table.name().trim_end_matches(']').to_owned();
@@ -105,6 +110,7 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
         gue_port,
         deregistration_delay,
         unhealthy_connection_termination,
+        algorithm: algorithm.map_or(Algorithm::Maglev, |(_, algorithm)| algorithm),
         track_every_flow,
         security_group: security_group.map(|(_, name)| name.to_owned()),
         stickiness: stickiness.unwrap_or(Stickiness::None),
@@ -113,6 +119,12 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
         health_check,
     };
     Draft { group, protocol, forwarding, security_group, stickiness, target_values }
+}
+
+fn algorithm(value: Value<'_>) -> Option<(Value<'_>, Algorithm)> {
+    let known = [("maglev", Algorithm::Maglev), ("least_connections", Algorithm::LeastConnections)];
+    let later = ["round_robin", "least_outstanding_requests", "weighted_random"];
+    Some((value, value.choice(&known, &later)?))
 }
 
 fn stickiness(value: Value<'_>) -> Option<Stickiness> {

@@ -8,7 +8,8 @@ mod pod;
 use std::collections::BTreeMap;
 use std::mem::offset_of;
 use std::os::fd::AsFd as _;
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context as _, anyhow};
 use aya::maps::lpm_trie::Key;
@@ -21,6 +22,7 @@ use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 use lb_common::endpoints::{EndpointTable, Write};
 use lb_common::flow::{FlowTable, HashKeys};
 use lb_common::forward::Stage;
+use lb_common::load::Load;
 use lb_common::tables::{
     AdmissionKey, BUCKETS, Bucket, Endpoint, EndpointKey, Interface, Listener, MAX_LISTENERS,
     MAX_RINGS, MAX_TARGETS, Slot, Target, Traffic,
@@ -76,6 +78,7 @@ pub struct Dataplane {
     table: EndpointTable,
     endpoints: MappedArray<Bucket>,
     targets: MappedArray<Target>,
+    loads: Arc<MappedArray<Load>>,
     listeners: MappedArray<Listener>,
     slots: MappedArray<Slot>,
     generation: MappedArray<u32>,
@@ -126,6 +129,7 @@ impl Dataplane {
             table: EndpointTable::new(keys),
             endpoints: mapped(&mut ebpf, "ENDPOINTS", BUCKETS)?,
             targets: mapped(&mut ebpf, "TARGETS", MAX_TARGETS)?,
+            loads: Arc::new(mapped(&mut ebpf, "LOADS", MAX_TARGETS)?),
             listeners: mapped(&mut ebpf, "LISTENERS", MAX_LISTENERS)?,
             slots: mapped(&mut ebpf, "SLOTS", slots)?,
             generation: mapped(&mut ebpf, "GENERATION", 1)?,
@@ -220,6 +224,11 @@ impl Dataplane {
                 self.targets.store(*index, &Target::default());
                 self.zero(*index, Counter::Target)?;
             }
+            Step::SetShare(index, share) => {
+                let share: u64 = bytemuck::cast(*share);
+                self.load_word(*index, offset_of!(Load, share))?.store(share, Ordering::SeqCst);
+            }
+            Step::ClearShare(index) => self.loads.store(*index, &Load::default()),
             Step::SetListener(index, listener) => self.listeners.store(*index, listener),
             Step::ClearListener(index) => {
                 self.listeners.store(*index, &Listener::default());
@@ -291,7 +300,7 @@ impl Dataplane {
     /// # Errors
     /// What the kernel says.
     pub fn flow_tables(&self) -> anyhow::Result<FlowTables> {
-        self.flows.open()
+        self.flows.open(self.loads.clone())
     }
 
     /// How full the tables of flows are, in the order of their numbers. To be asked often: of what
@@ -301,6 +310,27 @@ impl Dataplane {
     /// What the kernel says.
     pub fn flow_table_usage(&mut self) -> anyhow::Result<[FlowTableUsage; FlowTable::ALL.len()]> {
         self.flows.look()
+    }
+
+    /// Puts right how many connections targets have, by what a walk counted.
+    ///
+    /// # Errors
+    /// If there is no such target.
+    pub fn correct(&self, corrections: &BTreeMap<u32, u64>) -> anyhow::Result<()> {
+        for (target, correction) in corrections {
+            let word = self.load_word(*target, offset_of!(Load, correction))?;
+            word.store(*correction, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    /// How many connections a target has, as the programs know it.
+    pub fn load_of(&self, target: u32) -> Load {
+        self.loads.load(target).unwrap_or_default()
+    }
+
+    fn load_word(&self, target: u32, offset: usize) -> anyhow::Result<&AtomicU64> {
+        self.loads.words(target).get(offset / 8).context("no such target")
     }
 
     fn zero(&mut self, index: u32, counter: Counter) -> anyhow::Result<()> {

@@ -82,8 +82,8 @@ pub struct State {
     target_admissions: TargetAdmissions,
     classes: Vec<(u32, Arc<BTreeSet<Prefix>>)>,
     next_class: u32,
-    /// Listeners that track every flow, by number.
-    tracked: BTreeSet<u32>,
+    /// Whether listeners track every flow, by number.
+    tracked: BTreeMap<u32, bool>,
     /// The one listener that a target was of before others came to share it.
     first_owners: BTreeMap<EndpointKey, (u32, u32)>,
     /// Groups of which every listener remembers every flow, so that they can be counted.
@@ -119,7 +119,7 @@ impl State {
             target_admissions: BTreeMap::new(),
             classes: Vec::new(),
             next_class: OPEN + 1,
-            tracked: BTreeSet::new(),
+            tracked: BTreeMap::new(),
             first_owners: BTreeMap::new(),
             counted: BTreeSet::new(),
             flows: None,

@@ -134,6 +134,21 @@ impl Ring {
         self.slots = self.slots.iter().map(pin).collect();
     }
 
+    /// Flows were not tracked up to now, and new ones will go elsewhere than the hash says: what is
+    /// older than this goes by the hash for as long as it may be.
+    pub fn learn(&mut self, now: Instant) {
+        let now = now.duration_since(self.epoch);
+        let slots = self.slots.iter().zip(&mut self.since).map(|(slot, since)| {
+            if matches!(slot.state(), SlotState::Learning | SlotState::LearningTcp) {
+                return *slot;
+            }
+            *since = now;
+            Slot::new(slot.current, slot.current, SlotState::Learning)
+        });
+        self.slots = slots.collect();
+        self.learns = true;
+    }
+
     /// Settles slots: no flow is left on them that the hash would send elsewhere.
     pub fn settle(&mut self, settled: &BTreeSet<u32>) {
         let slots = (0..).zip(self.slots.iter()).map(|(index, slot)| {
@@ -282,6 +297,19 @@ mod tests {
         ring.set_periods(short);
         ring.tick(start + 10 * SECOND);
         assert_eq!(states(&ring), BTreeSet::from(["pinned"]));
+    }
+
+    #[test]
+    fn what_was_not_tracked_goes_by_the_hash_for_a_while() {
+        let start = Instant::now();
+        let mut ring = Ring::new(candidates(&[1]), 251, PERIODS, start);
+        ring.learn(start + 10 * SECOND);
+        assert_eq!(*ring.slots, *vec![Slot::new(1, 1, SlotState::Learning); 251]);
+        ring.tick(start + 130 * SECOND);
+        assert_eq!(states(&ring), BTreeSet::from(["learning TCP"]));
+        ring.learn(start + 140 * SECOND);
+        ring.tick(start + 360 * SECOND);
+        assert_eq!(states(&ring), BTreeSet::from(["pinned"]), "the clock went on");
     }
 
     #[test]

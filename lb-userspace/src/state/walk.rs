@@ -17,6 +17,9 @@ pub type Slots = BTreeMap<u32, BTreeSet<u32>>;
 pub trait FlowStore {
     /// Shows every flow of a table once, as far as the table stands still meanwhile.
     fn each(&self, table: FlowTable, visit: &mut dyn FnMut(FlowKey, Flow));
+    /// What the programs have seen beginning and ending of a target's connections,
+    /// [`Load::balance`](lb_common::load::Load::balance).
+    fn balance(&self, target: u32) -> u64;
     /// Forgets a flow, unless it goes to another target than this by now.
     fn forget(&mut self, table: FlowTable, key: &FlowKey, target: u32);
 }
@@ -40,6 +43,9 @@ pub struct Findings {
     pub settled: Slots,
     /// Live flows by target.
     pub flows: BTreeMap<u32, u64>,
+    /// What makes the number of live connections of what the programs have seen, by target: for
+    /// those that are chosen by it.
+    pub corrections: BTreeMap<u32, u64>,
 }
 
 /// What a remembered flow means for its slot.
@@ -63,13 +69,24 @@ impl Walk {
         let mut findings =
             Findings { settled: std::mem::take(&mut self.pinned), ..Findings::default() };
         self.pinned = findings.settled.clone();
+        let mut connections: BTreeMap<u32, u64> =
+            self.tables.shares.keys().map(|target| (*target, 0)).collect();
+        let mut before = BTreeMap::new();
         // A flow moves to the first table while we walk: it is in the other one or here.
         for table in [FlowTable::OnceSeen, FlowTable::HalfOpen, FlowTable::Flows] {
             let mut needless = Vec::new();
+            if table == FlowTable::Flows {
+                before = connections.keys().map(|n| (*n, store.balance(*n))).collect();
+            }
             store.each(table, &mut |key, flow| {
                 let finding = self.judge(&key, &flow, now);
                 if finding != Finding::Dead && flow.closing == 0 {
                     *findings.flows.entry(flow.target).or_default() += 1;
+                    if table == FlowTable::Flows
+                        && let Some(count) = connections.get_mut(&flow.target)
+                    {
+                        *count += 1;
+                    }
                 }
                 match finding {
                     Finding::Dead | Finding::Redundant => needless.push((key, flow.target)),
@@ -81,6 +98,9 @@ impl Walk {
                     Finding::Other => {}
                 }
             });
+            if table == FlowTable::Flows {
+                findings.corrections = corrections(&connections, &before, store);
+            }
             for (key, target) in needless {
                 store.forget(table, &key, target);
             }
@@ -109,4 +129,20 @@ impl Walk {
             false => Finding::Exception(ring, slot),
         }
     }
+}
+
+/// What begins and ends while flows are counted is in the count by half: it is taken for the number
+/// that there was in the middle.
+fn corrections(
+    connections: &BTreeMap<u32, u64>,
+    before: &BTreeMap<u32, u64>,
+    store: &impl FlowStore,
+) -> BTreeMap<u32, u64> {
+    let correction = |(target, count): (&u32, &u64)| {
+        let begin = before.get(target).copied().unwrap_or(0);
+        let change = store.balance(*target).wrapping_sub(begin) as i64;
+        let middle = begin.wrapping_add_signed(change / 2);
+        (*target, count.wrapping_sub(middle))
+    };
+    connections.iter().map(correction).collect()
 }
