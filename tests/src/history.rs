@@ -12,7 +12,7 @@ use lb_common::{
     flow::{Flow, FlowKey, FlowTable},
     lru::Lru,
     model::{Bytes, Model},
-    tables::{Slot, SlotState},
+    tables::{Slot, SlotState, Tables as _},
     verdict::Verdict,
 };
 use lb_userspace::{
