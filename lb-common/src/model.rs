@@ -108,6 +108,14 @@ impl Model {
         }
     }
 
+    /// What is to be added to the connections of targets.
+    pub fn correct(&self, corrections: &BTreeMap<u32, u64>) {
+        let mut loads = self.loads.borrow_mut();
+        for (target, correction) in corrections {
+            loads.entry(*target).or_default().correction = *correction;
+        }
+    }
+
     /// How many flows all tables remember.
     pub fn remembered(&self) -> usize {
         self.flows.iter().map(|table| table.borrow().len()).sum()

@@ -341,6 +341,10 @@ impl<'a> World<'a> {
                     && Flow { last_seen: times[1], ..*a } == *b
             })?;
         }
+        for target in self.desired.shares.keys() {
+            let (host, kernel) = (self.model.load(*target), self.kernel.load_of(*target));
+            ensure!(host == kernel, "target {target}: host {host:?}, kernel {kernel:?}");
+        }
         let returns: BTreeMap<FlowKey, ReturnFlow> = self.dump("RETURN_FLOWS")?;
         let direct: BTreeMap<FlowKey, u32> = self.dump("DIRECT_FLOWS")?;
         same("return flow", &self.model.return_flows.borrow(), &returns, |a, b| {
@@ -351,6 +355,16 @@ impl<'a> World<'a> {
         let known = self.model.direct_flows.borrow();
         let known: BTreeMap<FlowKey, u32> = known.iter().map(|key| (*key, 1)).collect();
         same("direct flow", &known, &direct, |a, b| a == b)
+    }
+
+    /// A walk has found that targets have so many connections more than both sides know.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such target.
+    pub fn correct(&mut self, corrections: &BTreeMap<u32, u64>) -> Result<()> {
+        self.model.correct(corrections);
+        self.kernel.correct(corrections)
     }
 
     /// Makes both sides remember a flow that was last seen some time ago.

@@ -220,10 +220,10 @@ mod tests {
     fn who_may_choose_freely() {
         use SlotState::{Learning, LearningTcp, Pinned, Settled};
         for state in [Settled, Learning, LearningTcp, Pinned] {
-            let is_new = |kind| super::is_new(Slot::new(1, 2, state), kind);
-            assert!(is_new(Kind::Opening), "{state:?}");
-            assert!(!is_new(Kind::Amid) && !is_new(Kind::Ending), "{state:?}");
-            assert_eq!(is_new(Kind::Datagram), state != Learning, "{state:?}");
+            let is_free = |kind| is_new(Slot::new(1, 2, state), kind);
+            assert!(is_free(Kind::Opening), "{state:?}");
+            assert!(!is_free(Kind::Amid) && !is_free(Kind::Ending), "{state:?}");
+            assert_eq!(is_free(Kind::Datagram), state != Learning, "{state:?}");
         }
     }
 

@@ -41,6 +41,9 @@ fn host_and_kernel_agree() {
             change(&mut scene, &mut generator);
             world.set(scene.desired.clone()).unwrap();
             age(world, &mut generator);
+            let rng = generator.rng();
+            let corrections = scene.desired.shares.keys().map(|n| (*n, rng.random_range(0..9)));
+            world.correct(&corrections.collect()).unwrap();
         }
         let counts = world.counts().unwrap();
         println!("{actions:?} {:?}", counts.drops);
@@ -90,7 +93,7 @@ fn change(scene: &mut Scene, generator: &mut Generator) {
         }
     }
     use SlotState::{Learning, LearningTcp, Pinned, Settled};
-    for number in [20, 22, 24, 26, 28, 32, 33, 34, 35, 73, 74] {
+    for number in [20, 22, 24, 26, 28, 32, 33, 34, 35, 73, 74, 110, 111, 112, 113, 114] {
         let ring = desired.rings.get_mut(&number).expect("a ring");
         let choices = [Settled, Learning, LearningTcp, Pinned];
         *ring = ring
