@@ -12,8 +12,8 @@ use super::*;
 
 /// Both families: the listeners' address, the client's, TCP and UDP listener, the first target.
 const FAMILIES: [(&str, &str, [u32; 2], u32); 2] = [
-    ("10.0.10.100:110", "192.0.10.7", [110, 111], 110),
-    ("[fd00:10::100]:110", "[2001:db8:10::7]", [112, 113], 112),
+    ("10.0.10.100:130", "192.0.10.7", [110, 111], 110),
+    ("[fd00:10::100]:130", "[2001:db8:10::7]", [112, 113], 112),
 ];
 
 /// Address and port of a target of these listeners.
@@ -170,8 +170,8 @@ fn within_the_group_that_the_hash_chooses() {
             find(world, 114, found);
             let mut got: BTreeMap<u32, u32> = BTreeMap::new();
             for port in 0..60 {
-                let from = format!("192.0.10.7:{}", 4000 + port + 100 * found[0]);
-                let outcome = world.run(10, &syn(&from, "10.0.10.100:111").build()).unwrap();
+                let from = format!("192.0.10.{}:{}", found[0], 1024 + 1009 * port);
+                let outcome = world.run(10, &syn(&from, "10.0.10.100:131").build()).unwrap();
                 *got.entry(u32::from(outcome.frame[33]) - 120).or_default() += 1;
             }
             let of = |target| got.get(&target).copied().unwrap_or(0);
