@@ -51,6 +51,8 @@ pub enum Sabotage {
     OneTable,
     /// Slots learn for a minute only.
     LearnsTooShort,
+    /// Nothing is remembered for longer than a second.
+    Forgets,
 }
 
 /// What a balancer is made with.
@@ -245,17 +247,21 @@ impl Balancer {
 
     fn tick(&mut self) {
         self.model.now.set(BOOT + self.now.as_nanos() as u64);
+        if self.options.sabotage == Sabotage::Forgets {
+            self.model.flows.iter().for_each(|table| table.borrow_mut().clear());
+        }
         if self.state.tick(self.instant()) || self.options.sabotage == Sabotage::LearnsTooShort {
             self.reconcile();
         }
         if let Some((_, findings)) = self.walk.take_if(|(end, _)| *end <= self.now) {
             self.state.settle(&findings.settled);
+            self.model.correct(&findings.corrections);
             self.reconcile();
         }
         if self.walk.is_none() && self.now >= self.last_walk + WALK {
             self.last_walk = self.now;
             let pinned = self.state.pinned();
-            if !pinned.is_empty() {
+            if !pinned.is_empty() || self.state.counts_flows() {
                 self.walk = Some((self.now + WALK_TAKES, self.walk(pinned)));
             }
         }
@@ -300,6 +306,20 @@ impl Balancer {
         let mut flows = self.model.flow_table(FlowTable::Flows).borrow_mut();
         half_open.iter().for_each(|(key, flow)| flows.insert(*key, *flow));
         half_open.clear();
+    }
+
+    /// How many connections each target that is chosen by them has, and how many of its flows are
+    /// remembered as open; waits until no walk has yet to say what it found.
+    pub fn connections(&mut self) -> Vec<(u32, usize)> {
+        while self.walk.is_some() {
+            self.advance(self.now + TICK);
+        }
+        let flows = self.model.flow_table(FlowTable::Flows).borrow();
+        let open = |target| {
+            flows.iter().filter(|(_, flow)| flow.target == target && flow.closing == 0).count()
+        };
+        let shares = self.tables.shares.keys();
+        shares.map(|n| (self.model.load(*n).connections(), open(*n))).collect()
     }
 
     /// Slots of all rings that are in each state: settled, learning, learning TCP, pinned.
