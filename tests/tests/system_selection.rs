@@ -283,6 +283,12 @@ fn a_target_that_recovers_starts_slowly() {
     assert!((0.005..0.31).contains(&share), "{answers:?}");
 }
 
+/// An echo group whose health checks go to another port: its servers see clients alone.
+fn clients_echo(lines: &str, targets: &[(u8, &str)]) -> String {
+    let elsewhere = format!("protocol = \"tcp\"\nport = {}", 8000 + WEB);
+    echo("tcp", lines, targets).replace("protocol = \"tcp\"", &elsewhere)
+}
+
 /// Connections that the echo servers of each target hold or held.
 fn held(ground: &Ground, targets: u8) -> Vec<u64> {
     (0..targets).map(|target| ground.connections(target.into())).collect()
@@ -293,7 +299,7 @@ fn held(ground: &Ground, targets: u8) -> Vec<u64> {
 fn to_the_idle_one(algorithm: &str) -> u64 {
     let config = |listener, weight: &str| {
         let lines = format!("algorithm = \"{algorithm}\"");
-        echo("tcp", &lines, &[(0, ""), (1, weight)])
+        clients_echo(&lines, &[(0, ""), (1, weight)])
             + &balancer(listener, "", &[(ECHO, "target_group = \"tcp\"")])
     };
     let ground = Ground::start(2, |listener| config(listener, ", weight = 0"));
@@ -338,7 +344,7 @@ fn connections_are_balanced_by_weight_better_than_by_the_hash() {
         let targets = [(0, ""), (1, ""), (2, ", weight = 2")];
         let lines = format!("algorithm = \"{algorithm}\"");
         let ground = Ground::start(3, |listener| {
-            echo("tcp", &lines, &targets)
+            clients_echo(&lines, &targets)
                 + &web("web", &lines, &targets)
                 + &balancer(
                     listener,
