@@ -14,7 +14,8 @@ use crate::forward::{Frame, forward};
 use crate::load::{Load, Share};
 use crate::lru::Lru;
 use crate::tables::{
-    Bucket, Endpoint, EndpointKey, GONE, Listener, NextHop, Slot, Tables, Target, Traffic,
+    Bucket, EXCEPTION_WORDS, Endpoint, EndpointKey, GONE, Listener, NextHop, Slot, Tables, Target,
+    Traffic,
 };
 use crate::verdict::{DropReason, Verdict};
 use crate::wire::Address;
@@ -38,6 +39,8 @@ pub struct Model {
     pub loads: RefCell<BTreeMap<u32, Load>>,
     /// Rings by number.
     pub rings: BTreeMap<u32, Vec<Slot>>,
+    /// The map of exceptions, by word.
+    pub exceptions: Vec<u64>,
     /// Admitted prefixes: class, prefix, length in bits of the 128-bit address.
     pub prefixes: Vec<(u32, Address, u32)>,
     /// Next hops of replies by destination.
@@ -75,6 +78,7 @@ impl Model {
             targets: BTreeMap::new(),
             loads: RefCell::default(),
             rings: BTreeMap::new(),
+            exceptions: std::vec![0; EXCEPTION_WORDS as usize],
             prefixes: Vec::new(),
             routes: BTreeMap::new(),
             flows: Default::default(),
@@ -106,6 +110,12 @@ impl Model {
             Some(share) => loads.entry(target).or_default().share = share,
             None => drop(loads.remove(&target)),
         }
+    }
+
+    /// Writes the map of exceptions; what it does not say is none.
+    pub fn map_exceptions(&mut self, words: &[u64]) {
+        let words = words.iter().copied().chain(std::iter::repeat(0));
+        self.exceptions.iter_mut().zip(words).for_each(|(known, word)| *known = word);
     }
 
     /// What is to be added to the connections of targets.
@@ -156,6 +166,10 @@ impl Tables for Model {
     fn slot(&self, index: u32) -> Option<Slot> {
         let ring = self.rings.get(&(index / self.ring_size))?;
         ring.get((index % self.ring_size) as usize).copied()
+    }
+
+    fn exceptions(&self, word: u32) -> u64 {
+        self.exceptions[word as usize]
     }
 
     fn admits(&self, class: u32, source: Address) -> bool {

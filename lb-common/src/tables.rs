@@ -223,6 +223,16 @@ impl Target {
     }
 }
 
+/// Words of the map of exceptions, 1 MiB; a power of two.
+pub const EXCEPTION_WORDS: u32 = 1 << 17;
+
+/// Where in the map of exceptions a flow is, by [`Selected::hash`](crate::forward::Selected::hash):
+/// the word's index, and its bit. Another flow may be there too.
+#[inline(always)]
+pub const fn exception_place(hash: u32) -> (u32, u64) {
+    ((hash >> 6) & (EXCEPTION_WORDS - 1), 1 << (hash & 63))
+}
+
 /// One slot of a ring: which target a flow hash chooses, and what is remembered meanwhile.
 ///
 /// See the state diagram in docs/connections.md.
@@ -231,7 +241,8 @@ impl Target {
 pub struct Slot {
     /// Index of the target of new flows.
     pub current: u32,
-    /// State (2 bits) and index of the target that the slot was last settled or pinned on.
+    /// State (2 bits), whether it is [`Self::MAPPED`] (1 bit), and index of the target that the slot
+    /// was last settled or pinned on.
     previous_state: u32,
 }
 
@@ -250,6 +261,8 @@ pub enum SlotState {
 
 impl Slot {
     const SHIFT: u32 = 30;
+    /// Of a pinned slot: all flows that `current` is wrong for are in the map of exceptions.
+    const MAPPED: u32 = 1 << 29;
 
     /// A slot; the indices must be less than [`MAX_TARGETS`].
     #[inline(always)]
@@ -266,7 +279,19 @@ impl Slot {
     /// Index of the target that the slot was last settled or pinned on; 0: none.
     #[inline(always)]
     pub const fn previous(self) -> u32 {
-        self.previous_state & ((1 << Self::SHIFT) - 1)
+        self.previous_state & (Self::MAPPED - 1)
+    }
+
+    /// The same slot, pinned, with its exceptions in the map.
+    #[inline(always)]
+    pub const fn mapped(self) -> Self {
+        Self { previous_state: self.previous_state | Self::MAPPED, ..self }
+    }
+
+    /// Whether only flows that are in the map of exceptions need to be looked up.
+    #[inline(always)]
+    pub const fn is_mapped(self) -> bool {
+        self.previous_state & Self::MAPPED != 0
     }
 
     /// Whether the hash alone decides.
@@ -364,6 +389,8 @@ pub trait Tables {
     fn target(&self, index: u32) -> Option<&Target>;
     /// A slot by `ring * ring_size + slot`.
     fn slot(&self, index: u32) -> Option<Slot>;
+    /// Whether a flow may be an exception on a slot that is mapped: a word of the map.
+    fn exceptions(&self, word: u32) -> u64;
     /// Whether the class admits the source address.
     fn admits(&self, class: u32, source: Address) -> bool;
 
@@ -418,7 +445,8 @@ const _: () = {
     assert!(size_of::<Slot>() == 8);
     assert!(BUCKETS.is_power_of_two());
     assert!(NEXT_HOP_CACHE.is_power_of_two());
-    assert!(MAX_TARGETS <= 1 << Slot::SHIFT);
+    assert!(MAX_TARGETS <= Slot::MAPPED);
+    assert!(EXCEPTION_WORDS.is_power_of_two());
 };
 
 /// A next hop remembered for replies to one client.

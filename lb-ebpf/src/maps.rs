@@ -16,9 +16,10 @@ use lb_common::flow::{Flow, FlowKey, FlowTable, HashKeys, Keys, ReturnFlow};
 use lb_common::forward::{Stage, Step};
 use lb_common::load::Load;
 use lb_common::tables::{
-    AdmissionKey, BUCKETS, Bucket, CachedHop, Endpoint, EndpointKey, FlowChanges, GONE, Interface,
-    Listener, MAX_DEVICES, MAX_DIRECT_FLOWS, MAX_LISTENERS, MAX_PREFIXES, MAX_RINGS, MAX_TARGETS,
-    NEXT_HOP_CACHE, NextHop, OVERFLOW_ENDPOINTS, Slot, Tables, Target, Traffic,
+    AdmissionKey, BUCKETS, Bucket, CachedHop, EXCEPTION_WORDS, Endpoint, EndpointKey, FlowChanges,
+    GONE, Interface, Listener, MAX_DEVICES, MAX_DIRECT_FLOWS, MAX_LISTENERS, MAX_PREFIXES,
+    MAX_RINGS, MAX_TARGETS, NEXT_HOP_CACHE, NextHop, OVERFLOW_ENDPOINTS, Slot, Tables, Target,
+    Traffic,
 };
 use lb_common::verdict::DropReason;
 use lb_common::wire::Address;
@@ -36,6 +37,9 @@ static LISTENERS: Array<Listener> = Array::with_max_entries(MAX_LISTENERS, BPF_F
 /// All rings, one after the other. The agent sizes it: rings times ring size.
 #[map]
 static SLOTS: Array<Slot> = Array::with_max_entries(MAX_RINGS, BPF_F_MMAPABLE);
+/// Flows that the slots' targets are wrong for, by a bit of their hash: those of mapped slots.
+#[map]
+static EXCEPTIONS: Array<u64> = Array::with_max_entries(EXCEPTION_WORDS, BPF_F_MMAPABLE);
 /// Counts every change of routes, neighbours and links; makes cached next hops void.
 #[map]
 static GENERATION: Array<u32> = Array::with_max_entries(1, BPF_F_MMAPABLE);
@@ -358,6 +362,11 @@ impl Tables for Maps<'_> {
     #[inline(always)]
     fn slot(&self, index: u32) -> Option<Slot> {
         SLOTS.get(index).copied()
+    }
+
+    #[inline(always)]
+    fn exceptions(&self, word: u32) -> u64 {
+        EXCEPTIONS.get(word).copied().unwrap_or(u64::MAX)
     }
 
     #[inline(always)]

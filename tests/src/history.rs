@@ -53,6 +53,10 @@ pub enum Sabotage {
     LearnsTooShort,
     /// Nothing is remembered for longer than a second.
     Forgets,
+    /// Slots go by the map of exceptions before one was made for them.
+    MapsUnseen,
+    /// Nothing: but there is no map of exceptions.
+    NoMap,
 }
 
 /// What a balancer is made with.
@@ -115,7 +119,8 @@ pub struct Balancer {
     now: Duration,
     next_tick: Duration,
     last_walk: Duration,
-    walk: Option<(Duration, Findings)>,
+    /// When it begins and ends, and what it finds.
+    walk: Option<(Instant, Duration, Findings)>,
     templates: [Vec<u8>; 4],
 }
 
@@ -222,6 +227,10 @@ impl Balancer {
         if self.options.sabotage == Sabotage::LearnsTooShort {
             self.shorten_learning();
         }
+        if self.options.sabotage == Sabotage::MapsUnseen {
+            let slots = self.model.rings.values_mut().flatten();
+            slots.filter(|s| s.state() == SlotState::Pinned).for_each(|s| *s = s.mapped());
+        }
         self.tables = Arc::new(desired);
     }
 
@@ -253,8 +262,12 @@ impl Balancer {
         if self.state.tick(self.instant()) || self.options.sabotage == Sabotage::LearnsTooShort {
             self.reconcile();
         }
-        if let Some((_, findings)) = self.walk.take_if(|(end, _)| *end <= self.now) {
-            self.state.settle(&findings.settled);
+        if let Some((begun, _, mut findings)) = self.walk.take_if(|(_, end, _)| *end <= self.now) {
+            if self.options.sabotage == Sabotage::NoMap {
+                findings.mapped.clear();
+            }
+            self.state.settle(&findings, begun);
+            self.model.map_exceptions(&findings.exceptions);
             self.model.correct(&findings.corrections);
             self.reconcile();
         }
@@ -262,7 +275,7 @@ impl Balancer {
             self.last_walk = self.now;
             let pinned = self.state.pinned();
             if !pinned.is_empty() || self.state.counts_flows() {
-                self.walk = Some((self.now + WALK_TAKES, self.walk(pinned)));
+                self.walk = Some((self.instant(), self.now + WALK_TAKES, self.walk(pinned)));
             }
         }
     }
@@ -320,6 +333,11 @@ impl Balancer {
         };
         let shares = self.tables.shares.keys();
         shares.map(|n| (self.model.load(*n).connections(), open(*n))).collect()
+    }
+
+    /// Slots of all rings that go by the map of exceptions.
+    pub fn mapped(&self) -> usize {
+        self.model.rings.values().flatten().filter(|slot| slot.is_mapped()).count()
     }
 
     /// Slots of all rings that are in each state: settled, learning, learning TCP, pinned.

@@ -108,6 +108,8 @@ struct Tally {
     broken: u64,
     evictions: [u64; 3],
     lookups: u64,
+    /// Most slots at a time that went by the map of exceptions.
+    mapped: usize,
     /// Of each target that is chosen by them: as counted, and as remembered.
     connections: Vec<(u32, usize)>,
     first_broken: Option<String>,
@@ -173,6 +175,7 @@ impl History {
             }
             self.recover(at);
             self.balancer.advance(at);
+            self.tally.mapped = self.tally.mapped.max(self.balancer.mapped());
             self.act(n);
             self.flood(at);
         }
@@ -534,6 +537,7 @@ fn what_is_broken_on_purpose_is_noticed() {
         (RESTLESS, Sabotage::HashAlone),
         (RESTLESS, Sabotage::SettlesUnseen),
         (RESTLESS, Sabotage::LearnsTooShort),
+        (RESTLESS, Sabotage::MapsUnseen),
         (FLOODED, Sabotage::OneTable),
         (Plot { algorithm: Algorithm::LeastConnections, ..QUIET }, Sabotage::Forgets),
     ] {

@@ -35,6 +35,12 @@ impl Kind {
             Self::Amid
         }
     }
+
+    /// Whether a flow that is not remembered counts as new, by this packet of it.
+    #[inline(always)]
+    pub fn may_be_new(self) -> bool {
+        matches!(self, Self::Opening | Self::Datagram)
+    }
 }
 
 /// A flow that is remembered and alive.

@@ -4,7 +4,7 @@
 //! slot that changed lately remembers flows, and only those that the change could break.
 
 use crate::flow::{self, Flow, FlowKey, FlowTable, Keys, ReturnFlow, TCP};
-use crate::tables::{Endpoint, GONE, Slot, Tables, Target};
+use crate::tables::{Endpoint, GONE, Slot, Tables, Target, exception_place};
 use crate::verdict::DropReason;
 use crate::wire::{Address, Be16};
 
@@ -102,6 +102,11 @@ pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step
     // one of them found out the verifier need not follow through the others.
     let asked = core::hint::black_box(&asked);
     let recall = step.recall;
+    if recall.is_tracked == 0 && recall.slot.is_mapped() && !is_exception(tables, recall.hash) {
+        let is_new = asked.kind().may_be_new() as u32;
+        step.selected = Selected { index: recall.slot.current, is_new, hash: recall.hash };
+        return Next::with(Next::DELIVER, 0);
+    }
     match remember(tables, asked, &recall) {
         Ok(selected) => {
             step.selected = selected;
@@ -147,6 +152,13 @@ fn remember<T: Tables>(tables: &T, asked: &Asked, recall: &Recall) -> Result<Sel
     }
     let is_new = note(tables, asked, recall, index);
     Ok(Selected { index, is_new, hash: recall.hash })
+}
+
+/// Whether what is remembered of a flow may be another target than the slot's.
+#[inline(always)]
+fn is_exception<T: Tables>(tables: &T, hash: u32) -> bool {
+    let (word, bit) = exception_place(hash);
+    tables.exceptions(word) & bit != 0
 }
 
 /// What a packet says of its flow, in memory.
@@ -231,7 +243,7 @@ fn note<T: Tables>(tables: &T, asked: &Asked, recall: &Recall, index: u32) -> u3
         let flow = Flow { last_seen: tables.now(), target: index, closing };
         tables.remember(table, &asked.key, &flow);
     }
-    matches!(kind, Kind::Opening | Kind::Datagram) as u32
+    kind.may_be_new() as u32
 }
 
 /// Why a packet does not go to a target that does not serve. No target has number 0: it stands in

@@ -6,6 +6,7 @@ mod mapped;
 mod pod;
 
 use std::collections::BTreeMap;
+use std::iter::repeat;
 use std::mem::offset_of;
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
@@ -24,8 +25,8 @@ use lb_common::flow::{FlowTable, HashKeys};
 use lb_common::forward::Stage;
 use lb_common::load::Load;
 use lb_common::tables::{
-    AdmissionKey, BUCKETS, Bucket, Endpoint, EndpointKey, Interface, Listener, MAX_LISTENERS,
-    MAX_RINGS, MAX_TARGETS, Slot, Target, Traffic,
+    AdmissionKey, BUCKETS, Bucket, EXCEPTION_WORDS, Endpoint, EndpointKey, Interface, Listener,
+    MAX_LISTENERS, MAX_RINGS, MAX_TARGETS, Slot, Target, Traffic,
 };
 use lb_common::verdict::DropReason;
 
@@ -81,6 +82,7 @@ pub struct Dataplane {
     loads: Arc<MappedArray<Load>>,
     listeners: MappedArray<Listener>,
     slots: MappedArray<Slot>,
+    exceptions: MappedArray<u64>,
     generation: MappedArray<u32>,
     overflow: Owned<EndpointKey, Endpoint>,
     admission: LpmTrie<MapData, Raw<AdmissionKey>, u32>,
@@ -132,6 +134,7 @@ impl Dataplane {
             loads: Arc::new(mapped(&mut ebpf, "LOADS", MAX_TARGETS)?),
             listeners: mapped(&mut ebpf, "LISTENERS", MAX_LISTENERS)?,
             slots: mapped(&mut ebpf, "SLOTS", slots)?,
+            exceptions: mapped(&mut ebpf, "EXCEPTIONS", EXCEPTION_WORDS)?,
             generation: mapped(&mut ebpf, "GENERATION", 1)?,
             overflow: take(&mut ebpf, "OVERFLOW")?.try_into()?,
             admission: take(&mut ebpf, "ADMISSION")?.try_into()?,
@@ -310,6 +313,15 @@ impl Dataplane {
     /// What the kernel says.
     pub fn flow_table_usage(&mut self) -> anyhow::Result<[FlowTableUsage; FlowTable::ALL.len()]> {
         self.flows.look()
+    }
+
+    /// Writes the map of exceptions; what it does not say is none. Slots that were mapped before
+    /// stay so: theirs are among the new ones.
+    pub fn map_exceptions(&self, words: &[u64]) {
+        for (index, word) in (0..EXCEPTION_WORDS).zip(words.iter().chain(repeat(&0))) {
+            let known = self.exceptions.words(index);
+            known.iter().for_each(|known| known.store(*word, Ordering::SeqCst));
+        }
     }
 
     /// Puts right how many connections targets have, by what a walk counted.

@@ -260,7 +260,7 @@ impl State {
             let was_tracked = self.tracked.insert(number, is_tracked).unwrap_or(is_tracked);
             if let Some(ring) = self.rings.of_mut(&key) {
                 match (was_tracked, is_tracked) {
-                    (true, false) => ring.unsettle(),
+                    (true, false) => ring.unsettle(now),
                     (false, true) if by_connections => ring.learn(now),
                     _ => {}
                 }

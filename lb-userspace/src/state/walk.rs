@@ -3,12 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use lb_common::flow;
 use lb_common::flow::{Flow, FlowKey, FlowTable, HashKeys};
-use lb_common::tables::{Endpoint, EndpointKey};
+use lb_common::tables::{EXCEPTION_WORDS, Endpoint, EndpointKey, SlotState, exception_place};
 
 use crate::reconcile::Desired;
 
-use super::slot_of;
+use super::place_of;
 
 /// Slots by ring.
 pub type Slots = BTreeMap<u32, BTreeSet<u32>>;
@@ -41,6 +42,10 @@ pub struct Walk {
 pub struct Findings {
     /// Pinned slots without a flow that the hash would send elsewhere.
     pub settled: Slots,
+    /// The other ones of them.
+    pub mapped: Slots,
+    /// The map of their exceptions, if there are any.
+    pub exceptions: Vec<u64>,
     /// Live flows by target.
     pub flows: BTreeMap<u32, u64>,
     /// What makes the number of live connections of what the programs have seen, by target: for
@@ -55,8 +60,8 @@ enum Finding {
     Dead,
     /// The hash says the same: it need not be remembered.
     Redundant,
-    /// The slot must stay pinned for it.
-    Exception(u32, u32),
+    /// Its slot, of a ring, must stay pinned for it; with half of its hash.
+    Exception(u32, u32, u32),
     /// Neither: its slot is not pinned, or its listener tracks every flow.
     Other,
 }
@@ -66,9 +71,8 @@ impl Walk {
     /// the hash alone would do as well: should the slot have changed meanwhile, an unknown flow
     /// goes to the same target by `previous`.
     pub fn run(mut self, store: &mut impl FlowStore, now: u64) -> Findings {
-        let mut findings =
-            Findings { settled: std::mem::take(&mut self.pinned), ..Findings::default() };
-        self.pinned = findings.settled.clone();
+        self.leave_out_what_learns();
+        let mut findings = Findings { settled: self.pinned.clone(), ..Findings::default() };
         let mut connections: BTreeMap<u32, u64> =
             self.tables.shares.keys().map(|target| (*target, 0)).collect();
         let mut before = BTreeMap::new();
@@ -90,11 +94,7 @@ impl Walk {
                 }
                 match finding {
                     Finding::Dead | Finding::Redundant => needless.push((key, flow.target)),
-                    Finding::Exception(ring, slot) => {
-                        if let Some(slots) = findings.settled.get_mut(&ring) {
-                            slots.remove(&slot);
-                        }
-                    }
+                    Finding::Exception(ring, slot, hash) => findings.note(ring, slot, hash),
                     Finding::Other => {}
                 }
             });
@@ -108,6 +108,16 @@ impl Walk {
         findings
     }
 
+    /// A slot is pinned once the kernel has it so: until then it makes exceptions.
+    fn leave_out_what_learns(&mut self) {
+        let tables = &self.tables;
+        for (ring, slots) in &mut self.pinned {
+            let known = tables.rings.get(ring);
+            let slot = |slot: u32| known.and_then(|slots| slots.get(slot as usize));
+            slots.retain(|n| slot(*n).is_some_and(|slot| slot.state() == SlotState::Pinned));
+        }
+    }
+
     fn judge(&self, key: &FlowKey, flow: &Flow, now: u64) -> Finding {
         let listener = EndpointKey::new(key.destination, key.destination_port, key.protocol);
         let Some(endpoint) = self.tables.endpoints.get(&listener) else { return Finding::Dead };
@@ -116,17 +126,35 @@ impl Walk {
             return Finding::Dead;
         }
         let is_tracked = endpoint.kind & Endpoint::TRACKED != 0;
-        let Some((ring, slot)) = slot_of(&self.tables, &self.keys, key, self.ring_size) else {
+        let Some((ring, hash)) = place_of(&self.tables, &self.keys, key) else {
             return Finding::Dead;
         };
-        if !self.pinned.get(&ring).is_some_and(|slots| slots.contains(&slot)) {
-            return Finding::Other;
-        }
+        let slot = flow::slot(hash, self.ring_size);
         let current = self.tables.rings.get(&ring).and_then(|slots| slots.get(slot as usize));
-        match current.is_some_and(|current| current.current == flow.target) {
+        // As the kernel has it: whatever slot it has mapped must be in the next map, too.
+        let Some(current) = current.filter(|slot| slot.state() == SlotState::Pinned) else {
+            return Finding::Other;
+        };
+        match current.current == flow.target {
             true if is_tracked => Finding::Other,
             true => Finding::Redundant,
-            false => Finding::Exception(ring, slot),
+            false => Finding::Exception(ring, slot, hash as u32),
+        }
+    }
+}
+
+impl Findings {
+    /// Notes a flow that its slot would send elsewhere.
+    fn note(&mut self, ring: u32, slot: u32, hash: u32) {
+        if self.settled.get_mut(&ring).is_some_and(|slots| slots.remove(&slot)) {
+            self.mapped.entry(ring).or_default().insert(slot);
+        }
+        if self.exceptions.is_empty() {
+            self.exceptions = vec![0; EXCEPTION_WORDS as usize];
+        }
+        let (word, bit) = exception_place(hash);
+        if let Some(word) = self.exceptions.get_mut(word as usize) {
+            *word |= bit;
         }
     }
 }

@@ -50,7 +50,8 @@ impl World {
 
     fn settle_all(&mut self) {
         let pinned = self.state.pinned();
-        self.state.settle(&pinned);
+        let findings = Findings { settled: pinned, ..Findings::default() };
+        self.state.settle(&findings, self.now + Duration::from_nanos(1));
     }
 }
 
