@@ -357,6 +357,12 @@ impl<'a> World<'a> {
         same("direct flow", &known, &direct, |a, b| a == b)
     }
 
+    /// A walk has made another map of exceptions.
+    pub fn map_exceptions(&mut self, words: &[u64]) {
+        self.model.map_exceptions(words);
+        self.kernel.map_exceptions(words);
+    }
+
     /// A walk has found that targets have so many connections more than both sides know.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, env, time::Duration};
 
-use lb_common::tables::{Slot, SlotState, Target};
+use lb_common::tables::{EXCEPTION_WORDS, Slot, SlotState, Target};
 use lb_tests::generate::{Generator, MTUS};
 use rand::{Rng as _, seq::IndexedRandom as _};
 
@@ -42,6 +42,8 @@ fn host_and_kernel_agree() {
             world.set(scene.desired.clone()).unwrap();
             age(world, &mut generator);
             let rng = generator.rng();
+            let words: Vec<u64> = (0..EXCEPTION_WORDS).map(|_| rng.random()).collect();
+            world.map_exceptions(&words);
             let corrections = scene.desired.shares.keys().map(|n| (*n, rng.random_range(0..9)));
             world.correct(&corrections.collect()).unwrap();
         }
@@ -102,7 +104,8 @@ fn change(scene: &mut Scene, generator: &mut Generator) {
                 let previous = if number < 33 { number + 1 } else { slot.current };
                 let state = *choices.choose(rng).expect("four");
                 let previous = if state == Settled { 0 } else { previous };
-                Slot::new(slot.current, previous, state)
+                let slot = Slot::new(slot.current, previous, state);
+                if state == Pinned && rng.random() { slot.mapped() } else { slot }
             })
             .collect();
     }
