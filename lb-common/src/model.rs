@@ -13,6 +13,7 @@ use crate::flow::{Flow, FlowKey, FlowTable, HashKeys, ReturnFlow};
 use crate::forward::{Frame, forward};
 use crate::load::{Load, Share};
 use crate::lru::Lru;
+use crate::snat::SnatModel;
 use crate::tables::{
     Bucket, EXCEPTION_WORDS, Endpoint, EndpointKey, GONE, Listener, NextHop, Slot, Tables, Target,
     Traffic,
@@ -55,6 +56,8 @@ pub struct Model {
     pub direct_flows: RefCell<BTreeSet<FlowKey>>,
     /// Targets that such clients talk to.
     pub direct_targets: RefCell<BTreeSet<u32>>,
+    /// Flows whose both ends are rewritten.
+    pub snat: SnatModel,
     /// Addresses reported as unresolved.
     pub unresolved: RefCell<Vec<Address>>,
     /// Counters by listener.
@@ -86,6 +89,7 @@ impl Model {
             return_flows: RefCell::default(),
             direct_flows: RefCell::default(),
             direct_targets: RefCell::default(),
+            snat: SnatModel::default(),
             unresolved: RefCell::default(),
             listener_traffic: RefCell::default(),
             target_traffic: RefCell::default(),

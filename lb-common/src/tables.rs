@@ -8,6 +8,7 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::flow::{Flow, FlowKey, FlowTable, Keys, ReturnFlow};
 use crate::load::Load;
+use crate::snat::SnatTables;
 use crate::tunnel::Tunnel;
 use crate::wire::eth::Macs;
 use crate::wire::{Address, Be16};
@@ -48,9 +49,11 @@ pub struct Endpoint {
     pub protocol: u8,
     /// What it is and how it is treated: one of the kinds, and flags.
     pub kind: u8,
-    /// [`Self::LISTENER`], [`Self::TARGET`]: index of the listener.
+    /// [`Self::LISTENER`], [`Self::TARGET`]: index of the listener. An address with [`Self::SNAT`]:
+    /// the first port that flows may have, host byte order.
     pub listener: u32,
-    /// [`Self::LISTENER`]: the ring; [`Self::TARGET`]: index of the target.
+    /// [`Self::LISTENER`]: the ring; [`Self::TARGET`]: index of the target. An address with
+    /// [`Self::SNAT`]: the last port that flows may have, host byte order.
     pub index: u32,
     /// [`Self::LISTENER`], [`Self::GUARD`], [`Self::TARGET`] for packets to it: the admission class,
     /// [`OPEN`] without a group.
@@ -92,6 +95,8 @@ impl Endpoint {
     /// Flag of a target: several listeners use it, the tracked flow knows which. A flow that is
     /// not known is of [`Self::listener`], the only one before, unless that is [`NO_LISTENER`].
     pub const SHARED: u8 = 0x20;
+    /// Flag of an address of this machine: flows to targets of mode [`Target::SNAT`] come from it.
+    pub const SNAT: u8 = 0x40;
     /// Flag of a listener (so it is no [`Self::SHARED`]): the source address alone chooses the slot,
     /// so that all flows of a client go to one target.
     pub const BY_SOURCE: u8 = 0x20;
@@ -206,6 +211,8 @@ impl Target {
     pub const NAT: u8 = 1;
     /// Mode: rewrite the MAC addresses only.
     pub const DSR_L2: u8 = 2;
+    /// Mode: rewrite both ends, with a source port for each flow.
+    pub const SNAT: u8 = 3;
     /// Mode: put one more IP header in front. This and the modes beyond are tunnels.
     pub const DSR_IPIP: u8 = 4;
     /// Mode: put an IP and a UDP header in front.
@@ -215,6 +222,21 @@ impl Target {
     pub const SERVES: u8 = 1;
     /// Flag: it takes new flows.
     pub const IN_RING: u8 = 2;
+    /// Where in the flags the number of source addresses is, see [`Self::sources`].
+    const SOURCES_SHIFT: u32 = 5;
+
+    /// [`Self::SNAT`]: how many source addresses it has.
+    #[inline(always)]
+    pub const fn sources(&self) -> u32 {
+        (self.flags >> Self::SOURCES_SHIFT) as u32
+    }
+
+    /// Says how many source addresses it has, [`MAX_SNAT_ADDRESSES`](crate::snat::MAX_SNAT_ADDRESSES)
+    /// at most.
+    pub const fn set_sources(&mut self, sources: u32) {
+        let others = (1 << Self::SOURCES_SHIFT) - 1;
+        self.flags = (sources as u8) << Self::SOURCES_SHIFT | (self.flags & others);
+    }
 
     /// Whether packets of its flows still go to it.
     #[inline(always)]
@@ -368,7 +390,7 @@ pub const GONE: u32 = u32::MAX;
 /// The lookups, for the kernel and for the host.
 ///
 /// Methods take `&self`: in the kernel, all tables are shared with other CPUs anyway.
-pub trait Tables {
+pub trait Tables: SnatTables {
     /// Keys of the hashes; constant while the program is loaded.
     type Keys: Keys;
 

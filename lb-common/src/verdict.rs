@@ -29,7 +29,8 @@ pub enum DropReason {
     /// No route, no neighbour, forwarding off, or a NIC that lb is not attached to.
     NextHopUnresolved = 4,
     /// Every target on the flow's stretch of the ring already has a connection of the same client
-    /// address and port through another listener: answered with a TCP reset.
+    /// address and port through another listener; or, with `snat`, no source port is free: answered
+    /// with a TCP reset or an ICMP port unreachable.
     PortAllocationError = 5,
     /// A fragment of a balanced packet; fragments are not supported yet.
     Fragmented = 6,

@@ -9,6 +9,7 @@ mod frame;
 mod loads;
 mod maps;
 mod runtime;
+mod snat;
 
 use aya_ebpf::bindings::xdp_action;
 use aya_ebpf::macros::xdp;
@@ -50,6 +51,30 @@ pub fn lb_answer(ctx: XdpContext) -> u32 {
 #[xdp]
 pub fn lb_encapsulate(ctx: XdpContext) -> u32 {
     later(&ctx, Stage::Encapsulate)
+}
+
+/// Sends a packet to its target from an address and a port of this machine.
+#[xdp]
+pub fn lb_snat_request(ctx: XdpContext) -> u32 {
+    later(&ctx, Stage::SnatRequest)
+}
+
+/// Looks for a source port that no flow has.
+#[xdp]
+pub fn lb_snat_search(ctx: XdpContext) -> u32 {
+    later(&ctx, Stage::SnatSearch)
+}
+
+/// Gives a new flow the port that was found, and sends its first packet.
+#[xdp]
+pub fn lb_snat_open(ctx: XdpContext) -> u32 {
+    later(&ctx, Stage::SnatOpen)
+}
+
+/// Sends a target's packet to the client whose flow has its destination port.
+#[xdp]
+pub fn lb_snat_reply(ctx: XdpContext) -> u32 {
+    later(&ctx, Stage::SnatReply)
 }
 
 /// A stage that another program has handed over to.

@@ -129,6 +129,10 @@ impl<'a> Maps<'a> {
                     Stage::Deliver => STAGES.tail_call(ctx, Stage::Deliver as u32),
                     Stage::Answer => STAGES.tail_call(ctx, Stage::Answer as u32),
                     Stage::Encapsulate => STAGES.tail_call(ctx, Stage::Encapsulate as u32),
+                    Stage::SnatRequest => STAGES.tail_call(ctx, Stage::SnatRequest as u32),
+                    Stage::SnatSearch => STAGES.tail_call(ctx, Stage::SnatSearch as u32),
+                    Stage::SnatOpen => STAGES.tail_call(ctx, Stage::SnatOpen as u32),
+                    Stage::SnatReply => STAGES.tail_call(ctx, Stage::SnatReply as u32),
                 };
             }
         }

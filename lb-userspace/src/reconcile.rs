@@ -9,6 +9,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use lb_common::load::Share;
+use lb_common::snat::SnatSource;
 use lb_common::tables::{Endpoint, EndpointKey, Interface, Listener, Slot, Target};
 use lb_common::wire::Address;
 
@@ -40,6 +41,10 @@ pub struct Desired {
     pub classes: BTreeMap<u32, Arc<BTreeSet<Prefix>>>,
     /// Listeners, targets and addresses as packets find them.
     pub endpoints: BTreeMap<EndpointKey, Endpoint>,
+    /// Addresses that packets to targets come from, by `target * MAX_SNAT_ADDRESSES + number`.
+    pub sources: BTreeMap<u32, SnatSource>,
+    /// Pools of their ports by number; where the search for a port begins, counted from the first.
+    pub pools: BTreeMap<u32, u16>,
 }
 
 /// Writes, to be carried out in order.
@@ -68,6 +73,9 @@ pub enum Step {
     RemovePrefix(u32, Prefix),
     SetEndpoint(Endpoint),
     RemoveEndpoint(EndpointKey),
+    SetSource(u32, SnatSource),
+    ClearSource(u32),
+    ResetPool(u32, u16),
 }
 
 /// The plan that turns `from` into `to`.
@@ -79,6 +87,8 @@ pub fn diff(from: &Desired, to: &Desired) -> Plan {
         changed(&from.interfaces, &to.interfaces).map(|(i, new)| Step::SetInterface(i, *new)),
     );
     steps.extend(to.devices.difference(&from.devices).copied().map(Step::AddDevice));
+    steps.extend(changed(&from.pools, &to.pools).map(|(n, start)| Step::ResetPool(n, *start)));
+    steps.extend(changed(&from.sources, &to.sources).map(|(i, new)| Step::SetSource(i, *new)));
     steps.extend(changed(&from.targets, &to.targets).map(|(i, new)| Step::SetTarget(i, *new)));
     steps.extend(changed(&from.shares, &to.shares).map(|(i, new)| Step::SetShare(i, *new)));
     steps
@@ -107,6 +117,7 @@ pub fn diff(from: &Desired, to: &Desired) -> Plan {
     steps.extend(removed(&from.listeners, &to.listeners).map(Step::ClearListener));
     steps.extend(removed(&from.shares, &to.shares).map(Step::ClearShare));
     steps.extend(removed(&from.targets, &to.targets).map(Step::ClearTarget));
+    steps.extend(removed(&from.sources, &to.sources).map(Step::ClearSource));
     steps.extend(from.devices.difference(&to.devices).copied().map(Step::RemoveDevice));
     steps.extend(removed(&from.interfaces, &to.interfaces).map(Step::RemoveInterface));
     Plan { steps }
@@ -164,6 +175,13 @@ impl fmt::Display for Step {
             Self::SetEndpoint(endpoint) => {
                 write!(f, "endpoint {:?} port {}", endpoint.address, endpoint.port.get())
             }
+            Self::SetSource(index, source) => write!(
+                f,
+                "source {index}: {:?} ports {}-{}, pool {}",
+                source.address, source.first, source.last, source.pool
+            ),
+            Self::ClearSource(index) => write!(f, "no source {index}"),
+            Self::ResetPool(number, start) => write!(f, "pool {number} from {start} on"),
             Self::RemoveEndpoint(key) => {
                 write!(f, "no endpoint {:?} port {}", key.address, key.port.get())
             }
@@ -176,6 +194,7 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use lb_common::flow::TCP;
+    use lb_common::snat::MAX_SNAT_ADDRESSES;
     use lb_common::wire::Be16;
     use proptest::prelude::*;
 
@@ -238,6 +257,16 @@ mod tests {
                 Step::RemoveEndpoint(key) => {
                     tables.endpoints.remove(&key).expect("an endpoint to remove");
                 }
+                Step::SetSource(index, source) => {
+                    assert!(tables.pools.contains_key(&source.pool), "a pool before its source");
+                    tables.sources.insert(index, source);
+                }
+                Step::ClearSource(index) => {
+                    tables.sources.remove(&index).expect("a source to clear");
+                }
+                Step::ResetPool(number, start) => {
+                    tables.pools.insert(number, start);
+                }
             }
         }
 
@@ -278,6 +307,10 @@ mod tests {
                         let share = Share { weight: u32::from(hop) + 1, group: index };
                         desired.shares.insert(*target, share);
                     }
+                    let source =
+                        SnatSource { pool: target * 10 + u32::from(hop), ..SnatSource::default() };
+                    desired.pools.insert(source.pool, 7);
+                    desired.sources.insert(*target * MAX_SNAT_ADDRESSES, source);
                     let endpoint = Endpoint {
                         address,
                         port: Be16::new(8000 + hop),
@@ -339,6 +372,8 @@ mod tests {
                 now = next;
                 // Rings that nobody names may stay.
                 kernel.tables.rings.retain(|ring, _| now.rings.contains_key(ring));
+                // So may pools without a source.
+                kernel.tables.pools.retain(|pool, _| now.pools.contains_key(pool));
                 prop_assert_eq!(&kernel.tables, &now);
                 prop_assert!(diff(&now, &now).steps.is_empty());
             }

@@ -38,6 +38,9 @@ const LOCAL: [&str; 4] = ["10.0.10.2", "10.0.11.2", "fd00:10::2", "fd00:11::2"];
 /// Ports of clients: few, so that flows are met again.
 const PORTS: std::ops::Range<u16> = 1000..1006;
 
+/// Ports that targets see: the first that are given out, and one that never is.
+const SNAT_PORTS: std::ops::Range<u16> = 19_999..20_080;
+
 /// What the ways of targets carry, bytes; the last is that of every device.
 pub const MTUS: [u16; 5] = [60, 100, 576, 1280, 1500];
 
@@ -47,13 +50,20 @@ pub struct Generator {
     rng: StdRng,
     listeners: Vec<(u8, SocketAddr)>,
     targets: Vec<(u8, SocketAddr)>,
+    /// Targets that see another address as their client's.
+    snat: Vec<(u8, SocketAddr, IpAddr)>,
 }
 
 impl Generator {
     /// A generator for a scene.
     pub fn new(seed: u64, scene: &Scene) -> Self {
         let rng = StdRng::seed_from_u64(seed);
-        Self { rng, listeners: scene.listeners(), targets: scene.ways_back() }
+        Self {
+            rng,
+            listeners: scene.listeners(),
+            targets: scene.ways_back(),
+            snat: scene.snat_targets(),
+        }
     }
 
     /// The source of chance, for what else a test leaves to it.
@@ -109,6 +119,10 @@ impl Generator {
             _ => 0,
         };
         packet.payload = (0..length).map(|_| self.rng.random()).collect();
+        if protocol != TCP && self.rng.random_ratio(1, 8) {
+            packet.payload.resize(self.rng.random_range(1198..1203), 0);
+            packet.payload[..6].copy_from_slice(&[0xc0, 0, 0, 0, 1, 8]);
+        }
         let mut frame = packet.build();
         if source.is_ipv6() && self.rng.random_ratio(1, 6) {
             self.add_extensions(&mut frame, l3);
@@ -156,7 +170,11 @@ impl Generator {
         let (from, target) = *self.targets.choose(&mut self.rng).expect("a target");
         match self.rng.random_range(0..20) {
             0..11 => (protocol, self.client(listener), listener),
-            11..16 => (from, target, self.client(target)),
+            11..14 => (from, target, self.client(target)),
+            14..16 => {
+                let (from, target, source) = *self.snat.choose(&mut self.rng).expect("a target");
+                (from, target, (source, self.rng.random_range(SNAT_PORTS)).into())
+            }
             16 => (from, self.client(target), target),
             17 => {
                 let vip = self.of_family(&VIPS, listener);

@@ -12,6 +12,7 @@ use lb_common::{
     flow::{Flow, FlowKey, FlowTable},
     lru::Lru,
     model::{Bytes, Model},
+    snat::PortPool,
     tables::{Slot, SlotState, Tables as _},
     verdict::Verdict,
 };
@@ -376,6 +377,7 @@ fn network() -> Network {
         source_mac: OUR_MAC,
         destination_mac: [2, 0, 0, 0, 1, last],
         mtu: 1500,
+        source: None,
     };
     let hops = (1..=254).flat_map(|last| addresses(last).map(|address| (address, Ok(hop(last)))));
     Network { interfaces: [(NIC, nic)].into(), next_hops: hops.collect(), ..Network::default() }
@@ -416,6 +418,14 @@ pub fn copy_tables(model: &mut Model, from: &Desired, to: &Desired) {
     }
     for endpoint in to.endpoints.values() {
         model.endpoints.insert(*endpoint);
+    }
+    model.snat.sources = to.sources.clone();
+    for (number, start) in &to.pools {
+        if from.pools.get(number) != Some(start) {
+            let pool = PortPool::new();
+            pool.reset(*start);
+            model.snat.pools.insert(*number, pool);
+        }
     }
 }
 

@@ -6,7 +6,7 @@
 //! counters, remembered flows, addresses reported as unresolved.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     time::Duration,
 };
@@ -20,6 +20,7 @@ use lb_common::{
     flow::{Flow, FlowKey, FlowTable, ReturnFlow},
     lru::Lru,
     model::{Bytes, Model},
+    snat::{SnatFlow, SnatReturn, Stamp},
     tables::{NextHop, Tables as _, Traffic},
     verdict::{DropReason, Verdict},
     wire::{Address, eth::Macs},
@@ -230,8 +231,9 @@ impl<'a> World<'a> {
     ///
     /// If they disagree on the verdict, the bytes or the reports; or the kernel refuses the frame.
     pub fn run(&mut self, ingress: u32, frame: &[u8]) -> Result<Outcome> {
-        if let Some(destination) = destination(frame) {
-            self.tell_route(destination);
+        // A reply goes to where its flow came from.
+        for address in addresses(frame).into_iter().flatten() {
+            self.tell_route(address);
         }
         let model = self.run_model(ingress, frame)?;
         let kernel = self.run_kernel(ingress, frame)?;
@@ -354,7 +356,108 @@ impl<'a> World<'a> {
         })?;
         let known = self.model.direct_flows.borrow();
         let known: BTreeMap<FlowKey, u32> = known.iter().map(|key| (*key, 1)).collect();
-        same("direct flow", &known, &direct, |a, b| a == b)
+        same("direct flow", &known, &direct, |a, b| a == b)?;
+        self.check_snat()
+    }
+
+    /// Checks that both sides remember the same flows whose both ends are rewritten, and that exactly
+    /// their ports are taken.
+    fn check_snat(&self) -> Result<()> {
+        let tables = self.kernel.snat_tables()?;
+        let (flows, returns) = (tables.flows().collect(), tables.returns().collect());
+        let same_stamp = |a: Stamp, b: Stamp| {
+            a.state() == b.state() && a.time().abs_diff(b.time()) < CLOCK_SLACK
+        };
+        let model = &self.model.snat;
+        same("snat flow", &model.flows.borrow(), &flows, |a: &SnatFlow, b: &SnatFlow| {
+            same_stamp(a.stamp, b.stamp) && SnatFlow { stamp: b.stamp, ..*a } == *b
+        })?;
+        same(
+            "snat return",
+            &model.returns.borrow(),
+            &returns,
+            |a: &SnatReturn, b: &SnatReturn| {
+                same_stamp(a.stamp, b.stamp) && SnatReturn { stamp: b.stamp, ..*a } == *b
+            },
+        )?;
+        for (number, pool) in &model.pools {
+            let of_pool = returns.iter().filter(|(_, flow)| flow.pool == *number);
+            let ports: BTreeSet<u16> = of_pool.map(|(key, _)| key.destination_port.get()).collect();
+            let kernel = tables.pools().get(*number).context("a pool")?;
+            for (side, pool) in [("host", &**pool), ("kernel", kernel)] {
+                let taken: BTreeSet<u16> = pool.ports().collect();
+                ensure!(taken == ports, "pool {number}, {side}: {taken:?}, flows have {ports:?}");
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes both sides believe that the last packet of every flow whose both ends are rewritten came
+    /// as long ago as `ago` says, which is asked once a flow.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel's tables do not take it.
+    pub fn age_snat(&mut self, mut ago: impl FnMut() -> Duration) -> Result<()> {
+        let now = monotonic()?;
+        let returns: Vec<_> =
+            self.model.snat.returns.borrow().iter().map(|(k, f)| (*k, *f)).collect();
+        for (reply, mut back) in returns {
+            let stamp =
+                |old: Stamp, ago: Duration| Stamp::new(now - ago.as_nanos() as u64, old.state());
+            let ago = ago();
+            back.stamp = stamp(back.stamp, ago);
+            self.model.snat.returns.borrow_mut().insert(reply, back);
+            self.map::<SnatReturn>("SNAT_RETURNS")?.insert(Raw(reply), Raw(back), 0)?;
+            let listener = self.desired.listeners.get(&back.listener).context("a listener")?;
+            let key = FlowKey {
+                source: back.client,
+                source_port: back.client_port,
+                destination: listener.address,
+                destination_port: listener.port,
+                ..reply
+            };
+            let Some(mut flow) = self.model.snat.flows.borrow().get(&key).copied() else {
+                continue;
+            };
+            if flow.port == reply.destination_port && flow.address == reply.destination {
+                flow.stamp = stamp(flow.stamp, ago);
+                self.model.snat.flows.borrow_mut().insert(key, flow);
+                self.map::<SnatFlow>("SNAT_FLOWS")?.insert(Raw(key), Raw(flow), 0)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Does what the agent's walk does, on both sides: removes flows that are over.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn walk_snat(&mut self) -> Result<()> {
+        let now = monotonic()?;
+        let mut tables = self.kernel.snat_tables()?;
+        let model = &self.model.snat;
+        model.flows.borrow_mut().retain(|key, flow| {
+            let is_over = flow.stamp.is_over(now, key.protocol, flow.idle);
+            if is_over {
+                tables.remove_flow(key, |flow| flow.stamp.is_over(now, key.protocol, flow.idle));
+            }
+            !is_over
+        });
+        let over: Vec<_> = model
+            .returns
+            .borrow()
+            .iter()
+            .filter(|(key, back)| back.stamp.is_over(now, key.protocol, back.idle))
+            .map(|(key, back)| (*key, *back))
+            .collect();
+        for (key, back) in over {
+            tables.remove_return(&key, &back)?;
+            model.returns.borrow_mut().remove(&key);
+            model.pools[&back.pool].release(key.destination_port.get());
+        }
+        Ok(())
     }
 
     /// A walk has made another map of exceptions.
@@ -515,20 +618,22 @@ pub fn monotonic() -> Result<u64> {
     Ok(Duration::from(ClockId::CLOCK_MONOTONIC.now()?).as_nanos() as u64)
 }
 
-/// Where an IP packet goes, as far as there is one.
-fn destination(frame: &[u8]) -> Option<IpAddr> {
+/// Where an IP packet comes from and goes to, as far as there is one.
+fn addresses(frame: &[u8]) -> Option<[IpAddr; 2]> {
     let mut l3 = 14;
     while matches!(frame.get(l3 - 2..l3)?, [0x81, 0x00] | [0x88, 0xa8]) && l3 < 22 {
         l3 += 4;
     }
     match frame.get(l3 - 2..l3)? {
         [0x08, 0x00] => {
-            let octets: [u8; 4] = frame.get(l3 + 16..l3 + 20)?.try_into().ok()?;
-            Some(octets.into())
+            let [source, destination]: [[u8; 4]; 2] =
+                bytemuck::pod_read_unaligned::<[[u8; 4]; 2]>(frame.get(l3 + 12..l3 + 20)?);
+            Some([source.into(), destination.into()])
         }
         [0x86, 0xdd] => {
-            let octets: [u8; 16] = frame.get(l3 + 24..l3 + 40)?.try_into().ok()?;
-            Some(octets.into())
+            let [source, destination]: [[u8; 16]; 2] =
+                bytemuck::pod_read_unaligned::<[[u8; 16]; 2]>(frame.get(l3 + 8..l3 + 40)?);
+            Some([source.into(), destination.into()])
         }
         _ => None,
     }

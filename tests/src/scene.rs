@@ -9,6 +9,7 @@ use std::{
 use lb_common::{
     flow::{HashKeys, ICMP, ICMPV6, TCP, TCP_IDLE, UDP, UDP_IDLE},
     load::Share,
+    snat::{MAX_SNAT_ADDRESSES, SnatSource},
     tables::{
         Endpoint, EndpointKey, Interface, Listener, NO_LISTENER, NO_RING, NextHop, OPEN, Slot,
         Target,
@@ -29,6 +30,7 @@ pub const OPTIONS: LoadOptions = LoadOptions {
     flow_table_size: 1 << 16,
     half_open_table_size: 1 << 16,
     once_seen_table_size: 1 << 16,
+    port_pools: 16,
     log: false,
 };
 
@@ -186,6 +188,44 @@ impl Scene {
         self.desired.shares.insert(target, Share { weight, group });
     }
 
+    /// A target whose packets come from an address of the machine, with these ports of a pool.
+    pub fn source(&mut self, target: u32, address: &str, pool: u32, (first, last): (u16, u16)) {
+        let address = Address::from(ip(address));
+        let entry = self.desired.targets.get_mut(&target).expect("a target");
+        let sources = entry.sources();
+        let index = target * MAX_SNAT_ADDRESSES + sources;
+        entry.set_sources(sources + 1);
+        let source = SnatSource { address, pool, first, last, zero: 0 };
+        self.desired.sources.insert(index, source);
+        self.desired.pools.insert(pool, 0);
+        let known = self.desired.endpoints.get_mut(&EndpointKey::of_address(address));
+        let endpoint = known.expect("an address of the machine");
+        let is_first = endpoint.kind & Endpoint::SNAT == 0;
+        let (first, last) = (u32::from(first), u32::from(last));
+        endpoint.kind |= Endpoint::SNAT;
+        endpoint.listener = if is_first { first } else { endpoint.listener.min(first) };
+        endpoint.index = if is_first { last } else { endpoint.index.max(last) };
+    }
+
+    /// A listener with one target of mode [`Target::SNAT`] and the same number.
+    pub fn snat_listener(&mut self, number: u32, protocol: u8, at: &str, target: &str) {
+        self.target(number, Target::SNAT, target, Way::by(11));
+        self.listener_of(number, protocol, at, &[Slot::settled(number)], OPEN, Endpoint::TRACKED);
+    }
+
+    /// Targets of [`Self::snat_listener`]s by protocol, with the addresses that they see.
+    pub fn snat_targets(&self) -> Vec<(u8, SocketAddr, IpAddr)> {
+        let listeners = self.desired.listeners.iter();
+        listeners
+            .filter_map(|(number, listener)| {
+                let target = self.desired.targets.get(number)?;
+                let source = self.desired.sources.get(&(number * MAX_SNAT_ADDRESSES))?;
+                let at = SocketAddr::new(target.address.into(), target.port.get());
+                Some((listener.protocol, at, source.address.into()))
+            })
+            .collect()
+    }
+
     /// Marks a target as one that several listeners share.
     pub fn share(&mut self, target: u32, protocol: u8, first: u32) {
         let Target { address, port, .. } = self.desired.targets[&target];
@@ -280,7 +320,21 @@ impl Scene {
         scene.tunnel_listeners();
         scene.sticky_listeners();
         scene.least_connections_listeners();
+        scene.snat_listeners();
         scene
+    }
+
+    /// Listeners 36 to 39 rewrite both ends; 36 and 38 have few ports.
+    fn snat_listeners(&mut self) {
+        for (n, protocol, at, target, source, ports) in [
+            (36, TCP, "10.0.10.100:118", "10.0.11.245:8080", "10.0.11.2", (20_000, 20_063)),
+            (37, UDP, "10.0.10.100:118", "10.0.11.246:5353", "10.0.11.2", (20_000, 20_999)),
+            (38, TCP, "[fd00:10::100]:118", "[fd00:11::47]:8080", "fd00:11::2", (20_000, 20_003)),
+            (39, UDP, "[fd00:10::100]:118", "[fd00:11::48]:5353", "fd00:11::2", (20_000, 20_999)),
+        ] {
+            self.snat_listener(n, protocol, at, target);
+            self.source(n, source, n - 36, ports);
+        }
     }
 
     fn settled_listeners(&mut self) {

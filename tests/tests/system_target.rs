@@ -136,6 +136,53 @@ fn nat_clients_come_in_through_the_load_balancer_only() {
     }
 }
 
+/// Packets come from the load balancer's address, so that is what its group is known by.
+#[test]
+fn snat_clients_come_in_through_the_load_balancer_only() {
+    let picture = Picture::TwoNics;
+    let balancer = Dual::new(TARGETS, 1);
+    let site = Site::start_with(picture, 2, |config| {
+        config.group = "forwarding = \"snat\"\n".into();
+        guarded(config, picture);
+        // Its MAC address would let in what it only routes.
+        let (before, after) = config.tables.split_once("members = [").unwrap();
+        let (_, after) = after.split_once(']').unwrap();
+        config.tables = format!("{before}members = [{balancer}]{after}");
+    })
+    .unwrap();
+    let guards: Vec<Agent> = site
+        .topology
+        .targets
+        .iter()
+        .map(|target| start_target(target, &site.config.to_string()))
+        .collect();
+    for (web, echo) in site.web().into_iter().zip(site.echo()) {
+        for _ in 0..8 {
+            let answer = site.client(|| clients::http_get(None, web, "/client").unwrap());
+            assert!(answer.text().contains(&balancer.like(web.ip()).to_string()));
+        }
+        let ask = || site.client(|| clients::udp_ping(None, echo, b"may I?", SHORT).is_ok());
+        wait_until("an answer through the load balancer", PATIENCE, ask).unwrap();
+    }
+    assert_eq!(guards.iter().map(denied).sum::<u64>(), 0, "health checks come in as well");
+
+    for target in target_host(0).both() {
+        // Over the balancer as a router, and from the targets' segment.
+        for stranger in [&site.topology.client, &site.topology.targets[1]] {
+            let refused = || denied(&guards[0]) + site.drops(DENIED).unwrap();
+            let before = refused();
+            let web = SocketAddr::new(target, target_port(picture, 80));
+            stranger.run(|| clients::connect(None, web).unwrap_err());
+            let echo = SocketAddr::new(target, target_port(picture, 7));
+            stranger.run(|| clients::udp_ping(None, echo, b"may I?", SHORT).unwrap_err());
+            assert!(refused() >= before + 2, "{}", stranger.role());
+        }
+    }
+    for web in site.web() {
+        site.client(|| clients::http_get(None, web, "/").unwrap());
+    }
+}
+
 #[test]
 fn tunnelled_clients_come_in_through_the_load_balancer_only() {
     for forwarding in ["dsr_ipip", "dsr_gue"] {

@@ -35,6 +35,18 @@ pub fn translate<I: Ip, F: Frame>(
     let difference = I::replace_address(Sum::default(), old_address, address);
     I::rewrite(frame, packet.l3, &packet.header, end, address, difference)?;
     let sum = Sum::of(transport.checksum).plus(difference).replace16(old_port, port);
+    write_transport(frame, packet, transport, ports, sum)
+}
+
+/// Writes both ports, and the checksum of the sum where there was one.
+#[inline(always)]
+pub fn write_transport<I: Ip, F: Frame>(
+    frame: &mut F,
+    packet: &Packet<I>,
+    transport: &Transport,
+    ports: Ports,
+    sum: Sum,
+) -> Result<(), DropReason> {
     let written = if packet.protocol == UDP {
         let checksum = udp_checksum(transport.checksum, sum);
         frame.write_pair::<{ Udp::CHECKSUM_AT }, _, _>(packet.l4, ports, checksum)

@@ -13,6 +13,7 @@ pub(crate) mod reject;
 mod reply;
 mod request;
 mod select;
+mod snat;
 mod stage;
 mod tunnel;
 
@@ -75,6 +76,10 @@ enum Stop {
     TooBig,
     /// It is to go through a tunnel to [`Step::selected`].
     Encapsulate,
+    /// It is to go to [`Step::selected`] from an address and a port of this machine.
+    Snat,
+    /// It may be a reply to such an address; else it ends with this action of [`Next`].
+    SnatReply(u32),
 }
 
 impl From<DropReason> for Stop {
@@ -150,6 +155,13 @@ pub fn go_on<F: Frame, T: Tables>(
         (Stage::Answer, false) => reject::answer::<V6, F, T>(frame, tables, step),
         (Stage::Encapsulate, true) => tunnel::encapsulate::<V4, F, T>(frame, tables, step),
         (Stage::Encapsulate, false) => tunnel::encapsulate::<V6, F, T>(frame, tables, step),
+        (Stage::SnatRequest, true) => snat::request::<V4, F, T>(frame, tables, step),
+        (Stage::SnatRequest, false) => snat::request::<V6, F, T>(frame, tables, step),
+        (Stage::SnatSearch, _) => snat::search(tables, step),
+        (Stage::SnatOpen, true) => snat::open::<V4, F, T>(frame, tables, step),
+        (Stage::SnatOpen, false) => snat::open::<V6, F, T>(frame, tables, step),
+        (Stage::SnatReply, true) => snat::reply::<V4, F, T>(frame, tables, step),
+        (Stage::SnatReply, false) => snat::reply::<V6, F, T>(frame, tables, step),
     })
 }
 
@@ -218,12 +230,21 @@ fn from_elsewhere<const SHAPE: bool, I: Answer, F: Frame, T: Tables>(
     let endpoint = lookup(tables, &EndpointKey::new(packet.source, port, packet.protocol));
     let outcome = if endpoint.kind() == Endpoint::TARGET {
         reply::handle(frame, tables, &link, &packet, transport, &endpoint)
-    } else if is_owned(tables, &packet) {
-        Err(DropReason::NoListener.into())
     } else {
-        Ok(Verdict::Pass)
+        of_nobody(tables, &packet)
     };
     step.conclude(outcome, packet.place())
+}
+
+/// A packet from no target and to no listener.
+#[inline(always)]
+fn of_nobody<I: Ip, T: Tables>(tables: &T, packet: &Packet<I>) -> Outcome {
+    let kind = kind_of_address(tables, packet.destination.words());
+    let is_owned = kind & Endpoint::KIND == Endpoint::OWNED;
+    if kind & Endpoint::SNAT != 0 {
+        return Err(Stop::SnatReply(if is_owned { Next::DROP } else { Next::PASS }));
+    }
+    if is_owned { Err(DropReason::NoListener.into()) } else { Ok(Verdict::Pass) }
 }
 
 #[inline(always)]
@@ -248,20 +269,15 @@ fn without_ports<I: Ip, T: Tables>(tables: &T, packet: &Packet<I>) -> Outcome {
 /// listener must not show the machine's own services there.
 #[inline(always)]
 fn is_owned<I: Ip, T: Tables>(tables: &T, packet: &Packet<I>) -> bool {
-    kind_of_address(tables, packet.destination.words()) == Endpoint::OWNED
+    kind_of_address(tables, packet.destination.words()) & Endpoint::KIND == Endpoint::OWNED
 }
 
-/// Whether the destination is an address of this machine.
-#[inline(always)]
-fn is_local<T: Tables>(tables: &T, address: Address) -> bool {
-    let kind = kind_of_address(tables, address.words());
-    kind == Endpoint::LOCAL || kind == Endpoint::OWNED
-}
-
-/// A function of its own in the kernel too, with stack of its own.
+/// What the address is, with its flags: 0 if it is none of this machine's. A function of its own in
+/// the kernel too, with stack of its own.
 #[inline(never)]
 fn kind_of_address<T: Tables>(tables: &T, [high, low]: [u64; 2]) -> u8 {
-    lookup(tables, &EndpointKey::of_address(Address::from_words([high, low]))).kind()
+    let found = lookup(tables, &EndpointKey::of_address(Address::from_words([high, low])));
+    found.kind as u8 & (Endpoint::KIND | Endpoint::SNAT)
 }
 
 /// Echo requests to an address with security groups need a rule; errors and neighbour discovery

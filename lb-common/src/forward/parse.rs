@@ -1,6 +1,7 @@
 //! From bytes to headers. `None` means: not for us to judge, the packet passes untouched.
 
 use crate::flow::{FlowKey, TCP, UDP};
+use crate::wire::quic::LongHeader;
 use crate::wire::{Address, Be16, EtherType, Ethernet, Tcp, Udp, VlanTag};
 
 use super::Frame;
@@ -131,6 +132,14 @@ impl Transport {
         self.claimed < least || packet.l4 + self.claimed > end || end > frame.len()
     }
 
+    /// Whether this datagram opens a QUIC connection, as far as its first bytes tell.
+    #[inline(always)]
+    pub fn is_quic_initial<F: Frame>(&self, frame: &F, l4: usize) -> bool {
+        frame
+            .read::<LongHeader>(l4 + size_of::<Udp>())
+            .is_some_and(|header| header.is_initial(Be16::new(self.claimed as u16)))
+    }
+
     /// Whether this opens a TCP connection.
     #[inline(always)]
     pub fn is_syn(&self) -> bool {
@@ -227,12 +236,25 @@ impl Place {
         let transport = packet.transport?;
         Some((packet.flow(transport.ports), transport))
     }
+
+    /// See [`Transport::is_quic_initial`].
+    #[inline(always)]
+    pub fn is_quic_initial<F: Frame>(&self, frame: &F, transport: &Transport) -> bool {
+        let l4 = (self.l4 & MAX_HEADERS) as usize;
+        self.protocol == UDP as u32 && transport.is_quic_initial(whole(frame), l4)
+    }
 }
 
 /// Keeps the compiler from handing a function the packet's two pointers instead of the frame, as
 /// half words that the verifier does not take for pointers.
 #[inline(always)]
 pub fn whole<F: Frame>(frame: &F) -> &F {
+    core::hint::black_box(frame)
+}
+
+/// As [`whole`].
+#[inline(always)]
+pub fn whole_mut<F: Frame>(frame: &mut F) -> &mut F {
     core::hint::black_box(frame)
 }
 

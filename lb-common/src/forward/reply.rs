@@ -6,7 +6,7 @@ use crate::verdict::{DropReason, Verdict};
 
 use super::ip::{End, Ip};
 use super::parse::{Link, Packet, Place, Transport};
-use super::{Found, Frame, Next, Outcome, emit};
+use super::{Found, Frame, Next, Outcome, Stop, emit};
 
 /// Gives a reply the listener's address back and sends it to the client.
 ///
@@ -21,8 +21,10 @@ pub fn handle<I: Ip, F: Frame, T: Tables>(
     transport: &Transport,
     target: &Found,
 ) -> Outcome {
-    if super::is_local(tables, packet.destination) {
-        return Ok(Verdict::Pass);
+    let kind = super::kind_of_address(tables, packet.destination.words());
+    if kind != 0 {
+        let is_snat = kind & Endpoint::SNAT != 0;
+        return if is_snat { Err(Stop::SnatReply(Next::PASS)) } else { Ok(Verdict::Pass) };
     }
     let registered = tables.target(target.index).ok_or(DropReason::TableInconsistent)?;
     if tables.has_direct_flows(target.index, registered)

@@ -61,9 +61,9 @@ pub fn deliver<I: Ip, F: Frame, T: Tables>(
     if target.mode == Target::NAT {
         let (address, port) = (target.address, target.port);
         emit::translate(frame, packet, transport, End::Destination, address, port)?;
-    } else if target.is_tunnelled() {
+    } else if target.mode >= Target::SNAT {
         (step.recall.listener, step.selected) = (listener, selected);
-        return Err(Stop::Encapsulate);
+        return Err(if target.is_tunnelled() { Stop::Encapsulate } else { Stop::Snat });
     }
     let verdict = emit::send(frame, link, &target.hop)?;
     tables.count_request(listener, index, packet.length as u64, is_new);

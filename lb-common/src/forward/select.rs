@@ -162,14 +162,17 @@ fn is_exception<T: Tables>(tables: &T, hash: u32) -> bool {
 }
 
 /// What a packet says of its flow, in memory.
-struct Asked {
-    key: FlowKey,
-    flags: u8,
+pub struct Asked {
+    /// Its addresses and ports.
+    pub key: FlowKey,
+    /// TCP control bits; for UDP [`Kind::QUIC_INITIAL`] or 0.
+    pub flags: u8,
 }
 
 impl Asked {
+    /// Nothing yet.
     #[inline(always)]
-    fn nothing() -> Self {
+    pub fn nothing() -> Self {
         let zero = core::hint::black_box(0_u64);
         let key = FlowKey {
             source: Address::from_words([zero; 2]),
@@ -182,17 +185,20 @@ impl Asked {
         Self { key, flags: zero as u8 }
     }
 
+    /// What it means for its flow.
     #[inline(always)]
-    fn kind(&self) -> Kind {
+    pub fn kind(&self) -> Kind {
         Kind::of(self.key.protocol, self.flags)
     }
 }
 
 /// Reads the flow once more, with stack of its own; 0 if it is not there.
 #[inline(never)]
-fn ask<I: Ip, F: Frame>(frame: &F, place: &Place, asked: &mut Asked) -> u32 {
+pub fn ask<I: Ip, F: Frame>(frame: &F, place: &Place, asked: &mut Asked) -> u32 {
     let Some((key, transport)) = place.flow::<I, F>(frame) else { return 0 };
-    *asked = Asked { key, flags: transport.flags };
+    let is_initial = place.is_quic_initial(frame, &transport);
+    let flags = if is_initial { Kind::QUIC_INITIAL } else { transport.flags };
+    *asked = Asked { key, flags };
     1
 }
 

@@ -25,11 +25,28 @@ pub enum Stage {
     Answer = 2,
     /// Sends a packet to its target through a tunnel.
     Encapsulate = 3,
+    /// Sends a packet to its target from an address and a port of this machine.
+    SnatRequest = 4,
+    /// Looks for a source port that no flow has.
+    SnatSearch = 5,
+    /// Gives a new flow the port that was found, and sends its first packet.
+    SnatOpen = 6,
+    /// Sends a target's packet to the client whose flow has its destination port.
+    SnatReply = 7,
 }
 
 impl Stage {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 4] = [Self::Recall, Self::Deliver, Self::Answer, Self::Encapsulate];
+    pub const ALL: [Self; 8] = [
+        Self::Recall,
+        Self::Deliver,
+        Self::Answer,
+        Self::Encapsulate,
+        Self::SnatRequest,
+        Self::SnatSearch,
+        Self::SnatOpen,
+        Self::SnatReply,
+    ];
 
     /// The name of its program.
     pub const fn program(self) -> &'static str {
@@ -38,6 +55,10 @@ impl Stage {
             Self::Deliver => "lb_deliver",
             Self::Answer => "lb_answer",
             Self::Encapsulate => "lb_encapsulate",
+            Self::SnatRequest => "lb_snat_request",
+            Self::SnatSearch => "lb_snat_search",
+            Self::SnatOpen => "lb_snat_open",
+            Self::SnatReply => "lb_snat_reply",
         }
     }
 }
@@ -47,7 +68,7 @@ impl Stage {
 #[derive(Clone, Copy)]
 pub struct Next {
     action: u32,
-    /// By action: an interface, a [`DropReason`].
+    /// By action: an interface, a [`DropReason`], another action, an attempt to get a port.
     argument: u32,
 }
 
@@ -63,6 +84,10 @@ impl Next {
     pub(super) const ANSWER: u32 = Self::STAGES + Stage::Answer as u32;
     const ENCAPSULATE: u32 = Self::STAGES + Stage::Encapsulate as u32;
     const RECALL: u32 = Self::STAGES + Stage::Recall as u32;
+    const SNAT_REQUEST: u32 = Self::STAGES + Stage::SnatRequest as u32;
+    pub(super) const SNAT_SEARCH: u32 = Self::STAGES + Stage::SnatSearch as u32;
+    pub(super) const SNAT_OPEN: u32 = Self::STAGES + Stage::SnatOpen as u32;
+    const SNAT_REPLY: u32 = Self::STAGES + Stage::SnatReply as u32;
 
     #[inline(always)]
     pub(super) fn with(action: u32, argument: u32) -> u64 {
@@ -82,6 +107,10 @@ impl Next {
             Self::DELIVER => Some(Stage::Deliver),
             Self::ANSWER => Some(Stage::Answer),
             Self::ENCAPSULATE => Some(Stage::Encapsulate),
+            Self::SNAT_REQUEST => Some(Stage::SnatRequest),
+            Self::SNAT_SEARCH => Some(Stage::SnatSearch),
+            Self::SNAT_OPEN => Some(Stage::SnatOpen),
+            Self::SNAT_REPLY => Some(Stage::SnatReply),
             _ => None,
         }
     }
@@ -118,7 +147,7 @@ pub struct Step {
     pub(super) recall: Recall,
     pub(super) place: Place,
     pub(super) selected: Selected,
-    /// By stage: a [`DropReason`].
+    /// By stage: a [`DropReason`], an action of [`Next`], an attempt to get a port.
     pub(super) argument: u32,
     zero: u32,
 }
@@ -191,6 +220,11 @@ impl Step {
                 self.place = place;
                 Next::with(Next::ENCAPSULATE, 0)
             }
+            Err(Stop::Snat) => {
+                self.place = place;
+                Next::with(Next::SNAT_REQUEST, 0)
+            }
+            Err(Stop::SnatReply(otherwise)) => Next::with(Next::SNAT_REPLY, otherwise),
         }
     }
 }

@@ -18,7 +18,7 @@ pub fn walk(walk: Walk, mut tables: FlowTables) -> Findings {
 }
 
 /// The clock that the kernel's side stamps flows with (`bpf_ktime_get_ns`).
-fn monotonic_nanoseconds() -> u64 {
+pub(super) fn monotonic_nanoseconds() -> u64 {
     nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
         .map(|time| Duration::from(time).as_nanos() as u64)
         .unwrap_or(0)

@@ -5,6 +5,7 @@ mod flows;
 mod kernel_log;
 mod nics;
 pub(crate) mod reload;
+mod snat;
 mod start;
 pub(crate) mod watch;
 
@@ -29,7 +30,8 @@ use crate::config::{Config, Forwarding, Role};
 use crate::dataplane::{Dataplane, FlowTableUsage};
 use crate::health::{Checker, HealthEvent};
 use crate::netlink::{
-    AddressManager, IpFamily, Netlink, NetworkEvent, StateDirectory, missing_forwarding,
+    AddressManager, IpFamily, Netlink, NetworkEvent, ReservedPorts, StateDirectory,
+    missing_forwarding,
 };
 use crate::reconcile::{self, Desired};
 use crate::state::{About, Findings, State, Walk};
@@ -100,6 +102,8 @@ struct Agent {
     network_events: mpsc::Sender<NetworkEvent>,
     addresses: AddressManager,
     nics: Nics,
+    reserved_ports: ReservedPorts,
+    port_problem: Option<String>,
     /// Given up last: what is noted in it has been put back by then.
     state_directory: StateDirectory,
     api: JoinHandle<()>,
@@ -109,6 +113,7 @@ struct Agent {
     flow_tables: [FlowTableUsage; FlowTable::ALL.len()],
     watchman: flows::Watchman,
     last_walk: Instant,
+    snat_walks: snat::Walks,
     started: u64,
     is_ready: bool,
 }
@@ -249,6 +254,7 @@ impl Agent {
             self.last_walk = now;
             self.start_walk();
         }
+        self.walk_snat(now).await;
     }
 
     /// What a walk has found of pinned slots: first the map, then the slots that go by it.
@@ -305,6 +311,7 @@ impl Agent {
 
     async fn set_config(&mut self, config: Config) {
         self.state.set_config(config, Instant::now());
+        self.reserve_ports();
         self.manage_addresses().await;
         self.check_forwarding();
         self.netlink.want(self.state.destinations());
@@ -334,7 +341,10 @@ impl Agent {
     /// Replies of NAT leave by the kernel's routes, which wants forwarding switched on.
     fn check_forwarding(&mut self) {
         let config = self.state.config();
-        let routes = config.target_groups.values().any(|group| group.forwarding == Forwarding::Nat);
+        let routes = config
+            .target_groups
+            .values()
+            .any(|group| matches!(group.forwarding, Forwarding::Nat | Forwarding::Snat));
         let mut problems = Vec::new();
         let families = [
             (IpFamily::V4, self.state.addresses().iter().any(IpAddr::is_ipv4)),
@@ -344,7 +354,7 @@ impl Agent {
             for (family, _) in families.into_iter().filter(|(_, used)| routes && *used) {
                 match missing_forwarding(&nic.name, family) {
                     Ok(Some(sysctl)) => problems.push(format!(
-                        "forwarding is off on {}: replies of nat targets are dropped as \
+                        "forwarding is off on {}: replies of nat and snat targets are dropped as \
                          NextHopUnresolved until you run `sysctl -w {sysctl}=1`",
                         nic.name
                     )),
@@ -420,6 +430,7 @@ impl Agent {
                 .problems()
                 .chain(&self.warnings)
                 .chain(&self.network_problems)
+                .chain(&self.port_problem)
                 .cloned()
                 .collect(),
         };
@@ -441,6 +452,9 @@ impl Agent {
         }
         if let Err(error) = self.nics.restore() {
             warn!("rxvlan stays off: {error}");
+        }
+        if let Err(error) = self.reserved_ports.restore() {
+            warn!("ports stay reserved: {error}");
         }
         drop(self.state_directory);
     }

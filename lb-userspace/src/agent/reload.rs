@@ -30,7 +30,7 @@ impl Source {
         let last = remembered(&content);
         let config = match content.and_then(|bytes| config::parse_bytes(&path, bytes)) {
             Ok(parsed) => {
-                parsed.warnings.iter().for_each(|warning| warn!("{warning}"));
+                parsed.warnings_here().for_each(|warning| warn!("{warning}"));
                 parsed.config
             }
             Err(LoadError::Missing(_)) if !is_named => Config::default(),
@@ -76,7 +76,7 @@ impl Source {
             );
         }
         refuse_another_hash(running, &parsed.config)?;
-        parsed.warnings.iter().for_each(|warning| warn!("{warning}"));
+        parsed.warnings_here().for_each(|warning| warn!("{warning}"));
         let mut config = parsed.config;
         keep_what_is_fixed(&mut config.agent, &running.agent);
         Ok(Some(config))

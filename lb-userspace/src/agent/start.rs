@@ -17,10 +17,10 @@ use crate::dataplane::{Dataplane, LoadOptions, check_privileges};
 use crate::health::Checker;
 use crate::netlink::{
     AddressManager, DEFAULT_STATE_DIRECTORY, Interface, LinkLayer, Netlink, NetworkEvent,
-    StateDirectory, read_interfaces,
+    ReservedPorts, StateDirectory, read_interfaces,
 };
 use crate::reconcile::Desired;
-use crate::state::State;
+use crate::state::{State, port_pools};
 
 use super::nics::Nics;
 use super::reload::Source;
@@ -53,6 +53,7 @@ impl Agent {
             hash_seed,
             ring_size,
             flow_table_size: config.agent.flow_table_size,
+            port_pools: port_pools(&config),
             half_open_table_size: config.agent.half_open_table_size,
             once_seen_table_size: config.agent.once_seen_table_size,
             log: tracing::enabled!(target: "lb_ebpf", Level::DEBUG),
@@ -72,6 +73,7 @@ impl Agent {
         }
 
         let mut state = State::new(ring_size);
+        state.set_port_pools(port_pools(&config));
         state.set_attached(attached);
         let mut agent = Self {
             state,
@@ -90,6 +92,8 @@ impl Agent {
             network_events,
             addresses: AddressManager::new(state_directory.path()).context("manage addresses")?,
             nics,
+            reserved_ports: ReservedPorts::new(state_directory.path()).context("reserve ports")?,
+            port_problem: None,
             state_directory,
             api: tokio::spawn(async move {
                 server.serve(api_requests).await;
@@ -98,6 +102,7 @@ impl Agent {
             flow_tables: Default::default(),
             watchman: Default::default(),
             last_walk: Instant::now(),
+            snat_walks: super::snat::Walks::default(),
             started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
             is_ready: false,
         };

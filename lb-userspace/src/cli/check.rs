@@ -11,7 +11,7 @@ use crate::config::{self, Config};
 /// [`config::LoadError`] with everything that is wrong with it.
 pub(super) fn run(file: &Path) -> anyhow::Result<()> {
     let parsed = config::load(file)?;
-    for warning in &parsed.warnings {
+    for warning in parsed.warnings_here() {
         output::complain(&format!("{warning}\n\n"));
     }
     output::print(&summary(file, &parsed.config))

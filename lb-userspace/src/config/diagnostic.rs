@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::fmt::{self, Display};
+use std::net::IpAddr;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -95,13 +96,20 @@ pub(super) struct Report<'a> {
     /// Where each line begins, in bytes; lookups must not cost a walk over a large file.
     line_starts: Vec<usize>,
     found: RefCell<Vec<(Span, Diagnostic)>>,
+    unless_local: RefCell<Vec<(IpAddr, Diagnostic)>>,
 }
 
 impl<'a> Report<'a> {
     pub(super) fn new(file_name: &str, text: &'a str) -> Self {
         let line_starts =
             std::iter::once(0).chain(text.match_indices('\n').map(|(at, _)| at + 1)).collect();
-        Self { file: file_name.into(), text, line_starts, found: RefCell::default() }
+        Self {
+            file: file_name.into(),
+            text,
+            line_starts,
+            found: RefCell::default(),
+            unless_local: RefCell::default(),
+        }
     }
 
     /// Notes an error at `span`: what is wrong, and what would be right.
@@ -112,6 +120,23 @@ impl<'a> Report<'a> {
     /// Notes a warning, as [`Self::error`] does an error.
     pub(super) fn warning(&self, span: Span, message: impl Into<String>, help: impl Into<String>) {
         self.note(Severity::Warning, span, message.into(), help.into());
+    }
+
+    /// Notes a warning that holds on a machine without this address.
+    pub(super) fn warning_unless_local(
+        &self,
+        span: Span,
+        address: IpAddr,
+        message: String,
+        help: &str,
+    ) {
+        let warning = self.diagnostic(Severity::Warning, &span, message, help.to_owned());
+        self.unless_local.borrow_mut().push((address, warning));
+    }
+
+    /// Those warnings.
+    pub(super) fn take_unless_local(&self) -> Vec<(IpAddr, Diagnostic)> {
+        self.unless_local.take()
     }
 
     /// The text at `span` as it can stand in a message: one line, not long.
@@ -143,7 +168,18 @@ impl<'a> Report<'a> {
     }
 
     fn note(&self, severity: Severity, span: Span, message: String, help: String) {
-        let line = self.line_of(&span);
+        let diagnostic = self.diagnostic(severity, &span, message, help);
+        self.found.borrow_mut().push((span, diagnostic));
+    }
+
+    fn diagnostic(
+        &self,
+        severity: Severity,
+        span: &Span,
+        message: String,
+        help: String,
+    ) -> Diagnostic {
+        let line = self.line_of(span);
         let start = self.line_starts[line - 1];
         let end = self.line_starts.get(line).copied().unwrap_or(self.text.len());
         let source_line = self.text[start..end].trim_end_matches(['\r', '\n']);
@@ -151,18 +187,17 @@ impl<'a> Report<'a> {
         let underline = begin..(span.end - start).clamp(begin, source_line.len());
         let column = source_line.get(..begin).unwrap_or_default().chars().count() + 1;
         let (source_line, underline) = around(source_line, underline);
-        let diagnostic = Diagnostic {
+        Diagnostic {
             severity,
             file: Arc::clone(&self.file),
             line,
             column,
-            value: printable(&self.quote(&span)),
+            value: printable(&self.quote(span)),
             message: printable(&message),
             help: printable(&help),
             source_line,
             underline,
-        };
-        self.found.borrow_mut().push((span, diagnostic));
+        }
     }
 }
 

@@ -1,8 +1,10 @@
 //! The configuration file on disk.
 
+use std::collections::BTreeSet;
 use std::fmt::{self, Display};
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read as _};
+use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
@@ -93,6 +95,18 @@ pub fn parse_bytes(path: &Path, bytes: Vec<u8>) -> Result<Parsed, LoadError> {
         LoadError::NotUtf8(path.to_owned(), 1 + good.iter().filter(|b| **b == b'\n').count())
     })?;
     parse(&path.to_string_lossy(), &text).map_err(LoadError::Invalid)
+}
+
+/// This machine's addresses; none if the kernel does not say.
+pub(super) fn local_addresses() -> BTreeSet<IpAddr> {
+    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else { return BTreeSet::new() };
+    let addresses = interfaces.filter_map(|interface| interface.address);
+    addresses
+        .filter_map(|address| {
+            let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
+            v4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip())))
+        })
+        .collect()
 }
 
 /// The content of the regular file `path`. Never waits for a writer.

@@ -17,12 +17,14 @@ mod references;
 mod security_group;
 mod security_group_member;
 mod security_group_uses;
+mod snat;
 mod target_group;
 #[cfg(test)]
 mod tests;
 mod tunnel_sources;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use toml::de::DeTable;
 
@@ -43,6 +45,18 @@ pub struct Parsed {
     pub config: Config,
     /// In the file's order.
     pub warnings: Vec<Diagnostic>,
+    /// Warnings that hold on a machine without this address.
+    pub unless_local: Vec<(IpAddr, Diagnostic)>,
+}
+
+impl Parsed {
+    /// All warnings that hold on this machine, in its network namespace.
+    pub fn warnings_here(&self) -> impl Iterator<Item = &Diagnostic> {
+        let local: BTreeSet<IpAddr> =
+            if self.unless_local.is_empty() { BTreeSet::new() } else { file::local_addresses() };
+        let foreign = self.unless_local.iter().filter(move |(address, _)| !local.contains(address));
+        self.warnings.iter().chain(foreign.map(|(_, warning)| warning))
+    }
 }
 
 const SYNTAX_HELP: &str = "write strings in quotes and each key once in its section; \
@@ -72,7 +86,8 @@ pub fn parse(file_name: &str, text: &str) -> Result<Parsed, ConfigErrors> {
     } else {
         Config::default()
     };
-    Ok(Parsed { warnings: report.finish()?, config })
+    let unless_local = report.take_unless_local();
+    Ok(Parsed { warnings: report.finish()?, unless_local, config })
 }
 
 /// Reads the whole file; worth nothing if it notes an error.
@@ -100,6 +115,7 @@ fn read_sections<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
     root.not_supported_yet(&["dns"]);
     root.finish();
     references::check(report, &sections);
+    snat::check(&sections.target_groups, &sections.load_balancers);
     let Sections { security_groups, target_groups, load_balancers, .. } = sections;
     Config {
         agent,

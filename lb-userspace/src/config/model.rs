@@ -165,6 +165,8 @@ impl fmt::Display for Protocol {
 pub enum Forwarding {
     /// Rewrite the destination; replies come back through us.
     Nat,
+    /// Rewrite both ends: the target sees an address of ours and answers there.
+    Snat,
     /// Rewrite the MAC address only; replies go straight to the client.
     DsrL2,
     /// Put one more IP header in front; replies go straight to the client.
@@ -194,6 +196,16 @@ pub enum Stickiness {
     SourceIp,
 }
 
+/// What the targets of a group with [`Forwarding::Snat`] see as their clients.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snat {
+    /// Addresses, at most 4 of a family. Of a family that has none here: this machine's own towards
+    /// the target.
+    pub addresses: Vec<IpAddr>,
+    /// Ports, from 1024 on.
+    pub ports: RangeInclusive<u16>,
+}
+
 /// A target group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TargetGroup {
@@ -203,6 +215,8 @@ pub struct TargetGroup {
     pub port: u16,
     /// How packets reach its targets.
     pub forwarding: Forwarding,
+    /// Only for [`Forwarding::Snat`].
+    pub snat: Snat,
     /// UDP port that [`Forwarding::DsrGue`] sends to, 1 to 65535.
     pub gue_port: u16,
     /// How long a removed target keeps its established flows, 0 to 3600 s.
@@ -229,7 +243,9 @@ pub struct TargetGroup {
 impl TargetGroup {
     /// Whether its listeners remember every flow, for whatever reason of its own.
     pub fn tracks_every_flow(&self) -> bool {
-        self.track_every_flow || self.algorithm == Algorithm::LeastConnections
+        self.track_every_flow
+            || self.algorithm == Algorithm::LeastConnections
+            || self.forwarding == Forwarding::Snat
     }
 }
 

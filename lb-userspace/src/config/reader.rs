@@ -4,6 +4,7 @@
 //! [`Report`] and goes on with the next key.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
@@ -60,6 +61,11 @@ impl<'a> Value<'a> {
 
     pub(super) fn warning(&self, message: impl Into<String>, help: impl Into<String>) {
         self.report.warning(self.span(), message, help);
+    }
+
+    /// See [`Report::warning_unless_local`].
+    pub(super) fn warning_unless_local(&self, address: IpAddr, message: String, help: &str) {
+        self.report.warning_unless_local(self.span(), address, message, help);
     }
 
     /// Whether the value is a string; other forms may be allowed in its place.
@@ -273,18 +279,6 @@ impl<'a> Table<'a> {
                 let message = format!("`{key}` is not supported yet");
                 self.report.error(span, message, format!("leave `{key}` out"));
             }
-        }
-    }
-
-    /// Refuses a key of a feature to come unless it has its default.
-    pub(super) fn only_default(&mut self, key: &'static str, default: &str) {
-        let Some((_, value)) = self.entries.remove(key) else { return };
-        let is_default = match value.node.get_ref() {
-            DeValue::String(text) => *text == default,
-            _ => value.quote() == default,
-        };
-        if !is_default {
-            value.not_supported_yet(&format!("leave `{key}` out; it is {default} for now"));
         }
     }
 

@@ -130,6 +130,7 @@ impl Needed {
 }
 
 const MAC: &str = "the MAC address that the load balancer sends from";
+const ADDRESS: &str = "the addresses that the load balancer sends from";
 const TUNNELS: &str = "the networks of its tunnel sources";
 
 fn needed(forwarding: Forwarding) -> Needed {
@@ -137,6 +138,11 @@ fn needed(forwarding: Forwarding) -> Needed {
     let tunnel = "in tunnels from its tunnel sources";
     match forwarding {
         Forwarding::Nat => Needed { mode: "nat", how: segment, what: MAC },
+        Forwarding::Snat => Needed {
+            mode: "snat",
+            how: "from the load balancer's own address or its snat_addresses",
+            what: ADDRESS,
+        },
         Forwarding::DsrL2 => Needed { mode: "dsr_l2", how: segment, what: MAC },
         Forwarding::DsrIpip => Needed { mode: "dsr_ipip", how: tunnel, what: TUNNELS },
         Forwarding::DsrGue => Needed { mode: "dsr_gue", how: tunnel, what: TUNNELS },

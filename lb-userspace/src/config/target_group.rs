@@ -7,8 +7,9 @@ use std::time::Duration;
 use super::address::{host_address, parse_host_address};
 use super::agent::availability_zone;
 use super::health_check;
-use super::model::{Algorithm, Forwarding, Protocol, Stickiness, Target, TargetGroup};
+use super::model::{Algorithm, Forwarding, Protocol, Snat, Stickiness, Target, TargetGroup};
 use super::reader::{Table, Value, Wrong, show_duration};
+use super::snat;
 
 /// A target group as far as it could be read.
 ///
@@ -18,6 +19,8 @@ pub(super) struct Draft<'a> {
     pub(super) group: TargetGroup,
     pub(super) protocol: Option<Protocol>,
     pub(super) forwarding: Option<Forwarding>,
+    /// Where the file has each of `group.snat.addresses`.
+    pub(super) snat_addresses: Vec<(Value<'a>, IpAddr)>,
     /// The security group's name, and where the file has it.
     pub(super) security_group: Option<(Value<'a>, &'a str)>,
     pub(super) stickiness: Option<Stickiness>,
@@ -57,14 +60,16 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
         Some(value) => value.choice(
             &[
                 ("nat", Forwarding::Nat),
+                ("snat", Forwarding::Snat),
                 ("dsr_l2", Forwarding::DsrL2),
                 ("dsr_ipip", Forwarding::DsrIpip),
                 ("dsr_gue", Forwarding::DsrGue),
             ],
-            &["snat"],
+            &[],
         ),
         None => Some(Forwarding::Nat),
     };
+    let (snat_addresses, snat_ports) = snat::read(&mut table, forwarding);
     let gue_port = gue_port(table.optional("gue_port"), forwarding);
     let algorithm = table.optional("algorithm").and_then(algorithm);
     let deregistration_delay = table
@@ -100,13 +105,16 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
     let name = table.name().trim_end_matches(']').to_owned();
     let health_check =
         health_check::read(table.subtable("health_check", format!("{name}.health_check]")));
-    table.only_default("snat_ports", "10000-59999");
-    table.not_supported_yet(&["snat_addresses", "protocol_version", "proxy_protocol_v2"]);
+    table.not_supported_yet(&["protocol_version", "proxy_protocol_v2"]);
     table.finish();
     let group = TargetGroup {
         protocol: protocol.unwrap_or(Protocol::Tcp),
         port,
         forwarding: forwarding.unwrap_or(Forwarding::Nat),
+        snat: Snat {
+            addresses: snat_addresses.iter().map(|(_, address)| *address).collect(),
+            ports: snat_ports,
+        },
         gue_port,
         deregistration_delay,
         unhealthy_connection_termination,
@@ -118,7 +126,7 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
         targets,
         health_check,
     };
-    Draft { group, protocol, forwarding, security_group, stickiness, target_values }
+    Draft { group, protocol, forwarding, snat_addresses, security_group, stickiness, target_values }
 }
 
 fn algorithm(value: Value<'_>) -> Option<(Value<'_>, Algorithm)> {

@@ -99,6 +99,18 @@ fn the_manual_has_every_key() {
     }
 }
 
+/// What `check` says of an address depends on the machine.
+#[test]
+fn a_snat_address_that_is_not_the_machine_s_is_warned_of() {
+    let text = "[target_group.web]\nforwarding = \"snat\"\nsnat_addresses = [\"203.0.113.9\"]";
+    let parsed = parse("lb.toml", text).unwrap();
+    assert_eq!(parsed.warnings, []);
+    let warnings: Vec<String> = parsed.warnings_here().map(ToString::to_string).collect();
+    let [warning] = &warnings[..] else { panic!("{warnings:?}") };
+    let expected = "lb.toml:3:19: warning: \"203.0.113.9\" is not an address of this machine";
+    assert!(warning.starts_with(expected), "{warning}");
+}
+
 #[test]
 fn keys_of_features_to_come_are_accepted_at_their_default() {
     let config = parse(
@@ -358,7 +370,9 @@ fn files_that_cannot_be_read() {
 fn a_good_file_is_loaded() {
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), COMPLETE).unwrap();
-    assert_eq!(load(file.path()).unwrap(), parse("lb.toml", COMPLETE).unwrap());
+    let parsed = load(file.path()).unwrap();
+    assert_eq!(parsed.config, parse("lb.toml", COMPLETE).unwrap().config);
+    assert_eq!(parsed.warnings, []);
 }
 
 #[test]

@@ -4,6 +4,7 @@ mod attach;
 mod flows;
 mod mapped;
 mod pod;
+mod snat;
 
 use std::collections::BTreeMap;
 use std::iter::repeat;
@@ -40,6 +41,7 @@ pub use attach::{Attachment, attach as attach_xdp, check_privileges};
 pub use flows::{FlowTableUsage, FlowTables, map_name};
 pub use mapped::MappedArray;
 pub use pod::Raw;
+pub use snat::{PortPools, SnatTables};
 
 /// The eBPF object, as `build.rs` made it.
 pub static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf"));
@@ -55,6 +57,8 @@ pub struct LoadOptions {
     pub ring_size: u32,
     /// Capacity of the table of flows, and of that of replies' flows, entries.
     pub flow_table_size: u32,
+    /// Pools of source ports: one for each (target address, port, protocol) and source address.
+    pub port_pools: u32,
     /// Capacity of the table of half-open flows, entries.
     pub half_open_table_size: u32,
     /// Capacity of the table of flows seen once, entries.
@@ -89,6 +93,7 @@ pub struct Dataplane {
     interfaces: HashMap<MapData, u32, Raw<Interface>>,
     devices: DevMapHash<MapData>,
     flows: FlowMeter,
+    snat: snat::Snat,
     listener_traffic: PerCpuArray<MapData, Raw<Traffic>>,
     target_traffic: PerCpuArray<MapData, Raw<Traffic>>,
     drops: PerCpuArray<MapData, u64>,
@@ -118,6 +123,9 @@ impl Dataplane {
             .map_max_entries(map_name(FlowTable::HalfOpen), options.half_open_table_size)
             .map_max_entries(map_name(FlowTable::OnceSeen), options.once_seen_table_size)
             .map_max_entries("RETURN_FLOWS", options.flow_table_size)
+            .map_max_entries("SNAT_FLOWS", options.flow_table_size)
+            .map_max_entries("SNAT_RETURNS", options.flow_table_size)
+            .map_max_entries("PORT_POOLS", options.port_pools)
             .override_global("HASH_KEYS", &keys.words()[..], true)
             .override_global("RING_SIZE", &options.ring_size, true)
             .override_global("AYA_LOG_LEVEL", &log_level, true)
@@ -141,6 +149,7 @@ impl Dataplane {
             interfaces: take(&mut ebpf, "INTERFACES")?.try_into()?,
             devices: take(&mut ebpf, "DEVICES")?.try_into()?,
             flows: FlowMeter::new(&mut ebpf)?,
+            snat: snat::Snat::new(&mut ebpf, options.port_pools)?,
             listener_traffic: take(&mut ebpf, "LISTENER_TRAFFIC")?.try_into()?,
             target_traffic: take(&mut ebpf, "TARGET_TRAFFIC")?.try_into()?,
             drops: take(&mut ebpf, "DROPS")?.try_into()?,
@@ -213,6 +222,9 @@ impl Dataplane {
     }
 
     fn step(&mut self, step: &Step) -> anyhow::Result<()> {
+        if self.snat.step(step) {
+            return Ok(());
+        }
         match step {
             Step::SetInterface(index, interface) => {
                 self.interfaces.insert(index, Raw(*interface), 0)?;
@@ -259,6 +271,8 @@ impl Dataplane {
                     self.write_endpoint(&write)?;
                 }
             }
+            // Done above.
+            Step::SetSource(..) | Step::ClearSource(_) | Step::ResetPool(..) => {}
         }
         Ok(())
     }
@@ -343,6 +357,14 @@ impl Dataplane {
 
     fn load_word(&self, target: u32, offset: usize) -> anyhow::Result<&AtomicU64> {
         self.loads.words(target).get(offset / 8).context("no such target")
+    }
+
+    /// The tables of flows whose both ends are rewritten, for a walk in another thread.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn snat_tables(&self) -> anyhow::Result<SnatTables> {
+        self.snat.tables()
     }
 
     fn zero(&mut self, index: u32, counter: Counter) -> anyhow::Result<()> {

@@ -6,7 +6,7 @@
 //! - [`Netlink`] observes. It follows the kernel's notifications, keeps the next hops of the wanted
 //!   destinations resolved, and sends [`NetworkEvent`]s to the owner of the state. It changes
 //!   nothing but neighbour entries, which it asks the kernel to resolve.
-//! - [`AddressManager`], [`VlanOffload`] change the machine, and put back what they changed, also
+//! - [`AddressManager`], [`VlanOffload`], [`ReservedPorts`] change the machine, and put back what they changed, also
 //!   what a killed predecessor had changed: they note it below the state directory first.
 //!
 //! Everything here acts in the network namespace of the thread that calls the constructor.
@@ -22,6 +22,7 @@ mod next_hops;
 mod note;
 mod offload;
 mod probe;
+mod reserved_ports;
 mod sysctl;
 #[cfg(test)]
 mod tests;
@@ -35,6 +36,7 @@ pub use network::{
     XdpAttachmentMode,
 };
 pub use offload::{VlanOffload, VlanStripping};
+pub use reserved_ports::ReservedPorts;
 pub use sysctl::{IpFamily, missing_forwarding};
 
 use std::io;

@@ -109,6 +109,8 @@ pub struct NextHop {
     pub destination_mac: [u8; 6],
     /// Largest packet in bytes on this path, as far as this machine knows.
     pub mtu: u16,
+    /// The address that this machine's own packets to the destination have.
+    pub source: Option<IpAddr>,
 }
 
 /// Why a destination has no [`NextHop`].

@@ -21,7 +21,12 @@ use super::network::{Interface, LinkLayer, NextHop, Unresolved};
 /// Where the routing tables send a destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Route {
-    Via { neighbour: NeighbourKey, mtu: Option<u32> },
+    Via {
+        neighbour: NeighbourKey,
+        mtu: Option<u32>,
+        /// The address that the machine's own packets have there.
+        source: Option<IpAddr>,
+    },
     Local,
     None,
 }
@@ -153,6 +158,7 @@ fn parse_route(destination: IpAddr, message: &RouteMessage) -> Route {
     let mut output = None;
     let mut gateway = None;
     let mut mtu = None;
+    let mut source = None;
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Oif(ifindex) => output = Some(*ifindex),
@@ -160,6 +166,8 @@ fn parse_route(destination: IpAddr, message: &RouteMessage) -> Route {
             | RouteAttribute::Via(RouteVia::Inet(v4)) => gateway = Some(IpAddr::V4(*v4)),
             RouteAttribute::Gateway(RouteAddress::Inet6(v6))
             | RouteAttribute::Via(RouteVia::Inet6(v6)) => gateway = Some(IpAddr::V6(*v6)),
+            RouteAttribute::PrefSource(RouteAddress::Inet(v4)) => source = Some(IpAddr::V4(*v4)),
+            RouteAttribute::PrefSource(RouteAddress::Inet6(v6)) => source = Some(IpAddr::V6(*v6)),
             RouteAttribute::Metrics(metrics) => mtu = metrics.iter().find_map(mtu_of),
             _ => {}
         }
@@ -167,6 +175,7 @@ fn parse_route(destination: IpAddr, message: &RouteMessage) -> Route {
     output.map_or(Route::None, |ifindex| Route::Via {
         neighbour: NeighbourKey { ifindex, address: gateway.unwrap_or(destination) },
         mtu,
+        source,
     })
 }
 
@@ -183,8 +192,8 @@ pub(super) fn resolve(
     interfaces: &BTreeMap<u32, Interface>,
     neighbours: &Neighbours,
 ) -> Result<NextHop, Unresolved> {
-    let (key, route_mtu) = match route {
-        Route::Via { neighbour, mtu } => (neighbour, mtu),
+    let (key, route_mtu, source) = match route {
+        Route::Via { neighbour, mtu, source } => (neighbour, mtu, source),
         Route::Local => return Err(Unresolved::Local),
         Route::None => return Err(Unresolved::NoRoute),
     };
@@ -205,6 +214,7 @@ pub(super) fn resolve(
         source_mac: interface.mac,
         destination_mac,
         mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
+        source,
     })
 }
 
@@ -258,7 +268,7 @@ mod tests {
     }
 
     fn via(ifindex: u32) -> Route {
-        Route::Via { neighbour: key(ifindex), mtu: None }
+        Route::Via { neighbour: key(ifindex), mtu: None, source: None }
     }
 
     fn neighbour(ifindex: u32, state: NeighbourState, mac: Option<[u8; 6]>) -> NeighbourMessage {
@@ -286,6 +296,7 @@ mod tests {
             source_mac: [2, 0, 0, 0, 0, 2],
             destination_mac: MAC,
             mtu: 1500,
+            source: None,
         };
         assert_eq!(next_hop, Ok(expected));
     }
@@ -361,7 +372,7 @@ mod tests {
     fn the_smaller_mtu_of_route_and_link_counts() {
         let links = interfaces([Interface { mtu: 100_000, ..interface(2, None) }]);
         let mtu = |mtu| {
-            let route = Route::Via { neighbour: key(2), mtu };
+            let route = Route::Via { neighbour: key(2), mtu, source: None };
             resolve(route, &links, &reachable(2)).unwrap().mtu
         };
         assert_eq!(mtu(Some(1400)), 1400);
@@ -377,7 +388,7 @@ mod tests {
             vec![RouteAttribute::Oif(2), RouteAttribute::Via(RouteVia::Inet6(gateway))];
         let neighbour = NeighbourKey { ifindex: 2, address: gateway.into() };
         let route = parse_route([192, 0, 2, 1].into(), &message);
-        assert_eq!(route, Route::Via { neighbour, mtu: None });
+        assert_eq!(route, Route::Via { neighbour, mtu: None, source: None });
     }
 
     #[test]

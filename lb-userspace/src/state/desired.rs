@@ -41,6 +41,7 @@ impl State {
         self.put_targets(&mut desired);
         self.put_addresses(&mut desired);
         self.put_shares(&mut desired);
+        self.put_sources(&mut desired);
         self.put_listeners(&mut desired, now);
         for (number, ring) in self.rings.iter() {
             desired.rings.insert(number, ring.slots().clone());
@@ -187,7 +188,7 @@ impl State {
                 "it is behind {name}, which lb is not attached to: add --iface {name}"
             )));
         }
-        let NextHop { ifindex, vlan, source_mac, destination_mac, mtu } = *hop;
+        let NextHop { ifindex, vlan, source_mac, destination_mac, mtu, .. } = *hop;
         let macs = Macs::new(destination_mac, source_mac);
         Ok(tables::NextHop { ifindex, macs, vlan: vlan.unwrap_or(0), mtu })
     }

@@ -9,6 +9,7 @@ mod rings;
 mod selection;
 mod slow_start;
 mod snapshot;
+mod snat;
 mod target_admissions;
 mod tunnels;
 mod walk;
@@ -33,6 +34,7 @@ use slow_start::SlowStart;
 use target_admissions::TargetAdmissions;
 
 pub use snapshot::{About, Counters};
+pub use snat::port_pools;
 pub use walk::{Findings, FlowStore, Slots, Walk};
 
 /// A target of a target group.
@@ -86,6 +88,7 @@ pub struct State {
     tracked: BTreeMap<u32, bool>,
     /// The one listener that a target was of before others came to share it.
     first_owners: BTreeMap<EndpointKey, (u32, u32)>,
+    pools: snat::Pools,
     /// Groups of which every listener remembers every flow, so that they can be counted.
     counted: BTreeSet<Arc<str>>,
     /// Remembered flows by target, once counted.
@@ -121,6 +124,7 @@ impl State {
             next_class: OPEN + 1,
             tracked: BTreeMap::new(),
             first_owners: BTreeMap::new(),
+            pools: snat::Pools::new(),
             counted: BTreeSet::new(),
             flows: None,
             warnings: Vec::new(),

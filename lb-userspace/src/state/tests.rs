@@ -58,6 +58,7 @@ impl World {
             source_mac: nic.mac,
             destination_mac: [2, 0, 0, 0, 0, 2],
             mtu: 1500,
+            source: Some([10, 0, 2, 1].into()),
         };
         let next_hops = (11..20).map(|n| (IpAddr::from([10, 0, 2, n]), Ok(hop(2)))).collect();
         let network = Network { interfaces: [(2, nic)].into(), next_hops, ..Network::default() };
@@ -373,6 +374,67 @@ fn a_first_ring_waits_for_the_way_to_healthy_targets() {
     world.state.set_network(Arc::new(unknown));
     let desired = world.desired();
     assert_eq!(world.shares(&desired, 80).keys().collect::<Vec<_>>(), [&11, &12]);
+}
+
+const SNAT: &str = r#"
+[target_group.web]
+port = 8080
+forwarding = "snat"
+targets = ["10.0.2.11", "10.0.2.12"]
+[target_group.same]
+port = 8080
+forwarding = "snat"
+snat_ports = "20000-20999"
+targets = ["10.0.2.11"]
+
+[load_balancer.web]
+addresses = ["10.0.1.100"]
+listener = [
+  { protocol = "tcp", port = 80, target_group = "web" },
+  { protocol = "tcp", port = 90, target_group = "same" },
+]
+"#;
+
+fn own_address(desired: &Desired) -> Option<Endpoint> {
+    let address = IpAddr::from([10, 0, 2, 1]).into();
+    desired.endpoints.get(&EndpointKey::of_address(address)).copied()
+}
+
+#[test]
+fn targets_of_snat_get_sources_and_share_pools() {
+    let mut world = World::new(SNAT);
+    world.check_all(HealthState::Healthy);
+    world.check("same", 11, HealthState::Healthy);
+    let desired = world.desired();
+    assert_eq!(desired.sources.len(), 3);
+    let pools: BTreeSet<u32> = desired.sources.values().map(|source| source.pool).collect();
+    assert_eq!(pools.len(), 2, "one target by two groups has one set of ports");
+    assert_eq!(pools, desired.pools.keys().copied().collect());
+    for listening in [80, 90] {
+        assert!(listener(&desired, listening).unwrap().kind & Endpoint::TRACKED != 0);
+    }
+    let own = own_address(&desired).unwrap();
+    assert_eq!((own.kind, own.listener), (Endpoint::LOCAL | Endpoint::SNAT, 10_000));
+    assert_eq!(own.index, 59_999);
+    assert_eq!(target(&desired, 11, 8080).unwrap().sources(), 1);
+}
+
+/// Flows outlive what gave them their ports.
+#[test]
+fn a_pool_stays_until_its_flows_are_over() {
+    let mut world = World::new(SNAT);
+    world.check_all(HealthState::Healthy);
+    let pools = world.desired().pools;
+    world.configure("");
+    let desired = world.desired();
+    assert_eq!(desired.pools, pools);
+    assert!(own_address(&desired).is_some_and(|own| own.kind & Endpoint::SNAT != 0));
+    let in_use: BTreeSet<u32> = pools.keys().copied().take(1).collect();
+    assert!(world.state.release_pools(&in_use));
+    assert!(world.desired().pools.keys().eq(in_use.iter()));
+    assert!(world.state.release_pools(&BTreeSet::new()));
+    assert_eq!(own_address(&world.desired()), None);
+    assert!(!world.state.has_pools());
 }
 
 /// Takes the way to 10.0.2.12 away.

@@ -49,6 +49,7 @@ pub(super) fn too_narrow(entry: &Target, key: &TargetKey, group: &TargetGroup) -
 pub(super) fn mode(forwarding: Forwarding) -> u8 {
     match forwarding {
         Forwarding::Nat => Target::NAT,
+        Forwarding::Snat => Target::SNAT,
         Forwarding::DsrL2 => Target::DSR_L2,
         Forwarding::DsrIpip => Target::DSR_IPIP,
         Forwarding::DsrGue => Target::DSR_GUE,

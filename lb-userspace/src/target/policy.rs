@@ -101,7 +101,7 @@ fn tunnel_ends(group: &TargetGroup, address: IpAddr) -> Vec<EndpointKey> {
     match group.forwarding {
         Forwarding::DsrIpip => vec![end(0, Tunnel::IPV4), end(0, Tunnel::IPV6)],
         Forwarding::DsrGue => vec![end(group.gue_port, UDP)],
-        Forwarding::Nat | Forwarding::DsrL2 => Vec::new(),
+        Forwarding::Nat | Forwarding::Snat | Forwarding::DsrL2 => Vec::new(),
     }
 }
 

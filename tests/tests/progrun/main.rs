@@ -13,6 +13,7 @@ mod passing;
 mod refusals;
 mod rewriting;
 mod selection;
+mod snat;
 mod tunnels;
 
 use std::net::{IpAddr, SocketAddr};
@@ -20,7 +21,10 @@ use std::net::{IpAddr, SocketAddr};
 use etherparse::{
     Icmpv4Type, Icmpv6Type, Ipv4Header, Ipv6Header, PacketBuilder, icmpv4, icmpv6, ip_number,
 };
-use lb_common::{tables::Traffic, verdict::DropReason};
+use lb_common::{
+    tables::{Endpoint, Traffic},
+    verdict::DropReason,
+};
 use lb_tests::{
     packets::{Checksum, Packet, Transport},
     progrun::{Action, Counts, Network, World, device_mac, gateway_mac, hex},

@@ -37,6 +37,13 @@ macro_rules! target_group {
     };
 }
 
+/// A target group that rewrites both ends, with the given keys.
+macro_rules! snat {
+    ($keys:expr) => {
+        target_group!(concat!("forwarding = \"snat\"\n", $keys))
+    };
+}
+
 /// A health check with the given keys.
 macro_rules! health_check {
     ($keys:expr) => {
@@ -172,7 +179,6 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("target_group_port_string", "[target_group.web]\nport = \"80\""),
     ("target_group_protocol_later", target_group!("protocol = \"http\"")),
     ("target_group_protocol", target_group!("protocol = \"sctp\"")),
-    ("forwarding_later", target_group!("forwarding = \"snat\"")),
     ("forwarding", target_group!("forwarding = \"dsr-l2\"")),
     ("algorithm_later", target_group!("algorithm = \"round_robin\"")),
     (
@@ -200,6 +206,7 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("target_group_security_group_unknown", target_group!("security_group = \"web-target\"")),
     ("target_group_security_group_list", target_group!("security_group = [\"web-target\"]")),
     ("nat_without_mac", carried!("nat", "\"10.0.2.1\", \"172.16.0.0/16\"")),
+    ("snat_without_address", carried!("snat", "\"02:00:0a:00:02:01\"")),
     ("dsr_l2_without_mac", carried!("dsr_l2", "\"10.0.2.1\"")),
     ("dsr_ipip_without_tunnels", carried!("dsr_ipip", "\"02:00:0a:00:02:01\"")),
     (
@@ -214,6 +221,31 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("gue_port_range", target_group!("forwarding = \"dsr_gue\"\ngue_port = 0")),
     ("gue_port_string", target_group!("forwarding = \"dsr_gue\"\ngue_port = \"6080\"")),
     ("snat_ports", target_group!("snat_ports = \"20000-30000\"")),
+    ("snat_addresses_none", snat!("snat_addresses = []")),
+    ("snat_addresses_no_list", snat!("snat_addresses = \"10.0.0.7\"")),
+    ("snat_addresses_name", snat!("snat_addresses = [\"balancer\"]")),
+    ("snat_addresses_twice", snat!("snat_addresses = [\"10.0.0.7\",\n  \"10.0.0.7\"]")),
+    (
+        "snat_addresses_many",
+        snat!(
+            "snat_addresses = [\"10.0.0.1\", \"10.0.0.2\", \"10.0.0.3\", \"10.0.0.4\", \"10.0.0.5\"]"
+        ),
+    ),
+    (
+        "snat_address_of_target",
+        snat!("targets = [\"10.0.2.11\"]\nsnat_addresses = [\"10.0.2.11\"]"),
+    ),
+    (
+        "snat_address_of_listener",
+        snat!(
+            "snat_addresses = [\"192.0.2.1\"]\n[load_balancer.web]\naddresses = [\"192.0.2.1\"]\n\
+             [[load_balancer.web.listener]]\nport = 10080\ntarget_group = \"web\"\n\
+             [target_group.other]"
+        ),
+    ),
+    ("snat_ports_integer", snat!("snat_ports = 20000")),
+    ("snat_ports_low", snat!("snat_ports = \"80-20000\"")),
+    ("snat_ports_order", snat!("snat_ports = \"30000-20000\"")),
     ("targets_no_list", target_group!("targets = \"10.0.2.11\"")),
     ("target_name", target_group!("targets = [\"web1.example.com\"]")),
     ("target_port_range", target_group!("targets = [\"10.0.2.11:70000\"]")),

@@ -20,7 +20,7 @@ use lb_common::{
 };
 use lb_tests::{
     packets::Packet,
-    programs::{Floor, Varying, Wrapper, pin_to_cpu},
+    programs::{FIRST_PORT, Floor, PORT_BITS, Varying, Wrapper, pin_to_cpu},
     progrun::Network,
     scene::{Scene, Way},
     tunnels::verify_checksums,
@@ -41,6 +41,7 @@ const LOAD: LoadOptions = LoadOptions {
     flow_table_size: 1 << 21,
     half_open_table_size: 1 << 21,
     once_seen_table_size: 1 << 21,
+    port_pools: 256,
     log: false,
 };
 /// Targets of each listener.
@@ -51,6 +52,12 @@ const LEARNING: &str = "10.0.10.100:87";
 const PINNED: &str = "10.0.10.100:88";
 /// The same, mapped: no flow is in the map of exceptions.
 const MAPPED: &str = "10.0.10.100:89";
+/// The listener whose one target sees [`SNAT_SOURCE`].
+const SNAT: &str = "10.0.10.100:90";
+/// With the ports that the wrapper gives the clients: so its replies are those of requests.
+const SNAT_SOURCE: &str = "10.11.0.0";
+/// The flows of all those ports.
+const SNAT_FLOWS: u32 = 1 << PORT_BITS;
 /// The device that program runs come in by.
 const LOOPBACK: u32 = 1;
 /// Prefixes of the security group.
@@ -224,8 +231,20 @@ fn tables() -> Desired {
         scene.listener_of(listener, protocol, at, &slots, class, flags);
         scene.desired.rings.insert(listener, slots.into());
     }
+    snat(&mut scene);
     scene.desired.classes.insert(1, Arc::new(prefixes()));
     scene.desired
+}
+
+fn snat(scene: &mut Scene) {
+    const NUMBER: u32 = 99;
+    scene.target(NUMBER, Target::SNAT, "10.11.255.1:8080", Way::by(LOOPBACK));
+    let slot = Slot::settled(NUMBER);
+    scene.listener_of(NUMBER, TCP, SNAT, &[slot], OPEN, Endpoint::TRACKED);
+    scene.desired.rings.insert(NUMBER, vec![slot; LOAD.ring_size as usize].into());
+    scene.address(SNAT_SOURCE, Endpoint::LOCAL);
+    let last = FIRST_PORT + (SNAT_FLOWS - 1) as u16;
+    scene.source(NUMBER, SNAT_SOURCE, 0, (FIRST_PORT, last));
 }
 
 /// Targets from a number on, and a whole ring that has them in random order.
@@ -327,6 +346,11 @@ fn rows() -> Vec<Row> {
     ] {
         rows.extend(ours(name, &to(at), &[one, some, many]));
     }
+    rows.extend(ours("snat, request, TCP, IPv4", &to(SNAT), &[one, SNAT_FLOWS]));
+    let source = format!("{SNAT_SOURCE}:0").parse().expect("an address and a port");
+    let reply = Packet::tcp("10.11.255.1:8080".parse().expect("an address and a port"), source);
+    let replies = ours("snat, reply, TCP, IPv4", &reply, &[one, SNAT_FLOWS]);
+    rows.extend(replies.into_iter().map(|row| Row { varying: Varying::Destination, ..row }));
     rows.extend(passing.into_iter().map(|row| Row { verdict: XDP_PASS, ..row }));
     rows
 }
