@@ -210,6 +210,16 @@ pub fn slot(hash: u64, ring_size: u32) -> u32 {
     (((hash >> 32) * ring_size as u64) >> 32) as u32
 }
 
+/// Another hash from half of one, for one more slot: it says nothing of what the other half chose.
+/// (The finalizer of Appleby's MurmurHash3, over a Weyl sequence so that no value stays itself.)
+#[inline(always)]
+pub fn rehash(half: u32) -> u32 {
+    let mut hash = half.wrapping_add(0x9e37_79b9);
+    hash = (hash ^ (hash >> 16)).wrapping_mul(0x85eb_ca6b);
+    hash = (hash ^ (hash >> 13)).wrapping_mul(0xc2b2_ae35);
+    hash ^ (hash >> 16)
+}
+
 /// All keys of the flow hash, made from a seed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
@@ -330,6 +340,23 @@ mod tests {
             assert_hashes_uniform((0..60_000).map(far).map(of), "one host of each network");
             assert_hashes_uniform((0..60_000).map(v6).map(of), "IPv6 clients of one network");
             assert_hashes_uniform((0..60_000).map(site).map(of), "IPv6 networks");
+        }
+    }
+
+    /// Both slots of a flow, as one number: not only each of them spreads evenly.
+    #[test]
+    fn further_slots_are_independent_of_the_first() {
+        for seed in 0..20 {
+            let keys = HashKeys::from_seed(seed);
+            let one: IpAddr = [10, 1, 2, 3].into();
+            let pair = |port| {
+                let hash = keys.flow(&key(one, port));
+                let second = rehash(hash as u32);
+                let third = rehash(second);
+                let four = |half: u32| u64::from(slot(u64::from(half) << 32, 4));
+                (u64::from(slot(hash, 16)) << 4 | four(second) << 2 | four(third)) << 56
+            };
+            assert_hashes_uniform((1024..61024).map(pair), "three slots of a flow");
         }
     }
 

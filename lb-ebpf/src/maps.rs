@@ -1,6 +1,9 @@
 //! The maps, and the pipeline's lookups in them.
 
+mod loads;
 mod snat;
+
+use core::intrinsics::{AtomicOrdering, atomic_xchg};
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_NOEXIST, bpf_fib_lookup as FibLookup, xdp_action};
 use aya_ebpf::helpers::{bpf_fib_lookup, bpf_ktime_get_ns};
@@ -14,10 +17,12 @@ use aya_ebpf::{EbpfContext as _, Global};
 use aya_log_ebpf::debug;
 use lb_common::flow::{Flow, FlowKey, FlowTable, HashKeys, Keys, ReturnFlow, ReturnTable};
 use lb_common::forward::{Stage, Step};
+use lb_common::load::Load;
 use lb_common::tables::{
-    AdmissionKey, BUCKETS, Bucket, CachedHop, Endpoint, EndpointKey, FlowChanges, Interface,
-    Listener, MAX_DEVICES, MAX_DIRECT_FLOWS, MAX_LISTENERS, MAX_PREFIXES, MAX_RINGS, MAX_TARGETS,
-    NEXT_HOP_CACHE, NIC_PLACES, NextHop, OVERFLOW_ENDPOINTS, Slot, Tables, Target, Traffic,
+    AdmissionKey, BUCKETS, Bucket, CachedHop, EXCEPTION_WORDS, Endpoint, EndpointKey, FlowChanges,
+    GONE, Interface, Listener, MAX_DEVICES, MAX_DIRECT_FLOWS, MAX_LISTENERS, MAX_PREFIXES,
+    MAX_RINGS, MAX_TARGETS, NEXT_HOP_CACHE, NIC_PLACES, NextHop, OVERFLOW_ENDPOINTS, Slot, Tables,
+    Target, Traffic,
 };
 use lb_common::verdict::DropReason;
 use lb_common::wire::Address;
@@ -35,6 +40,9 @@ static LISTENERS: Array<Listener> = Array::with_max_entries(MAX_LISTENERS, BPF_F
 /// All rings, one after the other. The agent sizes it: rings times ring size.
 #[map]
 static SLOTS: Array<Slot> = Array::with_max_entries(MAX_RINGS, BPF_F_MMAPABLE);
+/// Flows that the slots' targets are wrong for, by a bit of their hash: those of mapped slots.
+#[map]
+static EXCEPTIONS: Array<u64> = Array::with_max_entries(EXCEPTION_WORDS, BPF_F_MMAPABLE);
 /// Counts every change of routes, neighbours and links; makes cached next hops void.
 #[map]
 static GENERATION: Array<u32> = Array::with_max_entries(1, BPF_F_MMAPABLE);
@@ -244,41 +252,56 @@ fn return_map(table: ReturnTable) -> &'static LruHashMap<FlowKey, ReturnFlow> {
 /// Each of these is a function of its own in the kernel too, told the table by number: what follows
 /// is looked at once by the verifier. What they return is for the verifier's sake as well.
 #[inline(never)]
-fn insert_flow(table: u32, key: &FlowKey, flow: &Flow) -> i32 {
+fn insert_flow(table: u32, key: &FlowKey, flow: &Flow) -> u32 {
     let table = FlowTable::of(table);
     if flow_map(table).insert(key, flow, BPF_NOEXIST as u64).is_ok() {
         count_change(table, |changes| changes.created += 1);
-    } else {
-        // It is there, or nothing at all could be evicted: that leaves the flow as if it had been
-        // evicted right away.
-        let _ = flow_map(table).insert(key, flow, 0);
+        return 0;
     }
-    0
+    let replaced = if table == FlowTable::Flows { open_target(key) } else { 0 };
+    // It is there, or nothing at all could be evicted: that leaves the flow as if it had been
+    // evicted right away.
+    let _ = flow_map(table).insert(key, flow, 0);
+    replaced
+}
+
+/// The target of a flow that is remembered and not closing; 0: there is none.
+#[inline(always)]
+fn open_target(key: &FlowKey) -> u32 {
+    // SAFETY: copied at once.
+    match unsafe { FLOWS.get(key) } {
+        Some(flow) if flow.closing == 0 => flow.target,
+        _ => 0,
+    }
 }
 
 #[inline(never)]
-fn refresh_flow(table: u32, key: &FlowKey, last_seen: u64, closing: u32) -> i32 {
+fn refresh_flow(table: u32, key: &FlowKey, last_seen: u64, closing: u32) -> u32 {
     // In place: an update would put the entry elsewhere in its bucket, where the agent's walk could
     // miss it. The target stays as it is.
-    if let Some(entry) = flow_map(FlowTable::of(table)).get_ptr_mut(key) {
-        // SAFETY: the map's element. Should it be evicted and used again right now, another flow is
-        // taken for alive a little longer, or for over a little sooner.
-        unsafe {
-            (&raw mut (*entry).last_seen).write_volatile(last_seen);
-            (&raw mut (*entry).closing).write_volatile(closing);
+    let Some(entry) = flow_map(FlowTable::of(table)).get_ptr_mut(key) else { return GONE };
+    // SAFETY: the map's element. Should it be evicted and used again right now, another flow is
+    // taken for alive a little longer, or for over a little sooner.
+    unsafe {
+        (&raw mut (*entry).last_seen).write_volatile(last_seen);
+        let end = &raw mut (*entry).closing;
+        let before = end.read_volatile();
+        if before == closing {
+            return before;
         }
+        // Of several CPUs one is told of the change: a connection is counted once.
+        atomic_xchg::<u32, { AtomicOrdering::Relaxed }>(end, closing)
     }
-    0
 }
 
 #[inline(never)]
-fn remove_flow(table: u32, key: &FlowKey) -> i32 {
+fn remove_flow(table: u32, key: &FlowKey) -> u32 {
     let table = FlowTable::of(table);
-    // Gone already is as good.
-    if flow_map(table).remove(key).is_ok() {
+    let is_removed = flow_map(table).remove(key).is_ok();
+    if is_removed {
         count_change(table, |changes| changes.removed += 1);
     }
-    0
+    is_removed as u32
 }
 
 #[inline(always)]
@@ -365,6 +388,11 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(always)]
+    fn exceptions(&self, word: u32) -> u64 {
+        EXCEPTIONS.get(word).copied().unwrap_or(u64::MAX)
+    }
+
+    #[inline(always)]
     fn admits(&self, class: u32, source: Address) -> bool {
         let [high, low] = source.words();
         admits(class, high, low)
@@ -377,18 +405,28 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(always)]
-    fn remember(&self, table: FlowTable, key: &FlowKey, flow: &Flow) {
-        insert_flow(table as u32, key, flow);
+    fn remember(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> u32 {
+        insert_flow(table as u32, key, flow)
     }
 
     #[inline(always)]
-    fn refresh(&self, table: FlowTable, key: &FlowKey, flow: &Flow) {
-        refresh_flow(table as u32, key, flow.last_seen, flow.closing);
+    fn refresh(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> u32 {
+        refresh_flow(table as u32, key, flow.last_seen, flow.closing)
     }
 
     #[inline(always)]
-    fn forget(&self, table: FlowTable, key: &FlowKey) {
-        remove_flow(table as u32, key);
+    fn forget(&self, table: FlowTable, key: &FlowKey) -> u32 {
+        remove_flow(table as u32, key)
+    }
+
+    #[inline(always)]
+    fn load(&self, target: u32) -> Load {
+        loads::load(target)
+    }
+
+    #[inline(always)]
+    fn change_load(&self, target: u32, change: u64) {
+        loads::change(target, change);
     }
 
     #[inline(always)]

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
+use lb_common::load::Share;
 use lb_common::snat::SnatSource;
 use lb_common::tables::{Endpoint, EndpointKey, Interface, Listener, Slot, Target};
 use lb_common::wire::Address;
@@ -33,6 +34,8 @@ pub struct Desired {
     pub own_macs: BTreeMap<u32, OwnMac>,
     /// Targets by index.
     pub targets: BTreeMap<u32, Target>,
+    /// What targets are due that are chosen by their connections, by index.
+    pub shares: BTreeMap<u32, Share>,
     /// Listeners by index.
     pub listeners: BTreeMap<u32, Listener>,
     /// Rings by number.
@@ -66,6 +69,8 @@ pub enum Step {
     ForgetOwnMac(u32),
     SetTarget(u32, Target),
     ClearTarget(u32),
+    SetShare(u32, Share),
+    ClearShare(u32),
     SetListener(u32, Listener),
     ClearListener(u32),
     SetRing(u32, Arc<[Slot]>),
@@ -94,6 +99,7 @@ pub fn diff(from: &Desired, to: &Desired) -> Plan {
     steps.extend(changed(&from.pools, &to.pools).map(|(n, start)| Step::ResetPool(n, *start)));
     steps.extend(changed(&from.sources, &to.sources).map(|(i, new)| Step::SetSource(i, *new)));
     steps.extend(changed(&from.targets, &to.targets).map(|(i, new)| Step::SetTarget(i, *new)));
+    steps.extend(changed(&from.shares, &to.shares).map(|(i, new)| Step::SetShare(i, *new)));
     steps
         .extend(changed(&from.listeners, &to.listeners).map(|(i, new)| Step::SetListener(i, *new)));
     for (class, prefixes) in changed_shared(&from.classes, &to.classes) {
@@ -118,6 +124,7 @@ pub fn diff(from: &Desired, to: &Desired) -> Plan {
         steps.extend(prefixes.difference(new).map(|prefix| Step::RemovePrefix(*class, *prefix)));
     }
     steps.extend(removed(&from.listeners, &to.listeners).map(Step::ClearListener));
+    steps.extend(removed(&from.shares, &to.shares).map(Step::ClearShare));
     steps.extend(removed(&from.targets, &to.targets).map(Step::ClearTarget));
     steps.extend(removed(&from.sources, &to.sources).map(Step::ClearSource));
     steps.extend(from.devices.difference(&to.devices).copied().map(Step::RemoveDevice));
@@ -163,6 +170,8 @@ impl fmt::Display for Step {
             Self::ForgetOwnMac(place) => write!(f, "no own address in place {place}"),
             Self::SetTarget(index, target) => write!(f, "target {index} at {:?}", target.address),
             Self::ClearTarget(index) => write!(f, "no target {index}"),
+            Self::SetShare(index, share) => write!(f, "share {} of target {index}", share.weight),
+            Self::ClearShare(index) => write!(f, "no share of target {index}"),
             Self::SetListener(index, listener) => {
                 write!(f, "listener {index} at {:?} port {}", listener.address, listener.port.get())
             }
@@ -231,6 +240,13 @@ mod tests {
                 }
                 Step::ClearTarget(index) => {
                     tables.targets.remove(&index).expect("a target to clear");
+                }
+                Step::SetShare(index, share) => {
+                    assert!(tables.targets.contains_key(&index), "a share of no target");
+                    tables.shares.insert(index, share);
+                }
+                Step::ClearShare(index) => {
+                    tables.shares.remove(&index).expect("a share to clear");
                 }
                 Step::SetListener(index, listener) => {
                     tables.listeners.insert(index, listener);
@@ -306,6 +322,10 @@ mod tests {
                     let entry =
                         Target { address, port: Be16::new(8000 + hop), ..Target::default() };
                     desired.targets.insert(*target, entry);
+                    if hop % 2 == 0 {
+                        let share = Share { weight: u32::from(hop) + 1, group: index };
+                        desired.shares.insert(*target, share);
+                    }
                     let source =
                         SnatSource { pool: target * 10 + u32::from(hop), ..SnatSource::default() };
                     desired.pools.insert(source.pool, 7);

@@ -356,6 +356,10 @@ impl<'a> World<'a> {
                     && ReturnFlow { last_seen: times[1], ..*a } == *b
             })?;
         }
+        for target in self.desired.shares.keys() {
+            let (host, kernel) = (self.model.load(*target), self.kernel.load_of(*target));
+            ensure!(host == kernel, "target {target}: host {host:?}, kernel {kernel:?}");
+        }
         let direct: BTreeMap<FlowKey, u32> = self.dump("DIRECT_FLOWS")?;
         let known = self.model.direct_flows.borrow();
         let known: BTreeMap<FlowKey, u32> = known.iter().map(|key| (*key, 1)).collect();
@@ -461,6 +465,22 @@ impl<'a> World<'a> {
             model.pools[&back.pool].release(key.destination_port.get());
         }
         Ok(())
+    }
+
+    /// A walk has made another map of exceptions.
+    pub fn map_exceptions(&mut self, words: &[u64]) {
+        self.model.map_exceptions(words);
+        self.kernel.map_exceptions(words);
+    }
+
+    /// A walk has found that targets have so many connections more than both sides know.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such target.
+    pub fn correct(&mut self, corrections: &BTreeMap<u32, u64>) -> Result<()> {
+        self.model.correct(corrections);
+        self.kernel.correct(corrections)
     }
 
     /// Makes both sides remember a flow that was last seen some time ago.

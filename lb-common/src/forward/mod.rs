@@ -7,6 +7,7 @@
 mod decide;
 mod emit;
 pub(crate) mod ip;
+mod least;
 pub(crate) mod parse;
 pub(crate) mod reject;
 mod reply;

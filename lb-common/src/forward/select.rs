@@ -4,12 +4,13 @@
 //! slot that changed lately remembers flows, and only those that the change could break.
 
 use crate::flow::{self, Flow, FlowKey, FlowTable, Keys, ReturnFlow, ReturnTable, TCP};
-use crate::tables::{Endpoint, Slot, Tables, Target};
+use crate::tables::{Endpoint, GONE, Slot, Tables, Target, exception_place};
 use crate::verdict::DropReason;
 use crate::wire::{Address, Be16};
 
 use super::decide::{self, Fate, Kind, Known};
 use super::ip::Ip;
+use super::least;
 use super::parse::{Packet, Place, Transport};
 use super::{Found, Frame, Next, Recall, Selected, Step, Stop};
 
@@ -76,8 +77,9 @@ fn forget_direct_flow<I: Ip, F: Frame, T: Tables>(
     }
 }
 
+/// A slot of a ring.
 #[inline(always)]
-fn slot<T: Tables>(tables: &T, ring: u32, slot: u32) -> Result<Slot, DropReason> {
+pub fn slot<T: Tables>(tables: &T, ring: u32, slot: u32) -> Result<Slot, DropReason> {
     let index = ring.wrapping_mul(tables.ring_size()).wrapping_add(slot);
     tables.slot(index).ok_or(DropReason::TableInconsistent)
 }
@@ -100,6 +102,11 @@ pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step
     // one of them found out the verifier need not follow through the others.
     let asked = core::hint::black_box(&asked);
     let recall = step.recall;
+    if recall.is_tracked == 0 && recall.slot.is_mapped() && !is_exception(tables, recall.hash) {
+        let is_new = asked.kind().may_be_new() as u32;
+        step.selected = Selected { index: recall.slot.current, is_new, hash: recall.hash };
+        return Next::with(Next::DELIVER, 0);
+    }
     match remember(tables, asked, &recall) {
         Ok(selected) => {
             step.selected = selected;
@@ -123,6 +130,9 @@ fn remember<T: Tables>(tables: &T, asked: &Asked, recall: &Recall) -> Result<Sel
     if outcome == REFUSED {
         return Err(DropReason::TargetDown);
     }
+    if recall.is_tracked != 0 && decide::is_new(recall.slot, asked.kind()) {
+        index = least::better_of_two(tables, recall, index);
+    }
     if serving(tables, index).is_none() {
         if asked.key.protocol == TCP {
             return Err(without_target(index));
@@ -142,6 +152,13 @@ fn remember<T: Tables>(tables: &T, asked: &Asked, recall: &Recall) -> Result<Sel
     }
     let is_new = note(tables, asked, recall, index);
     Ok(Selected { index, is_new, hash: recall.hash })
+}
+
+/// Whether what is remembered of a flow may be another target than the slot's.
+#[inline(always)]
+fn is_exception<T: Tables>(tables: &T, hash: u32) -> bool {
+    let (word, bit) = exception_place(hash);
+    tables.exceptions(word) & bit != 0
 }
 
 /// What a packet says of its flow, in memory.
@@ -212,7 +229,10 @@ fn go_on<T: Tables>(tables: &T, asked: &Asked, recall: &Recall, index: &mut u32)
         return KNOWN;
     }
     // A pinned slot does not remember the new connection: its next packet must not find this.
-    tables.forget(known.table, key);
+    let forgotten = tables.forget(known.table, key) != 0;
+    if forgotten && known.table == FlowTable::Flows && known.flow.closing == 0 {
+        least::ended(tables, known.flow.target);
+    }
     if fate == Fate::Refused {
         return REFUSED;
     }
@@ -229,7 +249,7 @@ fn note<T: Tables>(tables: &T, asked: &Asked, recall: &Recall, index: u32) -> u3
         let flow = Flow { last_seen: tables.now(), target: index, closing };
         tables.remember(table, &asked.key, &flow);
     }
-    !matches!(kind, Kind::Amid | Kind::Ending) as u32
+    kind.may_be_new() as u32
 }
 
 /// Why a packet does not go to a target that does not serve. No target has number 0: it stands in
@@ -305,10 +325,23 @@ fn update<T: Tables>(
     match fate {
         Fate::Promoted => {
             // In one of the tables at any time: the agent's walk goes through them in this order.
-            tables.remember(FlowTable::Flows, key, &flow);
+            let replaced = tables.remember(FlowTable::Flows, key, &flow);
             tables.forget(known.table, key);
+            least::opened(tables, target);
+            if replaced != 0 {
+                least::ended(tables, replaced);
+            }
         }
-        Fate::Refreshed => tables.refresh(known.table, key, &flow),
+        Fate::Refreshed => {
+            let before = tables.refresh(known.table, key, &flow);
+            if known.table == FlowTable::Flows && before != GONE && before != flow.closing {
+                if flow.closing == 0 {
+                    least::opened(tables, target);
+                } else {
+                    least::ended(tables, target);
+                }
+            }
+        }
         _ => return,
     }
     if recall.is_tracked != 0

@@ -106,7 +106,8 @@ struct Agent {
     state_directory: StateDirectory,
     api: JoinHandle<()>,
 
-    walk: Option<JoinHandle<Findings>>,
+    /// When it began, and what it will have found.
+    walk: Option<(Instant, JoinHandle<Findings>)>,
     flow_tables: [FlowTableUsage; FlowTable::ALL.len()],
     watchman: flows::Watchman,
     last_walk: Instant,
@@ -230,15 +231,16 @@ impl Agent {
             }
             Err(error) => error!("the flows cannot be counted: {error:#}"),
         }
-        if self.walk.as_ref().is_some_and(JoinHandle::is_finished)
-            && let Some(walk) = self.walk.take()
-        {
+        if let Some((begun, walk)) = self.walk.take_if(|(_, walk)| walk.is_finished()) {
             match walk.await {
                 Ok(findings) => {
+                    self.settle(&findings, begun);
                     self.state.set_flows(findings.flows);
-                    if !findings.settled.is_empty() {
-                        self.state.settle(&findings.settled);
-                        self.reconcile();
+                    let mut corrections = findings.corrections;
+                    // A place that was cleared meanwhile stays clear.
+                    corrections.retain(|target, _| self.current.shares.contains_key(target));
+                    if let Err(error) = self.dataplane.correct(&corrections) {
+                        error!("the targets' connections cannot be told: {error:#}");
                     }
                 }
                 Err(error) => error!("the walk over the flow table ended early: {error}"),
@@ -252,6 +254,16 @@ impl Agent {
         self.walk_snat(now).await;
     }
 
+    /// What a walk has found of pinned slots: first the map, then the slots that go by it.
+    fn settle(&mut self, findings: &Findings, begun: Instant) {
+        if findings.settled.is_empty() {
+            return;
+        }
+        self.dataplane.map_exceptions(&findings.exceptions);
+        self.state.settle(findings, begun);
+        self.reconcile();
+    }
+
     fn start_walk(&mut self) {
         let pinned = self.state.pinned();
         // What is over makes room for others only when somebody takes it out.
@@ -260,6 +272,7 @@ impl Agent {
         if pinned.is_empty() && !is_full && !self.state.counts_flows() {
             return;
         }
+        let begun = Instant::now();
         match self.dataplane.flow_tables() {
             Ok(flows) => {
                 let walk = Walk {
@@ -268,7 +281,8 @@ impl Agent {
                     ring_size: self.ring_size,
                     pinned,
                 };
-                self.walk = Some(tokio::task::spawn_blocking(move || flows::walk(walk, flows)));
+                let walk = tokio::task::spawn_blocking(move || flows::walk(walk, flows));
+                self.walk = Some((begun, walk));
             }
             Err(error) => error!("no walk over the flow table: {error:#}"),
         }

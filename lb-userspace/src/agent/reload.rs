@@ -132,7 +132,7 @@ fn refuse_another_hash(running: &Config, new: &Config) -> anyhow::Result<()> {
             let groups: Vec<_> =
                 groups.filter_map(|group| config.target_groups.get(&group.name)).collect();
             let stickiness = groups.first().map(|group| group.stickiness);
-            let tracks = groups.iter().any(|group| group.track_every_flow);
+            let tracks = groups.iter().any(|group| group.tracks_every_flow());
             ((address, listener.protocol, listener.port), (stickiness, tracks))
         });
         hashes.collect()

@@ -8,6 +8,7 @@
 
 mod connections;
 mod generated;
+mod least_connections;
 mod passing;
 mod refusals;
 mod rewriting;

@@ -51,6 +51,8 @@ const TARGETS: u32 = 100;
 const LEARNING: &str = "10.0.10.100:87";
 /// The listener whose slots are all pinned: every flow is looked up, none is found.
 const PINNED: &str = "10.0.10.100:88";
+/// The same, mapped: no flow is in the map of exceptions.
+const MAPPED: &str = "10.0.10.100:89";
 /// The listener whose one target sees [`SNAT_SOURCE`].
 const SNAT: &str = "10.0.10.100:90";
 /// With the ports that the wrapper gives the clients: so its replies are those of requests.
@@ -211,6 +213,7 @@ fn tables() -> Desired {
         (TCP, "10.0.10.100:84", Target::NAT, OPEN, 0, 11),
         (TCP, LEARNING, Target::NAT, OPEN, 0, LOOPBACK),
         (TCP, PINNED, Target::NAT, OPEN, 0, LOOPBACK),
+        (TCP, MAPPED, Target::NAT, OPEN, 0, LOOPBACK),
         (TCP, "10.0.10.100:85", Target::DSR_IPIP, OPEN, 0, LOOPBACK),
         (TCP, "[fd00:10::100]:85", Target::DSR_IPIP, OPEN, 0, LOOPBACK),
         (TCP, "10.0.10.100:86", Target::DSR_GUE, OPEN, 0, LOOPBACK),
@@ -220,10 +223,13 @@ fn tables() -> Desired {
         let mut slots = add_targets(&mut scene, first, mode, at.starts_with('['), device);
         let state = match at {
             LEARNING => SlotState::Learning,
-            PINNED => SlotState::Pinned,
+            PINNED | MAPPED => SlotState::Pinned,
             _ => SlotState::Settled,
         };
         unsettle(&mut slots, state);
+        if at == MAPPED {
+            slots.iter_mut().for_each(|slot| *slot = slot.mapped());
+        }
         scene.listener_of(listener, protocol, at, &slots, class, flags);
         scene.desired.rings.insert(listener, slots.into());
     }
@@ -338,6 +344,7 @@ fn rows() -> Vec<Row> {
     for (name, at) in [
         ("nat, TCP, IPv4, every slot learning", LEARNING),
         ("nat, TCP, IPv4, every slot pinned", PINNED),
+        ("nat, TCP, IPv4, every slot pinned and mapped", MAPPED),
     ] {
         rows.extend(ours(name, &to(at), &[one, some, many]));
     }
