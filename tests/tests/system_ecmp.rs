@@ -272,7 +272,8 @@ impl Scenario {
 
 /// Not by `println!`, whose text is shown of failed tests only.
 fn say(text: &str) {
-    writeln!(io::stdout(), "{text}").unwrap();
+    let mut output = io::stdout();
+    writeln!(output, "{text}").unwrap();
 }
 
 /// The client's addresses with these ports.
