@@ -122,6 +122,10 @@ impl Generator {
             _ => 0,
         };
         packet.payload = (0..length).map(|_| self.rng.random()).collect();
+        if protocol != TCP && self.rng.random_ratio(1, 8) {
+            packet.payload.resize(self.rng.random_range(1198..1203), 0);
+            packet.payload[..6].copy_from_slice(&[0xc0, 0, 0, 0, 1, 8]);
+        }
         let mut frame = packet.build();
         if source.is_ipv6() && self.rng.random_ratio(1, 6) {
             self.add_extensions(&mut frame, l3);

@@ -17,16 +17,21 @@ pub enum Kind {
     Amid,
     /// A FIN or RST: a TCP connection ends.
     Ending,
-    /// Anything but TCP: it does not say.
+    /// A QUIC client's Initial: a connection begins, or began a moment ago.
+    Initial,
+    /// Any other datagram: it does not say.
     Datagram,
 }
 
 impl Kind {
-    /// Of a packet with these TCP control bits.
+    /// What stands for TCP's control bits in a QUIC client's Initial packet.
+    pub const QUIC_INITIAL: u8 = 1;
+
+    /// Of a packet with these TCP control bits; of a datagram with [`Self::QUIC_INITIAL`] or 0.
     #[inline(always)]
     pub fn of(protocol: u8, flags: u8) -> Self {
         if protocol != TCP {
-            Self::Datagram
+            if flags & Self::QUIC_INITIAL != 0 { Self::Initial } else { Self::Datagram }
         } else if flags & (Tcp::SYN | Tcp::ACK) == Tcp::SYN {
             Self::Opening
         } else if flags & (Tcp::FIN | Tcp::RST) != 0 {
@@ -72,11 +77,12 @@ pub fn fate(known: &Known, target_flags: u8, kind: Kind, now: u64) -> Fate {
             return Fate::Replaced;
         }
     } else if target_flags & Target::SERVES == 0 {
-        return if kind == Kind::Datagram { Fate::Replaced } else { Fate::Refused };
+        let is_udp = matches!(kind, Kind::Initial | Kind::Datagram);
+        return if is_udp { Fate::Replaced } else { Fate::Refused };
     }
     let closing = closing(&known.flow, kind, now);
     // A flood of SYNs, or one of FINs, must not get further than its like.
-    let shows_itself = matches!(kind, Kind::Amid | Kind::Datagram) && closing == 0;
+    let shows_itself = !matches!(kind, Kind::Opening | Kind::Ending) && closing == 0;
     if known.table != FlowTable::Flows && shows_itself {
         Fate::Promoted
     } else if closing != known.flow.closing || is_stale(&known.flow, now) {
@@ -110,7 +116,7 @@ fn is_stale(flow: &Flow, now: u64) -> bool {
 pub fn choice(slot: Slot, kind: Kind) -> u32 {
     let is_older = match slot.state() {
         // Before the change, or it would be remembered.
-        SlotState::Learning => kind != Kind::Opening,
+        SlotState::Learning => !matches!(kind, Kind::Opening | Kind::Initial),
         SlotState::LearningTcp => matches!(kind, Kind::Amid | Kind::Ending),
         SlotState::Settled | SlotState::Pinned => false,
     };
@@ -152,12 +158,13 @@ mod tests {
         assert_eq!(Kind::of(TCP, Tcp::ACK | Tcp::FIN), Kind::Ending);
         assert_eq!(Kind::of(TCP, Tcp::RST), Kind::Ending);
         assert_eq!(Kind::of(crate::flow::UDP, 0), Kind::Datagram);
+        assert_eq!(Kind::of(crate::flow::UDP, Kind::QUIC_INITIAL), Kind::Initial);
     }
 
     #[test]
     fn the_fate_of_a_remembered_flow() {
         use FlowTable::{Flows, HalfOpen, OnceSeen};
-        use Kind::{Amid, Datagram, Ending, Opening};
+        use Kind::{Amid, Datagram, Ending, Initial, Opening};
         let (live, fin) = (known(Flows, 0, 0), known(Flows, 1, 0));
         for (what, known, flags, kind, fate) in [
             ("nothing to write", live, IN_RING, Amid, Fate::Kept),
@@ -179,6 +186,9 @@ mod tests {
             ("it is aborted", known(HalfOpen, 0, 0), IN_RING, Ending, Fate::Refreshed),
             ("seen twice", known(OnceSeen, 0, 0), IN_RING, Amid, Fate::Promoted),
             ("UDP, seen twice", known(OnceSeen, 0, 0), IN_RING, Datagram, Fate::Promoted),
+            ("QUIC, seen twice", known(OnceSeen, 0, 0), IN_RING, Initial, Fate::Promoted),
+            ("QUIC goes on where it began", live, DRAINING, Initial, Fate::Kept),
+            ("nor does QUIC", live, GONE, Initial, Fate::Replaced),
             ("FIN, then ACK", known(OnceSeen, 1, 0), IN_RING, Amid, Fate::Kept),
             ("a SYN shows nothing", known(OnceSeen, 0, 0), IN_RING, Opening, Fate::Kept),
         ] {
@@ -188,17 +198,17 @@ mod tests {
 
     #[test]
     fn the_choice_for_an_unknown_flow() {
-        use Kind::{Amid, Datagram, Ending, Opening};
+        use Kind::{Amid, Datagram, Ending, Initial, Opening};
         use SlotState::{Learning, LearningTcp, Pinned, Settled};
         let rows = [
-            (Settled, [1, 1, 1, 1]),
-            (Learning, [1, 2, 2, 2]),
-            (LearningTcp, [1, 2, 2, 1]),
-            (Pinned, [1, 1, 1, 1]),
+            (Settled, [1, 1, 1, 1, 1]),
+            (Learning, [1, 2, 2, 2, 1]),
+            (LearningTcp, [1, 2, 2, 1, 1]),
+            (Pinned, [1, 1, 1, 1, 1]),
         ];
         for (state, expected) in rows {
             let slot = Slot::new(1, 2, state);
-            let chosen = [Opening, Amid, Ending, Datagram].map(|kind| choice(slot, kind));
+            let chosen = [Opening, Amid, Ending, Datagram, Initial].map(|kind| choice(slot, kind));
             assert_eq!(chosen, expected, "{state:?}");
         }
         assert_eq!(choice(Slot::new(1, 0, Learning), Amid), 1, "there was none before");
@@ -212,6 +222,7 @@ mod tests {
         assert_eq!(table(SlotState::Learning, Kind::Opening), Some(HalfOpen));
         assert_eq!(table(SlotState::LearningTcp, Kind::Amid), Some(OnceSeen));
         assert_eq!(table(SlotState::Learning, Kind::Datagram), Some(OnceSeen));
+        assert_eq!(table(SlotState::Learning, Kind::Initial), Some(OnceSeen));
         assert_eq!(table(SlotState::Pinned, Kind::Amid), None);
         assert_eq!(table(SlotState::Settled, Kind::Opening), None);
         let tracked = |kind| first_table(Slot::settled(1), kind, true);

@@ -1,6 +1,7 @@
 //! From bytes to headers. `None` means: not for us to judge, the packet passes untouched.
 
 use crate::flow::{FlowKey, TCP, UDP};
+use crate::wire::quic::LongHeader;
 use crate::wire::{Address, Be16, EtherType, Ethernet, Tcp, Udp, VlanTag};
 
 use super::Frame;
@@ -131,6 +132,14 @@ impl Transport {
         self.claimed < least || packet.l4 + self.claimed > end || end > frame.len()
     }
 
+    /// Whether this datagram opens a QUIC connection, as far as its first bytes tell.
+    #[inline(always)]
+    pub fn is_quic_initial<F: Frame>(&self, frame: &F, l4: usize) -> bool {
+        frame
+            .read::<LongHeader>(l4 + size_of::<Udp>())
+            .is_some_and(|header| header.is_initial(Be16::new(self.claimed as u16)))
+    }
+
     /// Whether this opens a TCP connection.
     #[inline(always)]
     pub fn is_syn(&self) -> bool {
@@ -226,6 +235,13 @@ impl Place {
         let packet = self.read::<I, F>(frame)?;
         let transport = packet.transport?;
         Some((packet.flow(transport.ports), transport))
+    }
+
+    /// See [`Transport::is_quic_initial`].
+    #[inline(always)]
+    pub fn is_quic_initial<F: Frame>(&self, frame: &F, transport: &Transport) -> bool {
+        let l4 = (self.l4 & MAX_HEADERS) as usize;
+        self.protocol == UDP as u32 && transport.is_quic_initial(whole(frame), l4)
     }
 }
 

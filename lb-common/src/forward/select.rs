@@ -148,7 +148,7 @@ fn remember<T: Tables>(tables: &T, asked: &Asked, recall: &Recall) -> Result<Sel
 pub struct Asked {
     /// Its addresses and ports.
     pub key: FlowKey,
-    /// TCP control bits; 0 for UDP.
+    /// TCP control bits; for UDP [`Kind::QUIC_INITIAL`] or 0.
     pub flags: u8,
 }
 
@@ -179,7 +179,9 @@ impl Asked {
 #[inline(never)]
 pub fn ask<I: Ip, F: Frame>(frame: &F, place: &Place, asked: &mut Asked) -> u32 {
     let Some((key, transport)) = place.flow::<I, F>(frame) else { return 0 };
-    *asked = Asked { key, flags: transport.flags };
+    let is_initial = place.is_quic_initial(frame, &transport);
+    let flags = if is_initial { Kind::QUIC_INITIAL } else { transport.flags };
+    *asked = Asked { key, flags };
     1
 }
 
@@ -227,7 +229,7 @@ fn note<T: Tables>(tables: &T, asked: &Asked, recall: &Recall, index: u32) -> u3
         let flow = Flow { last_seen: tables.now(), target: index, closing };
         tables.remember(table, &asked.key, &flow);
     }
-    matches!(kind, Kind::Opening | Kind::Datagram) as u32
+    !matches!(kind, Kind::Amid | Kind::Ending) as u32
 }
 
 /// Why a packet does not go to a target that does not serve. No target has number 0: it stands in

@@ -1,5 +1,6 @@
 //! Source ports, given out one flow each.
 
+use core::hint::black_box;
 use core::sync::atomic::AtomicU64;
 
 /// Words of a pool: a bit for each port number.
@@ -85,8 +86,9 @@ impl PortPool {
         for step in 1..=BLOCKS {
             let block = start.wrapping_add(step) % BLOCKS;
             let (after, before) = (block as i64 - begin as i64 - 1, end as i64 - 1 - block as i64);
-            let is_outer = ((after | before) >> 63) as u64;
-            let is_open = is_not_zero(!self.common_to::<A>(block) & !is_outer) & !is_found;
+            let is_outer = black_box((after | before) >> 63) as u64;
+            let free = black_box(!self.common_to::<A>(block));
+            let is_open = is_not_zero(free & !is_outer) & !is_found;
             found = (block as u64 & is_open) | (found & !is_open);
             is_found |= is_open;
         }
@@ -126,7 +128,7 @@ impl PortPool {
 #[inline(always)]
 fn is_not_zero(bits: u64) -> u64 {
     let sign = (bits | bits.wrapping_neg()) >> 63;
-    core::hint::black_box(sign).wrapping_neg()
+    black_box(sign).wrapping_neg()
 }
 
 /// The bits of a word of a bitmap that lie from bit `first` to bit `last` of the whole. No branches.
@@ -141,9 +143,9 @@ fn inside(word: u32, first: u32, last: u32) -> u64 {
 /// A number, or the nearest one from 0 to 64.
 #[inline(always)]
 fn clamped(number: i64) -> u64 {
-    let positive = number & !core::hint::black_box(number >> 63);
+    let positive = number & !black_box(number >> 63);
     let beyond = positive - 64;
-    (64 + (beyond & core::hint::black_box(beyond >> 63))) as u64
+    (64 + (beyond & black_box(beyond >> 63))) as u64
 }
 
 /// So many bits, 64 at most.
@@ -156,7 +158,7 @@ fn lowest_bits(count: u64) -> u64 {
 /// compiler's own way is a table, which a BPF program does not have.
 #[inline(always)]
 fn lowest(bits: u64) -> u32 {
-    let bit = core::hint::black_box(bits & bits.wrapping_neg());
+    let bit = black_box(bits & bits.wrapping_neg());
     let below = bit.wrapping_sub(1);
     let pairs = below.wrapping_sub((below >> 1) & 0x5555_5555_5555_5555);
     let fours = (pairs & 0x3333_3333_3333_3333).wrapping_add((pairs >> 2) & 0x3333_3333_3333_3333);

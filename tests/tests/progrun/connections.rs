@@ -70,6 +70,31 @@ fn a_learning_slot_tells_old_connections_from_new_ones() {
     );
 }
 
+/// A client's first datagram of QUIC version 1, as far as it is not encrypted.
+fn quic_initial(client: &str, vip: &str) -> Packet {
+    let mut payload = vec![0; 1200];
+    payload[..6].copy_from_slice(&[0xc3, 0, 0, 0, 1, 8]);
+    Packet { payload, ..datagram(client, vip) }
+}
+
+#[test]
+fn a_learning_slot_tells_a_new_quic_connection() {
+    let vip = "10.0.10.100:90";
+    let short_header = |port| {
+        let payload = vec![0x43; 1200];
+        Packet { payload, ..datagram(&client(port), vip) }
+    };
+    run(
+        &Scene::everything(),
+        &[
+            on_to("an Initial: new", &quic_initial(&client(1), vip), 22, 22),
+            on_to("what follows it", &short_header(1), 22, 22).with_is_new(false),
+            on_to("amid a connection: old", &short_header(2), 22, 23),
+            on_to("an Initial on it", &quic_initial(&client(2), vip), 22, 23).with_is_new(false),
+        ],
+    );
+}
+
 #[test]
 fn later_only_tcp_is_old() {
     let vip = "10.0.10.100:91";

@@ -60,9 +60,17 @@ fn assert_meaningful(scene: &Scene, actions: &BTreeMap<Action, u32>, counts: &Co
         let never = matches!(reason, DropReason::TableInconsistent | DropReason::NoHeadroom);
         assert_eq!(counts.drops.contains_key(&reason), !never, "{}", reason.name());
     }
+    let began = Scene::everything().desired;
     for listener in scene.desired.listeners.keys() {
-        let has_target = scene.desired.rings.contains_key(listener);
-        assert_eq!(counts.listeners.contains_key(listener), has_target, "listener {listener}");
+        let ring = began.rings.get(listener);
+        let targets = ring.into_iter().flat_map(|slots| slots.iter().map(|slot| slot.current));
+        let mut ways = targets.map(|target| began.targets[&target].hop.ifindex);
+        let is_counted = counts.listeners.contains_key(listener);
+        if ring.is_none() {
+            assert!(!is_counted, "listener {listener}");
+        } else if ways.any(|ifindex| ifindex != 0) {
+            assert!(is_counted, "listener {listener}");
+        }
     }
     let replied = counts.listeners.values().filter(|traffic| traffic.reply_packets > 0).count();
     assert!(replied > 20, "replies by {replied} listeners only");
