@@ -271,8 +271,10 @@ impl Scenario {
 }
 
 /// Not by `println!`, whose text is shown of failed tests only.
+#[expect(clippy::explicit_write, reason = "println! is captured")]
 fn say(text: &str) {
-    writeln!(io::stdout(), "{text}").unwrap();
+    let mut output = io::stdout();
+    writeln!(output, "{text}").unwrap();
 }
 
 /// The client's addresses with these ports.

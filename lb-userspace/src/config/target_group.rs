@@ -152,14 +152,15 @@ fn stickiness(value: Value<'_>) -> Option<Stickiness> {
 
 /// AWS's bounds of slow_start.duration_seconds; 0 switches it off.
 fn slow_start(value: Value<'_>) -> Option<Duration> {
-    let duration = value.duration(Duration::ZERO..=MAX_SLOW_START)?;
-    if duration > Duration::ZERO && duration < MIN_SLOW_START {
-        let least = show_duration(MIN_SLOW_START);
-        let most = show_duration(MAX_SLOW_START);
-        value.refuse(format!("write a duration from {least} to {most}, or \"0s\" for none"));
-        return None;
+    let (least, most) = (show_duration(MIN_SLOW_START), show_duration(MAX_SLOW_START));
+    let help = format!("write a duration from {least} to {most} in quotes, or \"0s\" for none");
+    let duration = humantime::parse_duration(value.string(&help)?).ok();
+    let within = MIN_SLOW_START..=MAX_SLOW_START;
+    let right = duration.filter(|duration| duration.is_zero() || within.contains(duration));
+    if right.is_none() {
+        value.refuse(help);
     }
-    Some(duration)
+    right
 }
 
 fn gue_port(value: Option<Value<'_>>, forwarding: Option<Forwarding>) -> u16 {
