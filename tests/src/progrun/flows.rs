@@ -11,6 +11,7 @@ use lb_common::{
     flow::{Flow, FlowKey, FlowTable, ReturnFlow, ReturnTable},
     lru::Lru,
     snat::{SnatFlow, SnatReturn, Stamp},
+    tables::Tables as _,
 };
 use lb_userspace::dataplane::{FlowTableUsage, Raw, map_name};
 
