@@ -271,7 +271,6 @@ impl Scenario {
 }
 
 /// Not by `println!`, whose text is shown of failed tests only.
-#[expect(clippy::explicit_write, reason = "println! is captured")]
 fn say(text: &str) {
     let mut output = io::stdout();
     writeln!(output, "{text}").unwrap();
