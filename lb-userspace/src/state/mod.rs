@@ -355,11 +355,6 @@ impl State {
     }
 }
 
-/// Where a flow's packets go by the hash alone: the ring and the slot.
-pub fn slot_of(desired: &Desired, keys: &HashKeys, key: &FlowKey, size: u32) -> Option<(u32, u32)> {
-    place_of(desired, keys, key).map(|(ring, hash)| (ring, flow::slot(hash, size)))
-}
-
 /// The ring that a flow goes by, and its hash, of which the upper half chooses the slot.
 fn place_of(desired: &Desired, keys: &HashKeys, key: &FlowKey) -> Option<(u32, u64)> {
     let listener = EndpointKey::new(key.destination, key.destination_port, key.protocol);

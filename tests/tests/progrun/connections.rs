@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use lb_common::{
-    flow::{FlowKey, FlowTable, HashKeys, Keys as _, TCP, UDP},
-    tables::{EXCEPTION_WORDS, Slot, SlotState, Target, exception_place},
+    flow::{FlowKey, FlowTable, TCP, UDP},
+    tables::{Slot, Target},
     verdict::DropReason::{PortAllocationError, TargetDown},
     wire::Be16,
 };
@@ -16,7 +16,7 @@ use lb_userspace::dataplane::LoadOptions;
 
 use super::*;
 
-fn key(protocol: u8, source: &str, destination: &str) -> FlowKey {
+pub fn key(protocol: u8, source: &str, destination: &str) -> FlowKey {
     let (source, destination) = (at(source), at(destination));
     FlowKey {
         source: source.ip().into(),
@@ -42,7 +42,7 @@ fn on_to(what: &'static str, request: &Packet, listener: u32, target: u32) -> St
     if is_udp { step.with_is_new(true) } else { step }
 }
 
-fn seconds(seconds: u64) -> Duration {
+pub fn seconds(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
 
@@ -119,56 +119,6 @@ fn a_pinned_slot_knows_its_exceptions() {
         world.remember(key(UDP, &client(2), vip), 33, 0, seconds(5)).unwrap();
         check(world, &on_to("known UDP", &datagram(&client(2), vip), 32, 33).with_is_new(false));
         check(world, &on_to("unknown UDP", &datagram(&client(3), vip), 32, 32));
-    });
-}
-
-/// Of a slot that is mapped only flows with a bit in the map are looked up. What the map lacks is
-/// not found, so a walk must have put it there.
-#[test]
-fn a_mapped_slot_looks_up_what_is_in_the_map() {
-    let mut scene = Scene::new();
-    for (first, vip, target) in
-        [(1, "10.0.10.100:80", "10.0.11.4"), (3, "[fd00:10::100]:80", "[fd00:11::4")]
-    {
-        for n in [first, first + 1] {
-            let at =
-                if first == 1 { format!("{target}{n}:8080") } else { format!("{target}{n}]:8080") };
-            scene.target(n, Target::NAT, &at, Way::by(11));
-        }
-        let slot = Slot::new(first, first + 1, SlotState::Pinned).mapped();
-        scene.listener(first, TCP, vip, &[slot]);
-        scene.listener(first + 1, UDP, vip, &[slot]);
-    }
-    in_world(&scene, |world| {
-        for (first, vip, source) in
-            [(1, "10.0.10.100:80", "192.0.10.7:1"), (3, "[fd00:10::100]:80", "[2001:db8:10::7]:1")]
-        {
-            let to = |what, request: &Packet, listener, target: u32| {
-                let at = scene.desired.targets[&target];
-                let at = SocketAddr::new(at.address.into(), at.port.get()).to_string();
-                Step::to(what, request, &translated(request, target, &at), (listener, target))
-            };
-            world.map_exceptions(&[]);
-            let known = [TCP, UDP].map(|protocol| key(protocol, source, vip));
-            for key in known {
-                world.remember(key, first + 1, 0, seconds(0)).unwrap();
-            }
-            let (amid, udp) = (segment(source, vip), datagram(source, vip));
-            check(world, &to("not in the map", &amid, first, first));
-            check(world, &to("nor UDP", &udp, first + 1, first).with_is_new(true));
-            check(world, &to("a SYN", &syn(source, vip), first, first));
-            let mut words = vec![0; EXCEPTION_WORDS as usize];
-            for key in known {
-                let hash = HashKeys::from_seed(OPTIONS.hash_seed).flow(&key);
-                let (word, bit) = exception_place(hash as u32);
-                words[word as usize] |= bit;
-            }
-            world.map_exceptions(&words);
-            check(world, &to("in the map", &amid, first, first + 1));
-            check(world, &to("and UDP", &udp, first + 1, first + 1).with_is_new(false));
-            world.forget_all().unwrap();
-            check(world, &to("in the map and gone", &amid, first, first));
-        }
     });
 }
 

@@ -9,6 +9,7 @@
 mod connections;
 mod generated;
 mod least_connections;
+mod mapped;
 mod passing;
 mod refusals;
 mod rewriting;

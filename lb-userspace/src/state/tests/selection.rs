@@ -432,7 +432,12 @@ fn stickiness_is_a_flag_of_the_listener() {
     };
     let keys = HashKeys::from_seed(1);
     let slots = |desired: &Desired| -> BTreeSet<_> {
-        (1000..1100).map(|port| slot_of(desired, &keys, &key(port, 80), 251)).collect()
+        (1000..1100)
+            .map(|port| {
+                place_of(desired, &keys, &key(port, 80))
+                    .map(|(ring, hash)| (ring, flow::slot(hash, 251)))
+            })
+            .collect()
     };
     assert_eq!(slots(&desired).len(), 1, "the walk looks where packets do");
     assert!(slots(&World::healthy(&[WEB]).desired()).len() > 50);
