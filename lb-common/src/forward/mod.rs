@@ -4,6 +4,16 @@
 //! bound, nothing is indexed by packet data, nothing panics, and nothing is written before it is
 //! certain that the packet is ours.
 
+/// All zero, for a record of plain numbers (`Pod`) whose size is a multiple of 8. What is passed
+/// between functions in memory must be written once before it is read. The zero is hidden from the
+/// compiler: it would make one call of all the stores, to a function that clears the bytes one by one.
+macro_rules! hidden_zeros {
+    () => {
+        bytemuck::cast([core::hint::black_box(0_u64); size_of::<Self>() / 8])
+    };
+}
+pub(crate) use hidden_zeros;
+
 mod decide;
 mod emit;
 pub(crate) mod ip;

@@ -3,10 +3,11 @@
 //! On a settled slot the hash alone decides, and nothing is read or written for the flow. Only a
 //! slot that changed lately remembers flows, and only those that the change could break.
 
+use bytemuck::{Pod, Zeroable};
+
 use crate::flow::{self, Flow, FlowKey, FlowTable, Keys, ReturnFlow, ReturnTable, TCP};
 use crate::tables::{Endpoint, GONE, Slot, Tables, Target, exception_place};
 use crate::verdict::DropReason;
-use crate::wire::{Address, Be16};
 
 use super::decide::{self, Fate, Kind, Known};
 use super::ip::Ip;
@@ -162,27 +163,21 @@ fn is_exception<T: Tables>(tables: &T, hash: u32) -> bool {
 }
 
 /// What a packet says of its flow, in memory.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
 pub struct Asked {
     /// Its addresses and ports.
     pub key: FlowKey,
     /// TCP control bits; for UDP [`Kind::QUIC_INITIAL`] or 0.
     pub flags: u8,
+    zero: [u8; 7],
 }
 
 impl Asked {
     /// Nothing yet.
     #[inline(always)]
     pub fn nothing() -> Self {
-        let zero = core::hint::black_box(0_u64);
-        let key = FlowKey {
-            source: Address::from_words([zero; 2]),
-            destination: Address::from_words([zero; 2]),
-            source_port: Be16::from_raw(zero as u16),
-            destination_port: Be16::from_raw(zero as u16),
-            protocol: zero as u8,
-            zero: [zero as u8; 3],
-        };
-        Self { key, flags: zero as u8 }
+        hidden_zeros!()
     }
 
     /// What it means for its flow.
@@ -198,7 +193,7 @@ pub fn ask<I: Ip, F: Frame>(frame: &F, place: &Place, asked: &mut Asked) -> u32 
     let Some((key, transport)) = place.flow::<I, F>(frame) else { return 0 };
     let is_initial = place.is_quic_initial(frame, &transport);
     let flags = if is_initial { Kind::QUIC_INITIAL } else { transport.flags };
-    *asked = Asked { key, flags };
+    (asked.key, asked.flags) = (key, flags);
     1
 }
 
@@ -261,6 +256,8 @@ pub fn without_target(index: u32) -> DropReason {
 
 /// A flow that was found, in memory. Number and end in half words, which the verifier forgets: it
 /// looks at what follows once, not once for each table.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
 struct Recalled {
     last_seen: u64,
     target: u32,
@@ -273,8 +270,7 @@ impl Recalled {
 
     #[inline(always)]
     fn nothing() -> Self {
-        let zero = core::hint::black_box(0);
-        Self { last_seen: zero, target: zero as u32, closing: zero as u16, table: zero as u16 }
+        hidden_zeros!()
     }
 
     #[inline(always)]
@@ -454,7 +450,7 @@ mod tests {
     use crate::model::{Bytes, Model};
     use crate::tables::{Listener, NextHop, SlotState};
     use crate::verdict::Verdict;
-    use crate::wire::Tcp;
+    use crate::wire::{Address, Be16, Tcp};
 
     use super::*;
 

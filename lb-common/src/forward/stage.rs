@@ -183,11 +183,10 @@ pub struct Selected {
 }
 
 impl Step {
-    /// Nothing is known yet. The zero is hidden from the compiler: it would make one call of all
-    /// the stores, to a function that clears the bytes one by one.
+    /// Nothing is known yet.
     #[inline(always)]
     pub fn new() -> Self {
-        bytemuck::cast([core::hint::black_box(0_u64); size_of::<Self>() / 8])
+        hidden_zeros!()
     }
 
     /// What the stage that comes next is told.

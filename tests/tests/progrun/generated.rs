@@ -103,12 +103,6 @@ fn change(scene: &mut Scene, generator: &mut Generator) {
             }
         }
     }
-    if rng.random_ratio(1, 4) {
-        // Every one that has no way gets one now and then, or what is to be seen would hang on luck.
-        desired.targets.values_mut().filter(|target| target.hop.ifindex == 0).for_each(|target| {
-            target.hop.ifindex = 11;
-        });
-    }
     use SlotState::{Learning, LearningTcp, Pinned, Settled};
     for number in [20, 22, 24, 26, 28, 32, 33, 34, 35, 73, 74, 110, 111, 112, 113, 114] {
         let ring = desired.rings.get_mut(&number).expect("a ring");

@@ -129,7 +129,7 @@ fn take_port<I: Ip, F: Frame, T: Tables>(
 #[inline(never)]
 fn enter<T: Tables>(
     tables: &T,
-    Asked { key, flags }: &Asked,
+    Asked { key, flags, .. }: &Asked,
     step: &Step,
     target: &Target,
     ends: &mut Ends,
