@@ -74,7 +74,7 @@ impl Flow {
     pub fn is_alive(&self, now: u64, idle: u32) -> bool {
         // The last packet may have come later than is written.
         let limit = if self.closing == 0 { idle as u64 * SECOND + REFRESH } else { CLOSING_IDLE };
-        idle != 0 && now.wrapping_sub(self.last_seen) < limit
+        idle != 0 && now.saturating_sub(self.last_seen) < limit
     }
 }
 

@@ -1,7 +1,7 @@
 //! The XDP programs of lb: lb-common's pipeline, bound to a packet in the kernel and to maps.
 #![no_std]
 #![no_main]
-#![feature(core_intrinsics)]
+#![feature(asm_experimental_arch, core_intrinsics)]
 #![allow(internal_features, reason = "the library has no atomic instructions for BPF")]
 #![allow(missing_docs, reason = "the program macros drop the comments of what they wrap")]
 
@@ -12,7 +12,7 @@ mod panic;
 use aya_ebpf::bindings::xdp_action;
 use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
-use lb_common::forward::{Next, Stage, Step, begin, go_on};
+use lb_common::forward::{Next, Stage, begin, go_on};
 use lb_common::verdict::Verdict;
 
 use frame::XdpFrame;
@@ -27,21 +27,14 @@ static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 #[xdp]
 pub fn lb_balancer(ctx: XdpContext) -> u32 {
     let maps = Maps::new(&ctx);
-    let mut step = Step::new();
-    let next = begin(&mut XdpFrame::new(&ctx), &maps, &mut step);
-    end(&ctx, &maps, next, &step)
+    let next = begin(&mut XdpFrame::new(&ctx), &maps, &mut maps.first());
+    end(&ctx, &maps, next)
 }
 
-/// Asks what is remembered of a flow.
+/// Asks what is remembered of a flow, and sends the packet to its target.
 #[xdp]
 pub fn lb_recall(ctx: XdpContext) -> u32 {
     later(&ctx, Stage::Recall)
-}
-
-/// Sends a packet to the target that was recalled for it.
-#[xdp]
-pub fn lb_deliver(ctx: XdpContext) -> u32 {
-    later(&ctx, Stage::Deliver)
 }
 
 /// Refuses a packet so that the client hears of it.
@@ -86,15 +79,14 @@ fn later(ctx: &XdpContext, stage: Stage) -> u32 {
     let maps = Maps::new(ctx);
     let Some(step) = maps.step() else { return xdp_action::XDP_DROP };
     let next = go_on(stage, &mut XdpFrame::new(ctx), &maps, step);
-    let step = *step;
-    end(ctx, &maps, next, &step)
+    end(ctx, &maps, next)
 }
 
 /// The verdict, or the next stage.
 #[inline(always)]
-fn end(ctx: &XdpContext, maps: &Maps<'_>, next: Next, step: &Step) -> u32 {
+fn end(ctx: &XdpContext, maps: &Maps<'_>, next: Next) -> u32 {
     if let Some(stage) = next.stage() {
-        return maps.hand_over(ctx, stage, step.for_stage(next));
+        return maps.hand_over(ctx, stage, next);
     }
     match next.verdict(maps) {
         Verdict::Pass => xdp_action::XDP_PASS,

@@ -3,10 +3,11 @@
 mod loads;
 mod snat;
 
+use core::arch::asm;
 use core::intrinsics::{AtomicOrdering, atomic_xchg};
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_NOEXIST, bpf_fib_lookup as FibLookup, xdp_action};
-use aya_ebpf::helpers::{bpf_fib_lookup, bpf_ktime_get_ns};
+use aya_ebpf::helpers::{bpf_fib_lookup, bpf_ktime_get_coarse_ns};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::maps::{
@@ -16,7 +17,7 @@ use aya_ebpf::programs::XdpContext;
 use aya_ebpf::{EbpfContext as _, Global};
 use aya_log_ebpf::debug;
 use lb_common::flow::{Flow, FlowKey, FlowTable, HashKeys, Keys, ReturnFlow, ReturnTable};
-use lb_common::forward::{Stage, Step};
+use lb_common::forward::{Handover, Next, Stage, Step};
 use lb_common::load::Load;
 use lb_common::tables::{
     AdmissionKey, BUCKETS, Bucket, CachedHop, EXCEPTION_WORDS, Endpoint, EndpointKey, FlowChanges,
@@ -115,32 +116,31 @@ impl<'a> Maps<'a> {
         Self { ctx }
     }
 
-    /// What the stage before left.
+    /// The step as the first stage looks for it.
+    #[inline(always)]
+    pub fn first(&self) -> Lazy<'_> {
+        Lazy { maps: self }
+    }
+
+    /// What one stage leaves to the next.
     #[inline(always)]
     pub fn step(&self) -> Option<&'a mut Step> {
         // SAFETY: this CPU's element; no other program run touches it before this one ends.
         STEP.get_ptr_mut(0).map(|step| unsafe { &mut *step })
     }
 
-    /// Goes on with a later stage. Each has a call of its own: of a number that the kernel knows
-    /// beforehand it makes a direct jump.
+    /// Goes on with a later stage.
     #[inline(always)]
-    pub fn hand_over(&self, ctx: &XdpContext, stage: Stage, step: Step) -> u32 {
-        if let Some(to) = self.step() {
-            *to = step;
-            // SAFETY: nothing here waits to be dropped.
-            unsafe {
-                match stage {
-                    Stage::Recall => STAGES.tail_call(ctx, Stage::Recall as u32),
-                    Stage::Deliver => STAGES.tail_call(ctx, Stage::Deliver as u32),
-                    Stage::Answer => STAGES.tail_call(ctx, Stage::Answer as u32),
-                    Stage::Encapsulate => STAGES.tail_call(ctx, Stage::Encapsulate as u32),
-                    Stage::SnatRequest => STAGES.tail_call(ctx, Stage::SnatRequest as u32),
-                    Stage::SnatSearch => STAGES.tail_call(ctx, Stage::SnatSearch as u32),
-                    Stage::SnatOpen => STAGES.tail_call(ctx, Stage::SnatOpen as u32),
-                    Stage::SnatReply => STAGES.tail_call(ctx, Stage::SnatReply as u32),
-                };
-            }
+    pub fn hand_over(&self, ctx: &XdpContext, stage: Stage, next: Next) -> u32 {
+        self.first().with_step(|step| step.prepare(next));
+        match stage {
+            Stage::Recall => jump::<{ Stage::Recall as u32 }>(ctx),
+            Stage::Answer => jump::<{ Stage::Answer as u32 }>(ctx),
+            Stage::Encapsulate => jump::<{ Stage::Encapsulate as u32 }>(ctx),
+            Stage::SnatRequest => jump::<{ Stage::SnatRequest as u32 }>(ctx),
+            Stage::SnatSearch => jump::<{ Stage::SnatSearch as u32 }>(ctx),
+            Stage::SnatOpen => jump::<{ Stage::SnatOpen as u32 }>(ctx),
+            Stage::SnatReply => jump::<{ Stage::SnatReply as u32 }>(ctx),
         }
         // It is back: the agent has not put the stage there.
         self.count_drop(DropReason::TableInconsistent as u32);
@@ -211,6 +211,32 @@ impl<'a> Maps<'a> {
     #[inline(never)]
     fn log_unresolved(&self, result: i32) {
         debug!(self.ctx, "no next hop for a reply: bpf_fib_lookup says {}", result);
+    }
+}
+
+/// Goes on with the program of a stage; comes back only if there is none. Of a number that it knows
+/// beforehand the kernel makes a direct jump. The comment in the machine's language is a different
+/// one for each stage: so the compiler does not make one call of all.
+#[inline(always)]
+fn jump<const STAGE: u32>(ctx: &XdpContext) {
+    // SAFETY: nothing here waits to be dropped, and a comment does nothing.
+    unsafe {
+        STAGES.tail_call(ctx, STAGE);
+        asm!("// stage {}", const STAGE, options(nomem, nostack, preserves_flags));
+    }
+}
+
+/// The step, looked up when it is needed.
+pub struct Lazy<'a> {
+    maps: &'a Maps<'a>,
+}
+
+impl Handover for Lazy<'_> {
+    #[inline(always)]
+    fn with_step(&mut self, f: impl FnOnce(&mut Step)) {
+        if let Some(step) = self.maps.step() {
+            f(step);
+        }
     }
 }
 
@@ -294,6 +320,25 @@ fn refresh_flow(table: u32, key: &FlowKey, last_seen: u64, closing: u32) -> u32 
     }
 }
 
+/// A return flow that is there only gets the new time, in place: an update is ten times as much work.
+#[inline(never)]
+fn enter_return(table: ReturnTable, key: &FlowKey, flow: &ReturnFlow) -> i32 {
+    let map = return_map(table);
+    if let Some(entry) = map.get_ptr_mut(key) {
+        // SAFETY: the map's element. See `refresh_flow`.
+        unsafe {
+            let same = (*entry).listener == flow.listener && (*entry).target == flow.target;
+            if same {
+                (&raw mut (*entry).last_seen).write_volatile(flow.last_seen);
+                return 0;
+            }
+        }
+    }
+    // As for `insert_flow`.
+    let _ = map.insert(key, flow, 0);
+    0
+}
+
 #[inline(never)]
 fn remove_flow(table: u32, key: &FlowKey) -> u32 {
     let table = FlowTable::of(table);
@@ -352,8 +397,10 @@ impl Tables for Maps<'_> {
 
     #[inline(always)]
     fn now(&self) -> u64 {
+        // As of the last timer interrupt, a few milliseconds ago at most: what is remembered is good
+        // for seconds, and the clock itself costs three times as much to read (docs/adr/0011).
         // SAFETY: a helper without arguments.
-        unsafe { bpf_ktime_get_ns() }
+        unsafe { bpf_ktime_get_coarse_ns() }
     }
 
     #[inline(always)]
@@ -437,8 +484,7 @@ impl Tables for Maps<'_> {
 
     #[inline(always)]
     fn remember_return(&self, table: ReturnTable, key: &FlowKey, flow: &ReturnFlow) {
-        // As for `remember`.
-        let _ = return_map(table).insert(key, flow, 0);
+        enter_return(table, key, flow);
     }
 
     #[inline(always)]

@@ -114,7 +114,7 @@ pub fn closing(flow: &Flow, kind: Kind, now: u64) -> u32 {
 /// Not every packet writes the time: the entry's cache line would move from CPU to CPU.
 #[inline(always)]
 fn is_stale(flow: &Flow, now: u64) -> bool {
-    now.wrapping_sub(flow.last_seen) > REFRESH
+    now.saturating_sub(flow.last_seen) > REFRESH
 }
 
 /// Index of the target of a flow that is not remembered; 0: there is none.

@@ -22,6 +22,8 @@ pub trait Ip: Sized {
 
     /// Its EtherType.
     const ETHER_TYPE: EtherType;
+    /// Whether it is version 4.
+    const IS_V4: bool;
 
     /// Whether the transport header of an untagged frame is where it mostly is.
     fn is_plain<F: Frame>(frame: &F) -> bool;
@@ -109,6 +111,7 @@ impl Ip for V4 {
     type Header = Ipv4;
 
     const ETHER_TYPE: EtherType = EtherType::IPV4;
+    const IS_V4: bool = true;
 
     #[inline(always)]
     fn is_plain<F: Frame>(frame: &F) -> bool {
@@ -275,6 +278,7 @@ impl Ip for V6 {
     type Header = Ipv6;
 
     const ETHER_TYPE: EtherType = EtherType::IPV6;
+    const IS_V4: bool = false;
 
     #[inline(always)]
     fn is_plain<F: Frame>(frame: &F) -> bool {

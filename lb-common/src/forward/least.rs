@@ -66,6 +66,7 @@ mod tests {
     use std::collections::BTreeMap;
     use std::vec::Vec;
 
+    use bytemuck::Zeroable as _;
     use proptest::prelude::*;
 
     use crate::load::Share;
@@ -98,7 +99,8 @@ mod tests {
     fn recall(hash: u64) -> Recall {
         let chosen = flow::slot(hash, SIZE);
         let slot = Slot::settled(0);
-        Recall { slot, chosen, ring: 0, listener: 0, is_tracked: 1, hash: hash as u32 }
+        let is_tracked = 1;
+        Recall { slot, chosen, is_tracked, hash: hash as u32, ..Recall::zeroed() }
     }
 
     /// A new connection of this hash; the slot's target, and the one that it gets.

@@ -30,17 +30,17 @@ mod tunnel;
 use bytemuck::Pod;
 
 use crate::flow::{TCP, UDP};
-use crate::tables::{Endpoint, EndpointKey, OPEN, Tables};
+use crate::tables::{Endpoint, EndpointKey, MAX_TARGETS, OPEN, Tables};
 use crate::verdict::{DropReason, Verdict};
 use crate::wire::icmp::Icmp;
 use crate::wire::{Address, Be16, EtherType};
 
 use ip::{ANY, Ip, PLAIN, V4, V6};
-use parse::{Link, Packet};
+use parse::{Link, Packet, Place};
 use reject::Answer;
 use stage::{Recall, Selected};
 
-pub use stage::{Next, Stage, Step};
+pub use stage::{Handover, Next, Stage, Step};
 
 /// The bytes of a packet. Every access checks its bounds.
 pub trait Frame {
@@ -104,7 +104,7 @@ pub fn forward<F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verdict {
     let mut step = Step::new();
     let mut next = begin(frame, tables, &mut step);
     while let Some(stage) = next.stage() {
-        step = step.for_stage(next);
+        step.prepare(next);
         next = go_on(stage, frame, tables, &mut step);
     }
     next.verdict(tables)
@@ -113,7 +113,7 @@ pub fn forward<F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verdict {
 /// The first stage. Its parts are functions of their own in the kernel too, called one after the
 /// other: reading the headers again is cheaper than keeping them in memory.
 #[inline(always)]
-pub fn begin<F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) -> Next {
+pub fn begin<F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut impl Handover) -> Next {
     let pass = Next::from(Next::with(Next::PASS, 0));
     if is_for_others(frame, tables) {
         return pass;
@@ -144,22 +144,22 @@ fn is_for_others<F: Frame, T: Tables>(frame: &F, tables: &T) -> bool {
 fn begin_ip<I: Answer, F: Frame, T: Tables>(
     frame: &mut F,
     tables: &T,
-    step: &mut Step,
+    step: &mut impl Handover,
     link: &Link,
 ) -> Next {
     let is_plain = link.tags == 0 && I::is_plain(frame);
-    let next = Next::from(if is_plain {
+    let next = if is_plain {
         to_listener::<PLAIN, I, F, T>(frame, tables, step)
     } else {
         to_listener::<ANY, I, F, T>(frame, tables, step)
-    });
-    if !next.is_undecided() {
-        return next;
+    };
+    if !Found::is_packed(next) {
+        return Next::from(next);
     }
     Next::from(if is_plain {
-        from_elsewhere::<PLAIN, I, F, T>(frame, tables, step)
+        from_target::<PLAIN, I, F, T>(frame, tables, step, next)
     } else {
-        from_elsewhere::<ANY, I, F, T>(frame, tables, step)
+        from_target::<ANY, I, F, T>(frame, tables, step, next)
     })
 }
 
@@ -171,16 +171,13 @@ pub fn go_on<F: Frame, T: Tables>(
     tables: &T,
     step: &mut Step,
 ) -> Next {
-    let is_v4 = Link::parse(frame).is_some_and(|link| link.ether_type == EtherType::IPV4);
-    Next::from(match (stage, is_v4) {
-        (Stage::Recall, true) => select::recall::<V4, F, T>(frame, tables, step),
-        (Stage::Recall, false) => select::recall::<V6, F, T>(frame, tables, step),
-        (Stage::Deliver, true) => deliver::<V4, F, T>(frame, tables, step),
-        (Stage::Deliver, false) => deliver::<V6, F, T>(frame, tables, step),
+    Next::from(match (stage, step.place.is_v4()) {
+        (Stage::Recall, true) => return recall::<V4, F, T>(frame, tables, step),
+        (Stage::Recall, false) => return recall::<V6, F, T>(frame, tables, step),
         (Stage::Answer, true) => reject::answer::<V4, F, T>(frame, tables, step),
         (Stage::Answer, false) => reject::answer::<V6, F, T>(frame, tables, step),
-        (Stage::Encapsulate, true) => tunnel::encapsulate::<V4, F, T>(frame, tables, step),
-        (Stage::Encapsulate, false) => tunnel::encapsulate::<V6, F, T>(frame, tables, step),
+        (Stage::Encapsulate, true) => encapsulate::<V4, F, T>(frame, tables, step),
+        (Stage::Encapsulate, false) => encapsulate::<V6, F, T>(frame, tables, step),
         (Stage::SnatRequest, true) => snat::request::<V4, F, T>(frame, tables, step),
         (Stage::SnatRequest, false) => snat::request::<V6, F, T>(frame, tables, step),
         (Stage::SnatSearch, _) => snat::search(tables, step),
@@ -197,7 +194,7 @@ pub fn go_on<F: Frame, T: Tables>(
 fn to_listener<const SHAPE: bool, I: Answer, F: Frame, T: Tables>(
     frame: &mut F,
     tables: &T,
-    step: &mut Step,
+    step: &mut impl Handover,
 ) -> u64 {
     let Some((link, packet)) = parse::<SHAPE, I, F>(frame) else {
         return Next::with(Next::PASS, 0);
@@ -223,43 +220,74 @@ fn to_listener<const SHAPE: bool, I: Answer, F: Frame, T: Tables>(
                         class,
                     );
                 }
-                _ => return Next::with(Next::UNDECIDED, 0),
+                _ => {
+                    let port = transport.ports.source;
+                    let key = EndpointKey::new(packet.source, port, packet.protocol);
+                    let source = lookup(tables, &key);
+                    if source.kind() == Endpoint::TARGET {
+                        return source.packed();
+                    }
+                    of_nobody(tables, &packet)
+                }
             }
         }
     };
-    step.conclude(outcome, packet.place())
+    stage::conclude(step, outcome, packet.place())
+}
+
+/// Recalls a packet's flow and sends it to its target.
+#[inline(always)]
+fn recall<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) -> Next {
+    let next = Next::from(select::recall::<I, F, T>(frame, tables, step));
+    if !next.is_undecided() {
+        return next;
+    }
+    Next::from(if step.place.is_plain::<I>() {
+        deliver::<PLAIN, I, F, T>(frame, tables, step)
+    } else {
+        deliver::<ANY, I, F, T>(frame, tables, step)
+    })
+}
+
+/// Sends a packet to its target through a tunnel.
+#[inline(always)]
+fn encapsulate<I: Ip, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) -> u64 {
+    if step.place.is_plain::<I>() {
+        tunnel::encapsulate::<PLAIN, I, F, T>(frame, tables, step)
+    } else {
+        tunnel::encapsulate::<ANY, I, F, T>(frame, tables, step)
+    }
 }
 
 /// Sends a packet to the target that was recalled for it.
 #[inline(never)]
-fn deliver<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) -> u64 {
-    let pass = Next::with(Next::PASS, 0);
-    let Some(link) = Link::parse(frame) else { return pass };
-    let Some(packet) = step.place.read::<I, F>(frame) else { return pass };
-    let Some(transport) = &packet.transport else { return pass };
-    let selected = (step.recall.listener, step.selected);
-    let outcome = request::deliver(frame, tables, &link, &packet, transport, selected, step);
-    step.conclude(outcome, packet.place())
-}
-
-/// A target's reply, or a packet that is none of ours.
-#[inline(never)]
-fn from_elsewhere<const SHAPE: bool, I: Answer, F: Frame, T: Tables>(
+fn deliver<const SHAPE: bool, I: Answer, F: Frame, T: Tables>(
     frame: &mut F,
     tables: &T,
     step: &mut Step,
 ) -> u64 {
     let pass = Next::with(Next::PASS, 0);
+    let Some((link, packet)) = read_again::<SHAPE, I, F>(frame, &step.place) else { return pass };
+    let Some(transport) = &packet.transport else { return pass };
+    let selected = (step.recall.listener, step.selected);
+    let outcome = request::deliver(frame, tables, &link, &packet, transport, selected, step);
+    stage::conclude(step, outcome, packet.place())
+}
+
+/// A packet from a target, which is [packed](Found::packed).
+#[inline(never)]
+fn from_target<const SHAPE: bool, I: Answer, F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    step: &mut impl Handover,
+    source: u64,
+) -> u64 {
+    let pass = Next::with(Next::PASS, 0);
     let Some((link, packet)) = parse::<SHAPE, I, F>(frame) else { return pass };
     let Some(transport) = &packet.transport else { return pass };
-    let port = transport.ports.source;
-    let endpoint = lookup(tables, &EndpointKey::new(packet.source, port, packet.protocol));
-    let outcome = if endpoint.kind() == Endpoint::TARGET {
-        reply::handle(frame, tables, &link, &packet, transport, &endpoint)
-    } else {
-        of_nobody(tables, &packet)
-    };
-    step.conclude(outcome, packet.place())
+    let source = Found::unpacked(core::hint::black_box(source));
+    let outcome = reply::handle(frame, tables, &link, &packet, transport, &source);
+    stage::conclude(step, outcome, packet.place())
 }
 
 /// A packet from no target and to no listener.
@@ -278,6 +306,18 @@ fn parse<const SHAPE: bool, I: Ip, F: Frame>(frame: &F) -> Option<(Link, Packet<
     let link = if SHAPE == PLAIN { Link::untagged::<I>() } else { Link::parse(frame)? };
     let packet = Packet::parse::<SHAPE, F>(frame, &link)?;
     Some((link, packet))
+}
+
+/// The headers of a packet that another stage has parsed.
+#[inline(always)]
+fn read_again<const SHAPE: bool, I: Ip, F: Frame>(
+    frame: &F,
+    place: &Place,
+) -> Option<(Link, Packet<I>)> {
+    if SHAPE == PLAIN {
+        return parse::<PLAIN, I, F>(frame);
+    }
+    Some((Link::parse(frame)?, place.read::<I, F>(frame)?))
 }
 
 /// A packet without ports: a later fragment, a truncated header, another protocol.
@@ -357,6 +397,26 @@ impl Found {
         self.kind as u8 & Endpoint::KIND
     }
 
+    /// What a reply needs of a target, as one number, which a function returns in a register. Its
+    /// last byte is no [`Next`]'s.
+    #[inline(always)]
+    fn packed(&self) -> u64 {
+        let flags = self.kind & !(Endpoint::KIND as u32) & 0xff;
+        (self.listener as u64) << 32 | (self.index << 16 | flags << 8 | Next::UNDECIDED) as u64
+    }
+
+    #[inline(always)]
+    fn is_packed(next: u64) -> bool {
+        next as u8 as u32 == Next::UNDECIDED
+    }
+
+    #[inline(always)]
+    fn unpacked(packed: u64) -> Self {
+        let low = packed as u32;
+        let kind = (low >> 8) & 0xff | Endpoint::TARGET as u32;
+        Self { kind, listener: (packed >> 32) as u32, index: low >> 16, class: OPEN }
+    }
+
     #[inline(always)]
     fn has(&self, flag: u8) -> bool {
         self.kind & flag as u32 != 0
@@ -398,6 +458,9 @@ fn look_up_overflow<T: Tables>(
         *found = Found::new(&endpoint);
     }
 }
+
+/// A packed target's number has 16 bits.
+const _: () = assert!(MAX_TARGETS <= 1 << 16);
 
 #[inline(always)]
 fn matches(endpoint: &Endpoint, key: &EndpointKey) -> bool {

@@ -170,7 +170,12 @@ impl<I: Ip> Packet<I> {
     /// Where it was read.
     #[inline(always)]
     pub fn place(&self) -> Place {
-        Place { l3: self.l3 as u16, l4: self.l4 as u16, protocol: self.protocol as u32 }
+        Place {
+            l3: self.l3 as u16,
+            l4: self.l4 as u16,
+            protocol: self.protocol as u16,
+            is_v4: I::IS_V4 as u16,
+        }
     }
 
     /// Whether this is a fragment.
@@ -203,10 +208,25 @@ pub struct Place {
     /// Offset of the transport header.
     pub l4: u16,
     /// IP protocol number.
-    pub protocol: u32,
+    pub protocol: u16,
+    /// 1 for IPv4, 0 for IPv6.
+    is_v4: u16,
 }
 
 impl Place {
+    /// Whether the packet is IPv4.
+    #[inline(always)]
+    pub fn is_v4(&self) -> bool {
+        self.is_v4 != 0
+    }
+
+    /// Whether the packet is of the shape [`super::ip::PLAIN`].
+    #[inline(always)]
+    pub fn is_plain<I: Ip>(&self) -> bool {
+        let l3 = size_of::<Ethernet>();
+        self.l3 == l3 as u16 && self.l4 == (l3 + size_of::<I::Header>()) as u16
+    }
+
     /// Reads the headers once more.
     #[inline(always)]
     pub fn read<I: Ip, F: Frame>(&self, frame: &F) -> Option<Packet<I>> {
@@ -241,7 +261,7 @@ impl Place {
     #[inline(always)]
     pub fn is_quic_initial<F: Frame>(&self, frame: &F, transport: &Transport) -> bool {
         let l4 = (self.l4 & MAX_HEADERS) as usize;
-        self.protocol == UDP as u32 && transport.is_quic_initial(whole(frame), l4)
+        self.protocol == UDP as u16 && transport.is_quic_initial(whole(frame), l4)
     }
 }
 

@@ -24,7 +24,7 @@ pub fn answer<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &
     let (place, reason) = (&step.place, step.argument);
     let refusal = if reason == DropReason::TooBig as u32 {
         too_big::<I, F, T>(frame, tables, step)
-    } else if place.protocol == TCP as u32 {
+    } else if place.protocol == TCP as u16 {
         reset::<I, F>(frame, place)
     } else {
         quote_back::<I, F>(frame, place, UNREACHABLE)

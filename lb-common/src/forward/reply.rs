@@ -88,7 +88,7 @@ fn look_up_origin<I: Ip, F: Frame, T: Tables>(
         if flow.is_alive(now, MAX_IDLE) {
             let ReturnFlow { last_seen, listener, target } = flow;
             *origin = Origin { listener, target };
-            if now.wrapping_sub(last_seen) > REFRESH {
+            if now.saturating_sub(last_seen) > REFRESH {
                 let flow = ReturnFlow { last_seen: now, listener, target };
                 tables.remember_return(table, &key, &flow);
             }

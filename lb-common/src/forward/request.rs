@@ -6,7 +6,7 @@ use crate::verdict::DropReason;
 use super::ip::{End, Ip};
 use super::parse::{Link, Packet, Transport};
 use super::select::{forget_direct, select, serving, without_target};
-use super::{Found, Frame, Outcome, Selected, Step, Stop, admit, emit};
+use super::{Found, Frame, Handover, Outcome, Selected, Stop, admit, emit};
 
 /// Admits the packet, chooses its target and sends it there.
 #[inline(always)]
@@ -17,7 +17,7 @@ pub fn handle<I: Ip, F: Frame, T: Tables>(
     packet: &Packet<I>,
     transport: &Transport,
     listener: &Found,
-    step: &mut Step,
+    step: &mut impl Handover,
 ) -> Outcome {
     admit(tables, packet, listener)?;
     // Before lengths are looked at: the UDP header of a first fragment has the whole's.
@@ -30,7 +30,7 @@ pub fn handle<I: Ip, F: Frame, T: Tables>(
     if listener.index == NO_RING {
         return Err(Stop::Answer(DropReason::NoTarget));
     }
-    let selected = select(tables, packet, transport, listener, &mut step.recall)?;
+    let selected = select(tables, packet, transport, listener, step)?;
     deliver(frame, tables, link, packet, transport, (listener.listener, selected), step)
 }
 
@@ -43,7 +43,7 @@ pub fn deliver<I: Ip, F: Frame, T: Tables>(
     packet: &Packet<I>,
     transport: &Transport,
     (listener, selected): (u32, Selected),
-    step: &mut Step,
+    step: &mut impl Handover,
 ) -> Outcome {
     let Selected { index, is_new, .. } = selected;
     let Some(target) = serving(tables, index) else {
@@ -55,14 +55,14 @@ pub fn deliver<I: Ip, F: Frame, T: Tables>(
         return Err(DropReason::NextHopUnresolved.into());
     }
     if packet.length > target.hop.mtu as usize {
-        step.selected = selected;
+        step.with_step(|step| step.selected = selected);
         return Err(Stop::TooBig);
     }
     if target.mode == Target::NAT {
         let (address, port) = (target.address, target.port);
         emit::translate(frame, packet, transport, End::Destination, address, port)?;
     } else if target.mode >= Target::SNAT {
-        (step.recall.listener, step.selected) = (listener, selected);
+        step.with_step(|step| (step.recall.listener, step.selected) = (listener, selected));
         return Err(if target.is_tunnelled() { Stop::Encapsulate } else { Stop::Snat });
     }
     let verdict = emit::send(frame, link, &target.hop)?;

@@ -5,7 +5,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::flow::{self, Flow, FlowKey, FlowTable, Keys, ReturnFlow, ReturnTable, TCP};
+use crate::flow::{self, Flow, FlowKey, FlowTable, Keys, ReturnFlow, ReturnTable, TCP, UDP};
 use crate::tables::{Endpoint, GONE, Slot, Tables, Target, exception_place};
 use crate::verdict::DropReason;
 
@@ -13,7 +13,7 @@ use super::decide::{self, Fate, Kind, Known};
 use super::ip::Ip;
 use super::least;
 use super::parse::{Packet, Place, Transport};
-use super::{Found, Frame, Next, Recall, Selected, Step, Stop};
+use super::{Found, Frame, Handover, Next, Recall, Selected, Step, Stop};
 
 /// Slots that a new connection tries when its 4-tuple is taken at a target: of two targets, both
 /// are among them but once in 32,768 cases.
@@ -29,12 +29,13 @@ pub fn select<I: Ip, T: Tables>(
     packet: &Packet<I>,
     transport: &Transport,
     listener: &Found,
-    recall: &mut Recall,
+    step: &mut impl Handover,
 ) -> Result<Selected, Stop> {
+    let key = packet.flow(transport.ports);
     let hash = if listener.has(Endpoint::BY_SOURCE) {
         tables.keys().source(packet.source)
     } else {
-        tables.keys().flow(&packet.flow(transport.ports))
+        tables.keys().flow(&key)
     };
     let chosen = flow::slot(hash, tables.ring_size());
     let slot = slot(tables, listener.index, chosen)?;
@@ -45,7 +46,10 @@ pub fn select<I: Ip, T: Tables>(
     }
     let (ring, listener) = (listener.index, listener.listener);
     let (is_tracked, hash) = (is_tracked as u32, hash as u32);
-    *recall = Recall { slot, chosen, ring, listener, is_tracked, hash };
+    let flags = transport.flags as u32;
+    step.with_step(|step| {
+        step.recall = Recall { slot, chosen, ring, listener, is_tracked, hash, key, flags };
+    });
     Err(Stop::Recall)
 }
 
@@ -92,26 +96,24 @@ pub fn serving<T: Tables>(tables: &T, index: u32) -> Option<&Target> {
 }
 
 /// Recalls the flow, and remembers it if it must: it may be older than the slot's last change, or
-/// is tracked anyway.
+/// is tracked anyway. Leaves the target, or says why there is none.
 #[inline(never)]
 pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step) -> u64 {
-    let mut asked = Asked::nothing();
-    if ask::<I, F>(frame, &step.place, &mut asked) == 0 {
-        return Next::with(Next::PASS, 0);
+    if step.place.protocol == UDP as u16 {
+        step.recall.flags = datagram_flags::<I, F>(frame, &step.place);
     }
     // Parts that are functions of their own in the kernel too, and look at the flow in memory: what
     // one of them found out the verifier need not follow through the others.
-    let asked = core::hint::black_box(&asked);
-    let recall = step.recall;
+    let recall = &step.recall;
     if recall.is_tracked == 0 && recall.slot.is_mapped() && !is_exception(tables, recall.hash) {
-        let is_new = asked.kind().may_be_new() as u32;
+        let is_new = recall.kind().may_be_new() as u32;
         step.selected = Selected { index: recall.slot.current, is_new, hash: recall.hash };
-        return Next::with(Next::DELIVER, 0);
+        return Next::with(Next::UNDECIDED, 0);
     }
-    match remember(tables, asked, &recall) {
+    match remember(tables, recall) {
         Ok(selected) => {
             step.selected = selected;
-            Next::with(Next::DELIVER, 0)
+            Next::with(Next::UNDECIDED, 0)
         }
         Err(reason) => Next::with(Next::ANSWER, reason as u32),
     }
@@ -122,27 +124,32 @@ pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step
 /// when there is none for it, [`DropReason::PortAllocationError`] when its 4-tuple is taken at
 /// every target tried.
 #[inline(always)]
-fn remember<T: Tables>(tables: &T, asked: &Asked, recall: &Recall) -> Result<Selected, DropReason> {
+fn remember<T: Tables>(tables: &T, recall: &Recall) -> Result<Selected, DropReason> {
+    let mut found = Recalled::nothing();
+    let kept = kept(tables, recall, &mut found);
+    if kept != MORE && kept != ELSEWHERE {
+        return Ok(Selected { index: kept, is_new: 0, hash: recall.hash });
+    }
     let mut index = 0;
-    let outcome = go_on(tables, asked, recall, &mut index);
+    let outcome = go_on(tables, recall, kept, &mut found, &mut index);
     if outcome == KNOWN {
         return Ok(Selected { index, is_new: 0, hash: recall.hash });
     }
     if outcome == REFUSED {
         return Err(DropReason::TargetDown);
     }
-    if recall.is_tracked != 0 && decide::is_new(recall.slot, asked.kind()) {
+    if recall.is_tracked != 0 && decide::is_new(recall.slot, recall.kind()) {
         index = least::better_of_two(tables, recall, index);
     }
     if serving(tables, index).is_none() {
-        if asked.key.protocol == TCP {
+        if recall.key.protocol == TCP {
             return Err(without_target(index));
         }
         // A datagram has nothing to lose by another target.
         index = recall.slot.current;
     }
     if recall.is_tracked != 0 {
-        let refused = claim(tables, &asked.key, recall, &mut index);
+        let refused = claim(tables, recall, &mut index);
         if refused != CLAIMED {
             return Err(match refused {
                 TAKEN => DropReason::PortAllocationError,
@@ -151,7 +158,7 @@ fn remember<T: Tables>(tables: &T, asked: &Asked, recall: &Recall) -> Result<Sel
             });
         }
     }
-    let is_new = note(tables, asked, recall, index);
+    let is_new = note(tables, recall, index);
     Ok(Selected { index, is_new, hash: recall.hash })
 }
 
@@ -162,39 +169,42 @@ fn is_exception<T: Tables>(tables: &T, hash: u32) -> bool {
     tables.exceptions(word) & bit != 0
 }
 
-/// What a packet says of its flow, in memory.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-pub struct Asked {
-    /// Its addresses and ports.
-    pub key: FlowKey,
-    /// TCP control bits; for UDP [`Kind::QUIC_INITIAL`] or 0.
-    pub flags: u8,
-    zero: [u8; 7],
-}
-
-impl Asked {
-    /// Nothing yet.
+impl Recall {
     #[inline(always)]
-    pub fn nothing() -> Self {
-        hidden_zeros!()
-    }
-
-    /// What it means for its flow.
-    #[inline(always)]
-    pub fn kind(&self) -> Kind {
-        Kind::of(self.key.protocol, self.flags)
+    fn kind(&self) -> Kind {
+        Kind::of(self.key.protocol, self.flags as u8)
     }
 }
 
-/// Reads the flow once more, with stack of its own; 0 if it is not there.
+/// The flow is none of those that have shown themselves twice.
+const ELSEWHERE: u32 = u32::MAX;
+/// It is one of them, and there is more to be done.
+const MORE: u32 = 0;
+
+/// Most packets' case, decided at once: the target of a flow that has shown itself twice and of
+/// which nothing is to be written now. Else one of the above.
+#[inline(always)]
+fn kept<T: Tables>(tables: &T, recall: &Recall, found: &mut Recalled) -> u32 {
+    let table = FlowTable::Flows;
+    let Some(flow) = tables.flow(table, &recall.key) else { return ELSEWHERE };
+    let now = tables.now();
+    if !flow.is_alive(now, idle(tables, recall.listener)) {
+        return ELSEWHERE;
+    }
+    let flags = tables.target(flow.target).map_or(0, |target| target.flags);
+    let fate = decide::fate(&Known { flow, table }, flags, recall.kind(), now);
+    if fate == Fate::Kept {
+        return flow.target;
+    }
+    *found = Recalled::new(&flow, table);
+    MORE
+}
+
+/// What stands for TCP's control bits in a datagram.
 #[inline(never)]
-pub fn ask<I: Ip, F: Frame>(frame: &F, place: &Place, asked: &mut Asked) -> u32 {
-    let Some((key, transport)) = place.flow::<I, F>(frame) else { return 0 };
-    let is_initial = place.is_quic_initial(frame, &transport);
-    let flags = if is_initial { Kind::QUIC_INITIAL } else { transport.flags };
-    (asked.key, asked.flags) = (key, flags);
-    1
+fn datagram_flags<I: Ip, F: Frame>(frame: &F, place: &Place) -> u32 {
+    let Some((_, transport)) = place.flow::<I, F>(frame) else { return 0 };
+    if place.is_quic_initial(frame, &transport) { Kind::QUIC_INITIAL as u32 } else { 0 }
 }
 
 /// The flow goes on to its target.
@@ -206,12 +216,17 @@ const UNKNOWN: u32 = 2;
 
 /// Goes on with a remembered flow, or says where an unknown one goes. Returns one of the above.
 #[inline(never)]
-fn go_on<T: Tables>(tables: &T, asked: &Asked, recall: &Recall, index: &mut u32) -> u32 {
+fn go_on<T: Tables>(
+    tables: &T,
+    recall: &Recall,
+    kept: u32,
+    found: &mut Recalled,
+    index: &mut u32,
+) -> u32 {
     let now = tables.now();
-    let key = &asked.key;
-    let kind = asked.kind();
-    let mut found = Recalled::nothing();
-    if find(tables, key, now, idle(tables, recall.listener), &mut found) == Recalled::NOWHERE {
+    let key = &recall.key;
+    let kind = recall.kind();
+    if kept == ELSEWHERE && find(tables, recall, now, found) == Recalled::NOWHERE {
         *index = decide::choice(recall.slot, kind);
         return UNKNOWN;
     }
@@ -220,7 +235,7 @@ fn go_on<T: Tables>(tables: &T, asked: &Asked, recall: &Recall, index: &mut u32)
     let flags = tables.target(known.flow.target).map_or(0, |target| target.flags);
     let fate = decide::fate(&known, flags, kind, now);
     if matches!(fate, Fate::Kept | Fate::Refreshed | Fate::Promoted) {
-        update(tables, key, recall, &known, fate, kind, now);
+        update(tables, recall, &known, fate, kind, now);
         return KNOWN;
     }
     // A pinned slot does not remember the new connection: its next packet must not find this.
@@ -237,12 +252,12 @@ fn go_on<T: Tables>(tables: &T, asked: &Asked, recall: &Recall, index: &mut u32)
 
 /// Remembers a flow that was not, if it must be; whether it is new, as far as can be told.
 #[inline(never)]
-fn note<T: Tables>(tables: &T, asked: &Asked, recall: &Recall, index: u32) -> u32 {
-    let kind = asked.kind();
+fn note<T: Tables>(tables: &T, recall: &Recall, index: u32) -> u32 {
+    let kind = recall.kind();
     if let Some(table) = decide::first_table(recall.slot, kind, recall.is_tracked != 0) {
         let closing = (kind == Kind::Ending) as u32;
         let flow = Flow { last_seen: tables.now(), target: index, closing };
-        tables.remember(table, &asked.key, &flow);
+        tables.remember(table, &recall.key, &flow);
     }
     kind.may_be_new() as u32
 }
@@ -274,6 +289,12 @@ impl Recalled {
     }
 
     #[inline(always)]
+    fn new(flow: &Flow, table: FlowTable) -> Self {
+        let Flow { last_seen, target, closing } = *flow;
+        Self { last_seen, target, closing: closing as u16, table: table as u16 }
+    }
+
+    #[inline(always)]
     fn known(&self) -> Known {
         let Self { last_seen, target, closing, table } = *self;
         let flow = Flow { last_seen, target, closing: closing as u32 };
@@ -281,18 +302,19 @@ impl Recalled {
     }
 }
 
-/// What is remembered of a flow that is alive; returns the table's number or [`Recalled::NOWHERE`].
+/// What the other tables remember of a flow, if it is alive; returns the table's number or
+/// [`Recalled::NOWHERE`].
 #[inline(never)]
-fn find<T: Tables>(tables: &T, key: &FlowKey, now: u64, idle: u32, found: &mut Recalled) -> u32 {
-    for table in FlowTable::ALL {
-        if table == FlowTable::HalfOpen && key.protocol != TCP {
+fn find<T: Tables>(tables: &T, recall: &Recall, now: u64, found: &mut Recalled) -> u32 {
+    let idle = idle(tables, recall.listener);
+    for table in [FlowTable::HalfOpen, FlowTable::OnceSeen] {
+        if table == FlowTable::HalfOpen && recall.key.protocol != TCP {
             continue;
         }
-        if let Some(flow) = tables.flow(table, key)
+        if let Some(flow) = tables.flow(table, &recall.key)
             && flow.is_alive(now, idle)
         {
-            let Flow { last_seen, target, closing } = flow;
-            *found = Recalled { last_seen, target, closing: closing as u16, table: table as u16 };
+            *found = Recalled::new(&flow, table);
             return found.table as u32;
         }
     }
@@ -307,15 +329,8 @@ fn idle<T: Tables>(tables: &T, listener: u32) -> u32 {
 
 /// Notes the time and the end of a known flow.
 #[inline(always)]
-fn update<T: Tables>(
-    tables: &T,
-    key: &FlowKey,
-    recall: &Recall,
-    known: &Known,
-    fate: Fate,
-    kind: Kind,
-    now: u64,
-) {
+fn update<T: Tables>(tables: &T, recall: &Recall, known: &Known, fate: Fate, kind: Kind, now: u64) {
+    let key = &recall.key;
     let target = known.flow.target;
     let flow = Flow { last_seen: now, target, closing: decide::closing(&known.flow, kind, now) };
     match fate {
@@ -368,7 +383,8 @@ const INCONSISTENT: u32 = 3;
 /// The same client address and port, through two listeners to one target, would be one 4-tuple
 /// there: the later connection takes the next target on the ring. Returns one of the above.
 #[inline(never)]
-fn claim<T: Tables>(tables: &T, key: &FlowKey, recall: &Recall, index: &mut u32) -> u32 {
+fn claim<T: Tables>(tables: &T, recall: &Recall, index: &mut u32) -> u32 {
+    let key = &recall.key;
     let now = tables.now();
     let size = tables.ring_size();
     // Neighbouring slots often hold the same target: step far.

@@ -7,6 +7,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use crate::flow::FlowKey;
 use crate::tables::{Slot, Tables};
 use crate::verdict::{DropReason, Verdict};
 
@@ -17,29 +18,26 @@ use super::{Outcome, Stop};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Stage {
-    /// Asks what is remembered of a flow, and remembers it if it must.
+    /// Asks what is remembered of a flow, remembers it if it must, and sends the packet there.
     Recall = 0,
-    /// Sends a packet to the target that was recalled for it.
-    Deliver = 1,
     /// Refuses a packet so that the client hears of it.
-    Answer = 2,
+    Answer = 1,
     /// Sends a packet to its target through a tunnel.
-    Encapsulate = 3,
+    Encapsulate = 2,
     /// Sends a packet to its target from an address and a port of this machine.
-    SnatRequest = 4,
+    SnatRequest = 3,
     /// Looks for a source port that no flow has.
-    SnatSearch = 5,
+    SnatSearch = 4,
     /// Gives a new flow the port that was found, and sends its first packet.
-    SnatOpen = 6,
+    SnatOpen = 5,
     /// Sends a target's packet to the client whose flow has its destination port.
-    SnatReply = 7,
+    SnatReply = 6,
 }
 
 impl Stage {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 7] = [
         Self::Recall,
-        Self::Deliver,
         Self::Answer,
         Self::Encapsulate,
         Self::SnatRequest,
@@ -52,7 +50,6 @@ impl Stage {
     pub const fn program(self) -> &'static str {
         match self {
             Self::Recall => "lb_recall",
-            Self::Deliver => "lb_deliver",
             Self::Answer => "lb_answer",
             Self::Encapsulate => "lb_encapsulate",
             Self::SnatRequest => "lb_snat_request",
@@ -80,7 +77,6 @@ impl Next {
     pub(super) const DROP: u32 = 4;
     /// The first of the stages.
     const STAGES: u32 = 8;
-    pub(super) const DELIVER: u32 = Self::STAGES + Stage::Deliver as u32;
     pub(super) const ANSWER: u32 = Self::STAGES + Stage::Answer as u32;
     const ENCAPSULATE: u32 = Self::STAGES + Stage::Encapsulate as u32;
     const RECALL: u32 = Self::STAGES + Stage::Recall as u32;
@@ -104,7 +100,6 @@ impl Next {
     pub fn stage(self) -> Option<Stage> {
         match self.action {
             Self::RECALL => Some(Stage::Recall),
-            Self::DELIVER => Some(Stage::Deliver),
             Self::ANSWER => Some(Stage::Answer),
             Self::ENCAPSULATE => Some(Stage::Encapsulate),
             Self::SNAT_REQUEST => Some(Stage::SnatRequest),
@@ -139,8 +134,8 @@ impl From<u64> for Next {
     }
 }
 
-/// What one stage leaves to the next, in memory. Plain numbers that are always written: an enum
-/// leaves bytes unset that the compiler copies all the same, and the verifier refuses.
+/// What one stage leaves to the next. In the kernel it is this CPU's element of a map, which still
+/// holds what earlier packets left: a stage reads only what the one before it wrote.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub struct Step {
@@ -149,13 +144,14 @@ pub struct Step {
     pub(super) selected: Selected,
     /// By stage: a [`DropReason`], an action of [`Next`], an attempt to get a port.
     pub(super) argument: u32,
-    zero: u32,
 }
 
 /// What is asked of the flow table.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub struct Recall {
+    /// The flow.
+    pub key: FlowKey,
     /// The slot that the hash chose.
     pub slot: Slot,
     /// Its number in the ring.
@@ -168,6 +164,8 @@ pub struct Recall {
     pub is_tracked: u32,
     /// See [`Selected::hash`].
     pub hash: u32,
+    /// TCP's control bits; 0 for UDP.
+    pub flags: u32,
 }
 
 /// A flow's target.
@@ -182,50 +180,52 @@ pub struct Selected {
     pub hash: u32,
 }
 
+/// Where the [`Step`] is. The first stage looks for it only if the packet needs one.
+pub trait Handover {
+    /// Reads or writes the step.
+    fn with_step(&mut self, write: impl FnOnce(&mut Step));
+}
+
+impl Handover for Step {
+    #[inline(always)]
+    fn with_step(&mut self, write: impl FnOnce(&mut Step)) {
+        write(self);
+    }
+}
+
 impl Step {
     /// Nothing is known yet.
-    #[inline(always)]
     pub fn new() -> Self {
-        hidden_zeros!()
+        Self::zeroed()
     }
 
-    /// What the stage that comes next is told.
+    /// Tells the stage that comes next.
     #[inline(always)]
-    pub fn for_stage(self, next: Next) -> Self {
-        Self { argument: next.argument, ..self }
+    pub fn prepare(&mut self, next: Next) {
+        self.argument = next.argument;
     }
+}
 
-    /// Takes down how a stage ended.
-    #[inline(always)]
-    pub(super) fn conclude(&mut self, outcome: Outcome, place: Place) -> u64 {
-        match outcome {
-            Ok(Verdict::Pass | Verdict::Drop) => Next::with(Next::PASS, 0),
-            Ok(Verdict::Transmit) => Next::with(Next::TRANSMIT, 0),
-            Ok(Verdict::Redirect(ifindex)) => Next::with(Next::REDIRECT, ifindex),
-            Err(Stop::Drop(reason)) => Next::with(Next::DROP, reason as u32),
-            Err(Stop::Answer(reason)) => {
-                self.place = place;
-                Next::with(Next::ANSWER, reason as u32)
-            }
-            Err(Stop::Recall) => {
-                self.place = place;
-                Next::with(Next::RECALL, 0)
-            }
-            Err(Stop::TooBig) => {
-                self.place = place;
-                Next::with(Next::ANSWER, DropReason::TooBig as u32)
-            }
-            Err(Stop::Encapsulate) => {
-                self.place = place;
-                Next::with(Next::ENCAPSULATE, 0)
-            }
-            Err(Stop::Snat) => {
-                self.place = place;
-                Next::with(Next::SNAT_REQUEST, 0)
-            }
-            Err(Stop::SnatReply(otherwise)) => Next::with(Next::SNAT_REPLY, otherwise),
-        }
+/// Says how a stage ended, and leaves what the next one needs.
+#[inline(always)]
+pub(super) fn conclude(step: &mut impl Handover, outcome: Outcome, place: Place) -> u64 {
+    let next = match outcome {
+        Ok(Verdict::Pass | Verdict::Drop) => Next::with(Next::PASS, 0),
+        Ok(Verdict::Transmit) => Next::with(Next::TRANSMIT, 0),
+        Ok(Verdict::Redirect(ifindex)) => Next::with(Next::REDIRECT, ifindex),
+        Err(Stop::Drop(reason)) => Next::with(Next::DROP, reason as u32),
+        Err(Stop::Answer(reason)) => Next::with(Next::ANSWER, reason as u32),
+        Err(Stop::Recall) => Next::with(Next::RECALL, 0),
+        Err(Stop::TooBig) => Next::with(Next::ANSWER, DropReason::TooBig as u32),
+        Err(Stop::Encapsulate) => Next::with(Next::ENCAPSULATE, 0),
+        Err(Stop::Snat) => Next::with(Next::SNAT_REQUEST, 0),
+        Err(Stop::SnatReply(otherwise)) => Next::with(Next::SNAT_REPLY, otherwise),
+    };
+    // Not in the arms: the compiler would keep what some of them have not set.
+    if next as u32 >= Next::STAGES {
+        step.with_step(|step| step.place = place);
     }
+    next
 }
 
 impl Default for Step {

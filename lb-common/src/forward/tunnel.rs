@@ -6,9 +6,10 @@ use crate::tunnel::Tunnel;
 use crate::verdict::DropReason;
 use crate::wire::checksum::Sum;
 use crate::wire::ipv4::TtlProtocolChecksum;
-use crate::wire::{Be16, Be32, EtherType, Ethernet, Ipv4, Ipv6, Udp, VlanTag};
+use crate::wire::{Be16, Be32, Ethernet, Ipv4, Ipv6, Udp, VlanTag};
 
-use super::ip::Ip;
+use super::ip::{Ip, PLAIN, V4, V6};
+use super::stage::conclude;
 use super::{Frame, Outcome, Selected, Step, emit};
 
 /// Bits of IPv6's flow label (RFC 8200 section 3).
@@ -17,25 +18,34 @@ const FLOW_LABEL: u32 = 0xf_ffff;
 /// Encapsulates the packet and sends it to its target. A function of its own in the kernel too:
 /// who needs no tunnel pays nothing for it.
 #[inline(never)]
-pub fn encapsulate<I: Ip, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) -> u64 {
-    let outcome = enter::<I, F, T>(frame, tables, step);
-    step.conclude(outcome, step.place)
+pub fn encapsulate<const SHAPE: bool, I: Ip, F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    step: &mut Step,
+) -> u64 {
+    let outcome = enter::<SHAPE, I, F, T>(frame, tables, step);
+    let place = step.place;
+    conclude(step, outcome, place)
 }
 
 #[inline(always)]
-fn enter<I: Ip, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &Step) -> Outcome {
+fn enter<const SHAPE: bool, I: Ip, F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    step: &Step,
+) -> Outcome {
     let Selected { index, is_new, hash } = step.selected;
     let target = tables.target(index).ok_or(DropReason::TableInconsistent)?;
     // The mask changes nothing; it is for the verifier.
-    let l3 = (step.place.l3 & 0x1f) as usize;
-    let priority = priority(frame, l3);
+    let l3 = if SHAPE == PLAIN { UNTAGGED } else { (step.place.l3 & 0x1f) as usize };
+    let priority = if SHAPE == PLAIN { 0 } else { priority(frame, l3) };
     let header: I::Header = frame.read(l3).ok_or(DropReason::Malformed)?;
     if I::hops(&header) <= 1 {
         return Err(DropReason::TtlExceeded.into());
     }
     // Hidden, or the compiler would leave out the check of bounds: the verifier does not see that
     // the one before implies it.
-    let again = core::hint::black_box(l3) & 0x1f;
+    let again = if SHAPE == PLAIN { l3 } else { core::hint::black_box(l3) & 0x1f };
     I::age(frame, again, &header).ok_or(DropReason::Malformed)?;
 
     let inner = Inner {
@@ -43,30 +53,50 @@ fn enter<I: Ip, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &Step) -> 
         traffic_class: I::traffic_class(&header),
         length: I::length(&header),
         hash,
+        priority,
+        l3,
     };
-    let has_udp = target.mode == Target::DSR_GUE;
-    let overhead = Tunnel::overhead(target.address, has_udp);
-    let has_tag = target.hop.vlan != 0;
-    let front = size_of::<Ethernet>() + if has_tag { size_of::<VlanTag>() } else { 0 };
-    let added = (front + overhead) as i32 - l3 as i32;
-    frame.grow_front(added).ok_or(DropReason::NoHeadroom)?;
-
-    let is_v4 = target.address.is_v4();
-    let ether_type = if is_v4 { EtherType::IPV4 } else { EtherType::IPV6 };
-    let written = if has_tag {
-        emit::write_tagged(frame, &target.hop, priority, ether_type)
-            .and_then(|()| write_outer(frame, TAGGED, target, &inner, is_v4, has_udp))
-    } else {
-        emit::write_untagged(frame, &target.hop, ether_type)
-            .and_then(|()| write_outer(frame, UNTAGGED, target, &inner, is_v4, has_udp))
-    };
-    written.ok_or(DropReason::Malformed)?;
+    // Each in code of its own, where lengths and offsets are constants.
+    match (target.address.is_v4(), target.mode == Target::DSR_GUE) {
+        (true, false) => wrap::<V4, IPIP, F>(frame, target, &inner),
+        (true, true) => wrap::<V4, GUE, F>(frame, target, &inner),
+        (false, false) => wrap::<V6, IPIP, F>(frame, target, &inner),
+        (false, true) => wrap::<V6, GUE, F>(frame, target, &inner),
+    }?;
     tables.count_request(step.recall.listener, index, inner.length as u64, is_new);
     Ok(emit::leave(frame, &target.hop))
 }
 
 const UNTAGGED: usize = size_of::<Ethernet>();
 const TAGGED: usize = UNTAGGED + size_of::<VlanTag>();
+/// IP in IP.
+const IPIP: bool = false;
+/// IP in UDP.
+const GUE: bool = true;
+
+/// Puts the outer headers in front.
+#[inline(always)]
+fn wrap<O: Outer, const HAS_UDP: bool, F: Frame>(
+    frame: &mut F,
+    target: &Target,
+    inner: &Inner,
+) -> Result<(), DropReason> {
+    let udp = if HAS_UDP { size_of::<Udp>() } else { 0 };
+    let added = (size_of::<O::Header>() + udp) as i32;
+    let ether_type = O::ETHER_TYPE;
+    let written = if target.hop.vlan == 0 {
+        let moved = UNTAGGED as i32 - inner.l3 as i32;
+        frame.grow_front(added + moved).ok_or(DropReason::NoHeadroom)?;
+        emit::write_untagged(frame, &target.hop, ether_type)
+            .and_then(|()| write_outer::<O, HAS_UDP, F>(frame, UNTAGGED, target, inner))
+    } else {
+        let moved = TAGGED as i32 - inner.l3 as i32;
+        frame.grow_front(added + moved).ok_or(DropReason::NoHeadroom)?;
+        emit::write_tagged(frame, &target.hop, inner.priority, ether_type)
+            .and_then(|()| write_outer::<O, HAS_UDP, F>(frame, TAGGED, target, inner))
+    };
+    written.ok_or(DropReason::Malformed)
+}
 
 /// What the outer header takes from the packet.
 struct Inner {
@@ -74,6 +104,10 @@ struct Inner {
     traffic_class: u8,
     length: usize,
     hash: u32,
+    /// Of its VLAN tag, see [`priority`].
+    priority: u16,
+    /// Offset of its IP header.
+    l3: usize,
 }
 
 /// The outer VLAN tag's priority and drop-eligible bits, 0 without a tag.
@@ -87,28 +121,39 @@ fn priority<F: Frame>(frame: &F, l3: usize) -> u16 {
 }
 
 #[inline(always)]
-fn write_outer<F: Frame>(
+fn write_outer<O: Outer, const HAS_UDP: bool, F: Frame>(
     frame: &mut F,
     at: usize,
     target: &Target,
     inner: &Inner,
-    is_v4: bool,
-    has_udp: bool,
 ) -> Option<()> {
-    let protocol = if has_udp { UDP } else { inner.protocol };
-    let l4 = if is_v4 {
-        let length = inner.length + Tunnel::overhead(target.address, has_udp);
-        frame.write(at, outer_v4(target, inner, protocol, length as u16))?;
-        at + size_of::<Ipv4>()
-    } else {
-        let length = inner.length + if has_udp { size_of::<Udp>() } else { 0 };
-        frame.write(at, outer_v6(target, inner, protocol, length as u16))?;
-        at + Ipv6::LENGTH
-    };
-    if has_udp {
-        frame.write(l4, outer_udp(target, inner))?;
+    if !HAS_UDP {
+        let header = O::header(target, inner, inner.protocol, inner.length);
+        return frame.write(at, header);
     }
-    Some(())
+    let length = inner.length + size_of::<Udp>();
+    frame.write(at, O::header(target, inner, UDP, length))?;
+    frame.write(at + size_of::<O::Header>(), outer_udp(target, inner))
+}
+
+/// The outer header's IP version.
+trait Outer: Ip {
+    /// The outer header; `length` is of what follows it, bytes.
+    fn header(target: &Target, inner: &Inner, protocol: u8, length: usize) -> Self::Header;
+}
+
+impl Outer for V4 {
+    #[inline(always)]
+    fn header(target: &Target, inner: &Inner, protocol: u8, length: usize) -> Ipv4 {
+        outer_v4(target, inner, protocol, (size_of::<Ipv4>() + length) as u16)
+    }
+}
+
+impl Outer for V6 {
+    #[inline(always)]
+    fn header(target: &Target, inner: &Inner, protocol: u8, length: usize) -> Ipv6 {
+        outer_v6(target, inner, protocol, length as u16)
+    }
 }
 
 /// Never to be fragmented, so without an identification (RFC 6864 section 4.1). ECN is copied as

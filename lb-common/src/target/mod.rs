@@ -133,8 +133,6 @@ impl Step {
 
 /// What the two IP versions' control protocols and fragments do differently.
 trait Version: Ip {
-    /// Whether addresses are IPv4's.
-    const IS_V4: bool;
     /// Type of its ICMP's echo reply.
     const ECHO_REPLY: u8;
 
@@ -150,7 +148,6 @@ trait Version: Ip {
 }
 
 impl Version for V4 {
-    const IS_V4: bool = true;
     const ECHO_REPLY: u8 = 0;
 
     #[inline(always)]
@@ -171,7 +168,6 @@ impl Version for V4 {
 }
 
 impl Version for V6 {
-    const IS_V4: bool = false;
     const ECHO_REPLY: u8 = 129;
 
     #[inline(always)]

@@ -104,7 +104,7 @@ fn note<T: TargetTables>(tables: &T, sent: &Sent, kind: u32) -> u32 {
     if let Some(mut flow) = known
         && kind != Sent::OPENS
     {
-        if sent.closing > flow.closing || now.wrapping_sub(flow.last_seen) > REFRESH {
+        if sent.closing > flow.closing || now.saturating_sub(flow.last_seen) > REFRESH {
             flow.last_seen = now;
             flow.closing |= sent.closing;
             tables.remember_own(&sent.answers, &flow);
@@ -125,5 +125,5 @@ fn note<T: TargetTables>(tables: &T, sent: &Sent, kind: u32) -> u32 {
 #[inline(always)]
 fn answers_a_request<T: TargetTables>(tables: &T, sent: &Sent, now: u64) -> bool {
     let request = tables.admitted(&sent.answers);
-    request.is_some_and(|last| now.wrapping_sub(last) < OWN_IDLE)
+    request.is_some_and(|last| now.saturating_sub(last) < OWN_IDLE)
 }

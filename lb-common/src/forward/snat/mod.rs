@@ -19,6 +19,7 @@ use crate::wire::{Address, Be16, Ipv4, Ipv6};
 use super::ip::{ANY, Ip, V4, V6};
 use super::parse::{Link, Packet, Ports, Transport, whole, whole_mut};
 use super::select::serving;
+use super::stage::conclude;
 use super::{Frame, Next, Outcome, Selected, Step, emit};
 
 pub use port::{open, search};
@@ -163,7 +164,8 @@ fn send_request<I: Readdress, F: Frame, T: Tables>(
     ends: &Ends,
 ) -> u64 {
     let outcome = write_request::<I, F, T>(frame, tables, step, ends);
-    step.conclude(outcome, step.place)
+    let place = step.place;
+    conclude(step, outcome, place)
 }
 
 #[inline(always)]
@@ -286,7 +288,8 @@ fn send_reply<I: Readdress, F: Frame, T: Tables>(
     origin: &Origin,
 ) -> u64 {
     let outcome = write_reply::<I, F, T>(frame, tables, ends, origin);
-    step.conclude(outcome, step.place)
+    let place = step.place;
+    conclude(step, outcome, place)
 }
 
 #[inline(always)]

@@ -1,14 +1,19 @@
 //! A port for each flow: looked for in the bitmap of its address, made its own by an entry in the
 //! table of flows.
 
+use bytemuck::{Pod, Zeroable};
+
+use crate::flow::FlowKey;
 use crate::snat::{Entered, MAX_SNAT_ADDRESSES, NO_PORT, SnatFlow, SnatReturn, Stamp};
 use crate::tables::{Tables, Target};
 use crate::verdict::DropReason;
-use crate::wire::{Be16, Tcp};
+use crate::wire::Be16;
 
+use super::super::decide::{self, Kind};
 use super::super::ip::Ip;
-use super::super::select::{Asked, ask, serving};
-use super::super::{Frame, Next, Selected, Step, decide};
+use super::super::parse::Place;
+use super::super::select::serving;
+use super::super::{Frame, Next, Selected, Step};
 use super::{Ends, Readdress, lead, reply_key, send_request};
 
 /// Looks for a port for a new flow. Needs nothing of the packet, so that the verifier follows the
@@ -129,7 +134,7 @@ fn take_port<I: Ip, F: Frame, T: Tables>(
 #[inline(never)]
 fn enter<T: Tables>(
     tables: &T,
-    Asked { key, flags, .. }: &Asked,
+    asked: &Asked,
     step: &Step,
     target: &Target,
     ends: &mut Ends,
@@ -144,8 +149,8 @@ fn enter<T: Tables>(
     if attempt.port == NO_PORT {
         return NOWHERE;
     }
-    let ends_already = flags & (Tcp::FIN | Tcp::RST) != 0;
-    let state = if ends_already { Stamp::CLOSING } else { Stamp::OPENING };
+    let key = &asked.key;
+    let state = if asked.kind() == Kind::Ending { Stamp::CLOSING } else { Stamp::OPENING };
     let (stamp, address) = (Stamp::new(tables.now(), state), source.address);
     let (port, index, idle) = (Be16::new(attempt.port as u16), step.selected.index, listener.idle);
     let back = SnatReturn {
@@ -170,4 +175,39 @@ fn enter<T: Tables>(
     pool.mark::<T::Atomics>(attempt.port as u16);
     lead(ends, target, address, port);
     Entered::New as u32
+}
+
+/// What a packet says of its flow, in memory.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct Asked {
+    /// Its addresses and ports.
+    key: FlowKey,
+    /// TCP control bits; for UDP [`Kind::QUIC_INITIAL`] or 0.
+    flags: u8,
+    zero: [u8; 7],
+}
+
+impl Asked {
+    /// Nothing yet.
+    #[inline(always)]
+    fn nothing() -> Self {
+        hidden_zeros!()
+    }
+
+    /// What it means for its flow.
+    #[inline(always)]
+    fn kind(&self) -> Kind {
+        Kind::of(self.key.protocol, self.flags)
+    }
+}
+
+/// Reads the flow once more, with stack of its own; 0 if it is not there.
+#[inline(never)]
+fn ask<I: Ip, F: Frame>(frame: &F, place: &Place, asked: &mut Asked) -> u32 {
+    let Some((key, transport)) = place.flow::<I, F>(frame) else { return 0 };
+    let is_initial = place.is_quic_initial(frame, &transport);
+    let flags = if is_initial { Kind::QUIC_INITIAL } else { transport.flags };
+    (asked.key, asked.flags) = (key, flags);
+    1
 }

@@ -30,9 +30,15 @@ struct PacketOptions {
     /// Only the floors and the kinds whose name contains this text
     #[arg(long, default_value = "")]
     only: String,
+    /// Only the floors and the kinds with so many flows
+    #[arg(long)]
+    flows: Option<u32>,
     /// Another build of the eBPF object, measured in the same rounds; its rows begin with `*`
     #[arg(long, value_name = "OBJECT")]
     against: Option<PathBuf>,
+    /// Do not look at the packets' checksums: for builds with a step left out
+    #[arg(long)]
+    unchecked: bool,
     /// Where to write the figures
     #[arg(long, default_value = "target/bench/packet.json")]
     json: PathBuf,
