@@ -16,7 +16,7 @@ use lb_common::{
         admit_target,
         model::TargetModel,
         record,
-        tables::{FIRST_CLASS, OPEN, SENDERS, Settings, class_index, mac_key, space},
+        tables::{FIRST_CLASS, OPEN, SENDERS, class_index, mac_key, space},
     },
     verdict::Verdict,
     wire::{Address, Be16},
