@@ -4,5 +4,6 @@
 mod embed;
 
 fn main() -> anyhow::Result<()> {
+    println!("cargo:rerun-if-changed=../lb-ebpf/src/panic.rs");
     embed::build("lb-tests-ebpf", "ebpf")
 }

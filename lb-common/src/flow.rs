@@ -126,6 +126,30 @@ impl ReturnFlow {
     }
 }
 
+/// The tables of ways back: what the first packet of a flow makes lies apart, as in [`FlowTable`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum ReturnTable {
+    /// Of flows that have shown themselves twice.
+    Established = 0,
+    /// Of flows of which one packet came.
+    Fresh = 1,
+}
+
+impl ReturnTable {
+    /// Both of them, in the order of their numbers.
+    pub const ALL: [Self; 2] = [Self::Established, Self::Fresh];
+
+    /// Where the way back of a flow is whose own entry is in this table.
+    #[inline(always)]
+    pub fn beside(table: FlowTable) -> Self {
+        match table {
+            FlowTable::Flows => Self::Established,
+            FlowTable::HalfOpen | FlowTable::OnceSeen => Self::Fresh,
+        }
+    }
+}
+
 /// The flow hash, keyed so that nobody outside can aim flows at one target.
 ///
 /// It is NH, the universal hash of UMAC (RFC 4418 section 5.2): for keys nobody knows, two
@@ -184,6 +208,16 @@ pub trait Keys {
 #[inline(always)]
 pub fn slot(hash: u64, ring_size: u32) -> u32 {
     (((hash >> 32) * ring_size as u64) >> 32) as u32
+}
+
+/// Another hash from half of one, for one more slot: it says nothing of what the other half chose.
+/// (The finalizer of Appleby's MurmurHash3, over a Weyl sequence so that no value stays itself.)
+#[inline(always)]
+pub fn rehash(half: u32) -> u32 {
+    let mut hash = half.wrapping_add(0x9e37_79b9);
+    hash = (hash ^ (hash >> 16)).wrapping_mul(0x85eb_ca6b);
+    hash = (hash ^ (hash >> 13)).wrapping_mul(0xc2b2_ae35);
+    hash ^ (hash >> 16)
 }
 
 /// All keys of the flow hash, made from a seed.
@@ -306,6 +340,23 @@ mod tests {
             assert_hashes_uniform((0..60_000).map(far).map(of), "one host of each network");
             assert_hashes_uniform((0..60_000).map(v6).map(of), "IPv6 clients of one network");
             assert_hashes_uniform((0..60_000).map(site).map(of), "IPv6 networks");
+        }
+    }
+
+    /// Both slots of a flow, as one number: not only each of them spreads evenly.
+    #[test]
+    fn further_slots_are_independent_of_the_first() {
+        for seed in 0..20 {
+            let keys = HashKeys::from_seed(seed);
+            let one: IpAddr = [10, 1, 2, 3].into();
+            let pair = |port| {
+                let hash = keys.flow(&key(one, port));
+                let second = rehash(hash as u32);
+                let third = rehash(second);
+                let four = |half: u32| u64::from(slot(u64::from(half) << 32, 4));
+                (u64::from(slot(hash, 16)) << 4 | four(second) << 2 | four(third)) << 56
+            };
+            assert_hashes_uniform((1024..61024).map(pair), "three slots of a flow");
         }
     }
 

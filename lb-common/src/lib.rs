@@ -25,6 +25,7 @@ pub mod model;
 
 pub mod flow;
 pub mod forward;
+pub mod load;
 pub mod snat;
 pub mod tables;
 pub mod target;

@@ -9,15 +9,18 @@ use std::vec::Vec;
 use bytemuck::Pod;
 
 use crate::endpoints::EndpointTable;
-use crate::flow::{Flow, FlowKey, FlowTable, HashKeys, ReturnFlow};
+use crate::flow::{Flow, FlowKey, FlowTable, HashKeys, ReturnFlow, ReturnTable};
 use crate::forward::{Frame, forward};
+use crate::load::{Load, Share};
 use crate::lru::Lru;
 use crate::snat::SnatModel;
 use crate::tables::{
-    Bucket, Endpoint, EndpointKey, Listener, NextHop, Slot, Tables, Target, Traffic,
+    Bucket, EXCEPTION_WORDS, Endpoint, EndpointKey, GONE, Listener, NIC_PLACES, NextHop, Slot,
+    Tables, Target, Traffic,
 };
 use crate::verdict::{DropReason, Verdict};
 use crate::wire::Address;
+use crate::wire::eth::OwnMac;
 
 /// All tables of one balancer.
 #[derive(Debug, Clone)]
@@ -28,14 +31,20 @@ pub struct Model {
     pub ring_size: u32,
     /// Monotonic time, nanoseconds.
     pub now: Cell<u64>,
+    /// NICs' own addresses by place.
+    pub own_macs: BTreeMap<u32, OwnMac>,
     /// Listeners, targets and local addresses.
     pub endpoints: EndpointTable,
     /// Listeners by index.
     pub listeners: BTreeMap<u32, Listener>,
     /// Targets by index.
     pub targets: BTreeMap<u32, Target>,
+    /// Connections of targets by index.
+    pub loads: RefCell<BTreeMap<u32, Load>>,
     /// Rings by number.
     pub rings: BTreeMap<u32, Vec<Slot>>,
+    /// The map of exceptions, by word.
+    pub exceptions: Vec<u64>,
     /// Admitted prefixes: class, prefix, length in bits of the 128-bit address.
     pub prefixes: Vec<(u32, Address, u32)>,
     /// Next hops of replies by destination.
@@ -44,8 +53,8 @@ pub struct Model {
     pub flows: [RefCell<Lru<FlowKey, Flow>>; FlowTable::ALL.len()],
     /// Packets for which remembered flows were looked up.
     pub lookups: Cell<u64>,
-    /// Which listener flows came by.
-    pub return_flows: RefCell<BTreeMap<FlowKey, ReturnFlow>>,
+    /// Which listener flows came by, by [`ReturnTable`].
+    pub return_flows: [RefCell<Lru<FlowKey, ReturnFlow>>; ReturnTable::ALL.len()],
     /// Clients that talk to targets' own addresses.
     pub direct_flows: RefCell<BTreeSet<FlowKey>>,
     /// Targets that such clients talk to.
@@ -70,15 +79,18 @@ impl Model {
             hash_keys,
             ring_size,
             now: Cell::new(0),
+            own_macs: BTreeMap::new(),
             endpoints: EndpointTable::new(hash_keys),
             listeners: BTreeMap::new(),
             targets: BTreeMap::new(),
+            loads: RefCell::default(),
             rings: BTreeMap::new(),
+            exceptions: std::vec![0; EXCEPTION_WORDS as usize],
             prefixes: Vec::new(),
             routes: BTreeMap::new(),
             flows: Default::default(),
             lookups: Cell::new(0),
-            return_flows: RefCell::default(),
+            return_flows: Default::default(),
             direct_flows: RefCell::default(),
             direct_targets: RefCell::default(),
             snat: SnatModel::default(),
@@ -97,6 +109,39 @@ impl Model {
     /// A table of remembered flows.
     pub fn flow_table(&self, table: FlowTable) -> &RefCell<Lru<FlowKey, Flow>> {
         &self.flows[table as usize]
+    }
+
+    /// A table of ways back.
+    pub fn return_table(&self, table: ReturnTable) -> &RefCell<Lru<FlowKey, ReturnFlow>> {
+        &self.return_flows[table as usize]
+    }
+
+    /// How many ways back both tables remember.
+    pub fn remembered_returns(&self) -> usize {
+        self.return_flows.iter().map(|table| table.borrow().len()).sum()
+    }
+
+    /// Says what a target is due; `None`: nothing is counted for it any more.
+    pub fn set_share(&self, target: u32, share: Option<Share>) {
+        let mut loads = self.loads.borrow_mut();
+        match share {
+            Some(share) => loads.entry(target).or_default().share = share,
+            None => drop(loads.remove(&target)),
+        }
+    }
+
+    /// Writes the map of exceptions; what it does not say is none.
+    pub fn map_exceptions(&mut self, words: &[u64]) {
+        let words = words.iter().copied().chain(std::iter::repeat(0));
+        self.exceptions.iter_mut().zip(words).for_each(|(known, word)| *known = word);
+    }
+
+    /// What is to be added to the connections of targets.
+    pub fn correct(&self, corrections: &BTreeMap<u32, u64>) {
+        let mut loads = self.loads.borrow_mut();
+        for (target, correction) in corrections {
+            loads.entry(*target).or_default().correction = *correction;
+        }
     }
 
     /// How many flows all tables remember.
@@ -120,6 +165,10 @@ impl Tables for Model {
         self.now.get()
     }
 
+    fn own_mac(&self, nic: u32) -> OwnMac {
+        self.own_macs.get(&(nic % NIC_PLACES)).copied().unwrap_or(OwnMac::UNKNOWN)
+    }
+
     fn bucket(&self, index: u32) -> Option<&Bucket> {
         self.endpoints.bucket(index)
     }
@@ -141,6 +190,10 @@ impl Tables for Model {
         ring.get((index % self.ring_size) as usize).copied()
     }
 
+    fn exceptions(&self, word: u32) -> u64 {
+        self.exceptions[word as usize]
+    }
+
     fn admits(&self, class: u32, source: Address) -> bool {
         let address = u128::from_be_bytes(source.octets());
         self.prefixes.iter().any(|(known, prefix, bits)| {
@@ -156,27 +209,45 @@ impl Tables for Model {
         self.flow_table(table).borrow_mut().get(key)
     }
 
-    fn remember(&self, table: FlowTable, key: &FlowKey, flow: &Flow) {
-        self.flow_table(table).borrow_mut().insert(*key, *flow);
+    fn remember(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> u32 {
+        let mut flows = self.flow_table(table).borrow_mut();
+        let open = |flow: &&Flow| table == FlowTable::Flows && flow.closing == 0;
+        let replaced = flows.peek(key).filter(open).map_or(0, |flow| flow.target);
+        flows.insert(*key, *flow);
+        replaced
     }
 
-    fn refresh(&self, table: FlowTable, key: &FlowKey, flow: &Flow) {
+    fn refresh(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> u32 {
         let mut table = self.flow_table(table).borrow_mut();
-        if let Some(known) = table.get(key) {
-            table.insert(*key, Flow { target: known.target, ..*flow });
-        }
+        let Some(known) = table.get(key) else { return GONE };
+        table.insert(*key, Flow { target: known.target, ..*flow });
+        known.closing
     }
 
-    fn forget(&self, table: FlowTable, key: &FlowKey) {
-        self.flow_table(table).borrow_mut().remove(key);
+    fn forget(&self, table: FlowTable, key: &FlowKey) -> u32 {
+        u32::from(self.flow_table(table).borrow_mut().remove(key))
     }
 
-    fn return_flow(&self, key: &FlowKey) -> Option<ReturnFlow> {
-        self.return_flows.borrow().get(key).copied()
+    fn load(&self, target: u32) -> Load {
+        self.loads.borrow().get(&target).copied().unwrap_or_default()
     }
 
-    fn remember_return(&self, key: &FlowKey, flow: &ReturnFlow) {
-        self.return_flows.borrow_mut().insert(*key, *flow);
+    fn change_load(&self, target: u32, change: u64) {
+        let mut loads = self.loads.borrow_mut();
+        let load = loads.entry(target).or_default();
+        load.balance = load.balance.wrapping_add(change);
+    }
+
+    fn return_flow(&self, table: ReturnTable, key: &FlowKey) -> Option<ReturnFlow> {
+        self.return_table(table).borrow_mut().get(key)
+    }
+
+    fn remember_return(&self, table: ReturnTable, key: &FlowKey, flow: &ReturnFlow) {
+        self.return_table(table).borrow_mut().insert(*key, *flow);
+    }
+
+    fn forget_fresh_return(&self, key: &FlowKey) {
+        self.return_table(ReturnTable::Fresh).borrow_mut().remove(key);
     }
 
     fn has_direct_flows(&self, index: u32, _target: &Target) -> bool {

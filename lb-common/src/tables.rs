@@ -6,10 +6,11 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::flow::{Flow, FlowKey, FlowTable, Keys, ReturnFlow};
+use crate::flow::{Flow, FlowKey, FlowTable, Keys, ReturnFlow, ReturnTable};
+use crate::load::Load;
 use crate::snat::SnatTables;
 use crate::tunnel::Tunnel;
-use crate::wire::eth::Macs;
+use crate::wire::eth::{Macs, OwnMac};
 use crate::wire::{Address, Be16};
 
 /// Buckets of the endpoint table; a power of two.
@@ -28,6 +29,8 @@ pub const MAX_RINGS: u32 = 264;
 pub const MAX_PREFIXES: u32 = 2_000_000;
 /// NICs that packets leave by.
 pub const MAX_DEVICES: u32 = 256;
+/// Places for NICs' own addresses, found by the last bits of a NIC's index; a power of two.
+pub const NIC_PLACES: u32 = 256;
 /// Clients that talk to a target's own address through us.
 pub const MAX_DIRECT_FLOWS: u32 = 65_536;
 /// Next hops of replies remembered on each CPU; a power of two.
@@ -244,6 +247,16 @@ impl Target {
     }
 }
 
+/// Words of the map of exceptions, 1 MiB; a power of two.
+pub const EXCEPTION_WORDS: u32 = 1 << 17;
+
+/// Where in the map of exceptions a flow is, by [`Selected::hash`](crate::forward::Selected::hash):
+/// the word's index, and its bit. Another flow may be there too.
+#[inline(always)]
+pub const fn exception_place(hash: u32) -> (u32, u64) {
+    ((hash >> 6) & (EXCEPTION_WORDS - 1), 1 << (hash & 63))
+}
+
 /// One slot of a ring: which target a flow hash chooses, and what is remembered meanwhile.
 ///
 /// See the state diagram in docs/connections.md.
@@ -252,7 +265,8 @@ impl Target {
 pub struct Slot {
     /// Index of the target of new flows.
     pub current: u32,
-    /// State (2 bits) and index of the target that the slot was last settled or pinned on.
+    /// State (2 bits), whether it is [`Self::MAPPED`] (1 bit), and index of the target that the slot
+    /// was last settled or pinned on.
     previous_state: u32,
 }
 
@@ -271,6 +285,8 @@ pub enum SlotState {
 
 impl Slot {
     const SHIFT: u32 = 30;
+    /// Of a pinned slot: all flows that `current` is wrong for are in the map of exceptions.
+    const MAPPED: u32 = 1 << 29;
 
     /// A slot; the indices must be less than [`MAX_TARGETS`].
     #[inline(always)]
@@ -287,7 +303,19 @@ impl Slot {
     /// Index of the target that the slot was last settled or pinned on; 0: none.
     #[inline(always)]
     pub const fn previous(self) -> u32 {
-        self.previous_state & ((1 << Self::SHIFT) - 1)
+        self.previous_state & (Self::MAPPED - 1)
+    }
+
+    /// The same slot, pinned, with its exceptions in the map.
+    #[inline(always)]
+    pub const fn mapped(self) -> Self {
+        Self { previous_state: self.previous_state | Self::MAPPED, ..self }
+    }
+
+    /// Whether only flows that are in the map of exceptions need to be looked up.
+    #[inline(always)]
+    pub const fn is_mapped(self) -> bool {
+        self.previous_state & Self::MAPPED != 0
     }
 
     /// Whether the hash alone decides.
@@ -358,6 +386,9 @@ pub struct FlowChanges {
     pub removed: u64,
 }
 
+/// Of [`Tables::refresh`]: the flow is not there.
+pub const GONE: u32 = u32::MAX;
+
 /// The lookups, for the kernel and for the host.
 ///
 /// Methods take `&self`: in the kernel, all tables are shared with other CPUs anyway.
@@ -372,6 +403,8 @@ pub trait Tables: SnatTables {
     /// Monotonic time, nanoseconds; may lag behind by a timer interrupt.
     fn now(&self) -> u64;
 
+    /// The own address of the NIC with this index.
+    fn own_mac(&self, nic: u32) -> OwnMac;
     /// A bucket of the endpoint table.
     fn bucket(&self, index: u32) -> Option<&Bucket>;
     /// An endpoint that found its bucket full.
@@ -382,21 +415,32 @@ pub trait Tables: SnatTables {
     fn target(&self, index: u32) -> Option<&Target>;
     /// A slot by `ring * ring_size + slot`.
     fn slot(&self, index: u32) -> Option<Slot>;
+    /// Whether a flow may be an exception on a slot that is mapped: a word of the map.
+    fn exceptions(&self, word: u32) -> u64;
     /// Whether the class admits the source address.
     fn admits(&self, class: u32, source: Address) -> bool;
 
     /// What a table remembers of a flow; the time of its last packet is not checked.
     fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow>;
-    /// Remembers a flow; replaces what was there.
-    fn remember(&self, table: FlowTable, key: &FlowKey, flow: &Flow);
-    /// Brings the time and the end of a remembered flow up to date; nothing if it is gone.
-    fn refresh(&self, table: FlowTable, key: &FlowKey, flow: &Flow);
-    /// Forgets a flow.
-    fn forget(&self, table: FlowTable, key: &FlowKey);
+    /// Remembers a flow; replaces what was there. Returns the target whose flow it replaced in
+    /// [`FlowTable::Flows`], unless that one was closing; else 0.
+    fn remember(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> u32;
+    /// Brings the time and the end of a remembered flow up to date; nothing if it is gone. Returns
+    /// what [`Flow::closing`] was, to one of several CPUs that change it at once; [`GONE`].
+    fn refresh(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> u32;
+    /// Forgets a flow. Returns 1 to the one that did; 0 if it was gone.
+    fn forget(&self, table: FlowTable, key: &FlowKey) -> u32;
     /// Which listener a target's flow came by; the time of its last packet is not checked.
-    fn return_flow(&self, key: &FlowKey) -> Option<ReturnFlow>;
+    fn return_flow(&self, table: ReturnTable, key: &FlowKey) -> Option<ReturnFlow>;
     /// Remembers which listener a target's flow came by; replaces what was there.
-    fn remember_return(&self, key: &FlowKey, flow: &ReturnFlow);
+    fn remember_return(&self, table: ReturnTable, key: &FlowKey, flow: &ReturnFlow);
+    /// Forgets which listener a fresh flow came by.
+    fn forget_fresh_return(&self, key: &FlowKey);
+
+    /// How many connections a target has; all zero beyond the table's end.
+    fn load(&self, target: u32) -> Load;
+    /// Adds to a target's [`Load::balance`], atomically.
+    fn change_load(&self, target: u32, change: u64);
 
     /// Whether some client talks to this target's own address through us.
     fn has_direct_flows(&self, index: u32, target: &Target) -> bool;
@@ -429,7 +473,9 @@ const _: () = {
     assert!(size_of::<Slot>() == 8);
     assert!(BUCKETS.is_power_of_two());
     assert!(NEXT_HOP_CACHE.is_power_of_two());
-    assert!(MAX_TARGETS <= 1 << Slot::SHIFT);
+    assert!(NIC_PLACES.is_power_of_two());
+    assert!(MAX_TARGETS <= Slot::MAPPED);
+    assert!(EXCEPTION_WORDS.is_power_of_two());
 };
 
 /// A next hop remembered for replies to one client.

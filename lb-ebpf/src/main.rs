@@ -7,8 +7,7 @@
 
 mod frame;
 mod maps;
-mod runtime;
-mod snat;
+mod panic;
 
 use aya_ebpf::bindings::xdp_action;
 use aya_ebpf::macros::xdp;
@@ -18,6 +17,11 @@ use lb_common::verdict::Verdict;
 
 use frame::XdpFrame;
 use maps::Maps;
+
+/// Some helpers are for programs of a licence compatible with the GPL only.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
 /// The balancer's first stage, attached to every NIC that clients or targets are behind.
 #[xdp]

@@ -1,6 +1,10 @@
 //! The maps, and the pipeline's lookups in them.
 
+mod loads;
+mod snat;
+
 use core::arch::asm;
+use core::intrinsics::{AtomicOrdering, atomic_xchg};
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_NOEXIST, bpf_fib_lookup as FibLookup, xdp_action};
 use aya_ebpf::helpers::{bpf_fib_lookup, bpf_ktime_get_coarse_ns};
@@ -12,20 +16,24 @@ use aya_ebpf::maps::{
 use aya_ebpf::programs::XdpContext;
 use aya_ebpf::{EbpfContext as _, Global};
 use aya_log_ebpf::debug;
-use lb_common::flow::{Flow, FlowKey, FlowTable, HashKeys, Keys, ReturnFlow};
+use lb_common::flow::{Flow, FlowKey, FlowTable, HashKeys, Keys, ReturnFlow, ReturnTable};
 use lb_common::forward::{Handover, Next, Stage, Step};
+use lb_common::load::Load;
 use lb_common::tables::{
-    AdmissionKey, BUCKETS, Bucket, CachedHop, Endpoint, EndpointKey, FlowChanges, Interface,
-    Listener, MAX_DEVICES, MAX_DIRECT_FLOWS, MAX_LISTENERS, MAX_PREFIXES, MAX_RINGS, MAX_TARGETS,
-    NEXT_HOP_CACHE, NextHop, OVERFLOW_ENDPOINTS, Slot, Tables, Target, Traffic,
+    AdmissionKey, BUCKETS, Bucket, CachedHop, EXCEPTION_WORDS, Endpoint, EndpointKey, FlowChanges,
+    GONE, Interface, Listener, MAX_DEVICES, MAX_DIRECT_FLOWS, MAX_LISTENERS, MAX_PREFIXES,
+    MAX_RINGS, MAX_TARGETS, NEXT_HOP_CACHE, NIC_PLACES, NextHop, OVERFLOW_ENDPOINTS, Slot, Tables,
+    Target, Traffic,
 };
 use lb_common::verdict::DropReason;
 use lb_common::wire::Address;
-use lb_common::wire::eth::Macs;
+use lb_common::wire::eth::{Macs, OwnMac};
 
 // Arrays that the agent writes through shared memory, word by word.
 #[map]
 static ENDPOINTS: Array<Bucket> = Array::with_max_entries(BUCKETS, BPF_F_MMAPABLE);
+#[map]
+static NIC_MACS: Array<OwnMac> = Array::with_max_entries(NIC_PLACES, BPF_F_MMAPABLE);
 #[map]
 static TARGETS: Array<Target> = Array::with_max_entries(MAX_TARGETS, BPF_F_MMAPABLE);
 #[map]
@@ -33,6 +41,9 @@ static LISTENERS: Array<Listener> = Array::with_max_entries(MAX_LISTENERS, BPF_F
 /// All rings, one after the other. The agent sizes it: rings times ring size.
 #[map]
 static SLOTS: Array<Slot> = Array::with_max_entries(MAX_RINGS, BPF_F_MMAPABLE);
+/// Flows that the slots' targets are wrong for, by a bit of their hash: those of mapped slots.
+#[map]
+static EXCEPTIONS: Array<u64> = Array::with_max_entries(EXCEPTION_WORDS, BPF_F_MMAPABLE);
 /// Counts every change of routes, neighbours and links; makes cached next hops void.
 #[map]
 static GENERATION: Array<u32> = Array::with_max_entries(1, BPF_F_MMAPABLE);
@@ -46,7 +57,8 @@ static INTERFACES: HashMap<u32, Interface> = HashMap::with_max_entries(MAX_DEVIC
 #[map]
 static DEVICES: DevMapHash = DevMapHash::with_max_entries(MAX_DEVICES, 0);
 
-// Sized by the agent: `flow_table_size`, `half_open_table_size`, `once_seen_table_size`.
+// Sized by the agent: `flow_table_size`, `half_open_table_size`, `once_seen_table_size`. Ways back as
+// flows and as half-open flows.
 #[map]
 static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(1, 0);
 #[map]
@@ -60,6 +72,8 @@ static FLOW_CHANGES: PerCpuArray<FlowChanges> =
     PerCpuArray::with_max_entries(FlowTable::ALL.len() as u32, 0);
 #[map]
 static RETURN_FLOWS: LruHashMap<FlowKey, ReturnFlow> = LruHashMap::with_max_entries(1, 0);
+#[map]
+static FRESH_RETURNS: LruHashMap<FlowKey, ReturnFlow> = LruHashMap::with_max_entries(1, 0);
 #[map]
 static DIRECT_FLOWS: LruHashMap<FlowKey, u32> = LruHashMap::with_max_entries(MAX_DIRECT_FLOWS, 0);
 #[map]
@@ -253,40 +267,64 @@ fn flow_map(table: FlowTable) -> &'static LruHashMap<FlowKey, Flow> {
     }
 }
 
+#[inline(always)]
+fn return_map(table: ReturnTable) -> &'static LruHashMap<FlowKey, ReturnFlow> {
+    match table {
+        ReturnTable::Established => &RETURN_FLOWS,
+        ReturnTable::Fresh => &FRESH_RETURNS,
+    }
+}
+
 /// Each of these is a function of its own in the kernel too, told the table by number: what follows
 /// is looked at once by the verifier. What they return is for the verifier's sake as well.
 #[inline(never)]
-fn insert_flow(table: u32, key: &FlowKey, flow: &Flow) -> i32 {
+fn insert_flow(table: u32, key: &FlowKey, flow: &Flow) -> u32 {
     let table = FlowTable::of(table);
     if flow_map(table).insert(key, flow, BPF_NOEXIST as u64).is_ok() {
         count_change(table, |changes| changes.created += 1);
-    } else {
-        // It is there, or nothing at all could be evicted: that leaves the flow as if it had been
-        // evicted right away.
-        let _ = flow_map(table).insert(key, flow, 0);
+        return 0;
     }
-    0
+    let replaced = if table == FlowTable::Flows { open_target(key) } else { 0 };
+    // It is there, or nothing at all could be evicted: that leaves the flow as if it had been
+    // evicted right away.
+    let _ = flow_map(table).insert(key, flow, 0);
+    replaced
+}
+
+/// The target of a flow that is remembered and not closing; 0: there is none.
+#[inline(always)]
+fn open_target(key: &FlowKey) -> u32 {
+    // SAFETY: copied at once.
+    match unsafe { FLOWS.get(key) } {
+        Some(flow) if flow.closing == 0 => flow.target,
+        _ => 0,
+    }
 }
 
 #[inline(never)]
-fn refresh_flow(table: u32, key: &FlowKey, last_seen: u64, closing: u32) -> i32 {
+fn refresh_flow(table: u32, key: &FlowKey, last_seen: u64, closing: u32) -> u32 {
     // In place: an update would put the entry elsewhere in its bucket, where the agent's walk could
     // miss it. The target stays as it is.
-    if let Some(entry) = flow_map(FlowTable::of(table)).get_ptr_mut(key) {
-        // SAFETY: the map's element. Should it be evicted and used again right now, another flow is
-        // taken for alive a little longer, or for over a little sooner.
-        unsafe {
-            (&raw mut (*entry).last_seen).write_volatile(last_seen);
-            (&raw mut (*entry).closing).write_volatile(closing);
+    let Some(entry) = flow_map(FlowTable::of(table)).get_ptr_mut(key) else { return GONE };
+    // SAFETY: the map's element. Should it be evicted and used again right now, another flow is
+    // taken for alive a little longer, or for over a little sooner.
+    unsafe {
+        (&raw mut (*entry).last_seen).write_volatile(last_seen);
+        let end = &raw mut (*entry).closing;
+        let before = end.read_volatile();
+        if before == closing {
+            return before;
         }
+        // Of several CPUs one is told of the change: a connection is counted once.
+        atomic_xchg::<u32, { AtomicOrdering::Relaxed }>(end, closing)
     }
-    0
 }
 
 /// A return flow that is there only gets the new time, in place: an update is ten times as much work.
 #[inline(never)]
-fn enter_return(key: &FlowKey, flow: &ReturnFlow) -> i32 {
-    if let Some(entry) = RETURN_FLOWS.get_ptr_mut(key) {
+fn enter_return(table: ReturnTable, key: &FlowKey, flow: &ReturnFlow) -> i32 {
+    let map = return_map(table);
+    if let Some(entry) = map.get_ptr_mut(key) {
         // SAFETY: the map's element. See `refresh_flow`.
         unsafe {
             let same = (*entry).listener == flow.listener && (*entry).target == flow.target;
@@ -297,18 +335,18 @@ fn enter_return(key: &FlowKey, flow: &ReturnFlow) -> i32 {
         }
     }
     // As for `insert_flow`.
-    let _ = RETURN_FLOWS.insert(key, flow, 0);
+    let _ = map.insert(key, flow, 0);
     0
 }
 
 #[inline(never)]
-fn remove_flow(table: u32, key: &FlowKey) -> i32 {
+fn remove_flow(table: u32, key: &FlowKey) -> u32 {
     let table = FlowTable::of(table);
-    // Gone already is as good.
-    if flow_map(table).remove(key).is_ok() {
+    let is_removed = flow_map(table).remove(key).is_ok();
+    if is_removed {
         count_change(table, |changes| changes.removed += 1);
     }
-    0
+    is_removed as u32
 }
 
 #[inline(always)]
@@ -366,6 +404,11 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(always)]
+    fn own_mac(&self, nic: u32) -> OwnMac {
+        NIC_MACS.get(nic % NIC_PLACES).copied().unwrap_or(OwnMac::UNKNOWN)
+    }
+
+    #[inline(always)]
     fn bucket(&self, index: u32) -> Option<&Bucket> {
         ENDPOINTS.get(index)
     }
@@ -392,6 +435,11 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(always)]
+    fn exceptions(&self, word: u32) -> u64 {
+        EXCEPTIONS.get(word).copied().unwrap_or(u64::MAX)
+    }
+
+    #[inline(always)]
     fn admits(&self, class: u32, source: Address) -> bool {
         let [high, low] = source.words();
         admits(class, high, low)
@@ -404,29 +452,45 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(always)]
-    fn remember(&self, table: FlowTable, key: &FlowKey, flow: &Flow) {
-        insert_flow(table as u32, key, flow);
+    fn remember(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> u32 {
+        insert_flow(table as u32, key, flow)
     }
 
     #[inline(always)]
-    fn refresh(&self, table: FlowTable, key: &FlowKey, flow: &Flow) {
-        refresh_flow(table as u32, key, flow.last_seen, flow.closing);
+    fn refresh(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> u32 {
+        refresh_flow(table as u32, key, flow.last_seen, flow.closing)
     }
 
     #[inline(always)]
-    fn forget(&self, table: FlowTable, key: &FlowKey) {
-        remove_flow(table as u32, key);
+    fn forget(&self, table: FlowTable, key: &FlowKey) -> u32 {
+        remove_flow(table as u32, key)
     }
 
     #[inline(always)]
-    fn return_flow(&self, key: &FlowKey) -> Option<ReturnFlow> {
+    fn load(&self, target: u32) -> Load {
+        loads::load(target)
+    }
+
+    #[inline(always)]
+    fn change_load(&self, target: u32, change: u64) {
+        loads::change(target, change);
+    }
+
+    #[inline(always)]
+    fn return_flow(&self, table: ReturnTable, key: &FlowKey) -> Option<ReturnFlow> {
         // SAFETY: copied at once.
-        unsafe { RETURN_FLOWS.get(key) }.copied()
+        unsafe { return_map(table).get(key) }.copied()
     }
 
     #[inline(always)]
-    fn remember_return(&self, key: &FlowKey, flow: &ReturnFlow) {
-        enter_return(key, flow);
+    fn remember_return(&self, table: ReturnTable, key: &FlowKey, flow: &ReturnFlow) {
+        enter_return(table, key, flow);
+    }
+
+    #[inline(always)]
+    fn forget_fresh_return(&self, key: &FlowKey) {
+        // Gone already is as good.
+        let _ = FRESH_RETURNS.remove(key);
     }
 
     #[inline(always)]

@@ -8,9 +8,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
+use lb_common::load::Share;
 use lb_common::snat::SnatSource;
 use lb_common::tables::{Endpoint, EndpointKey, Interface, Listener, Slot, Target};
 use lb_common::wire::Address;
+use lb_common::wire::eth::OwnMac;
 
 /// A source prefix; bits count from the first of the 128, so `10.0.0.0/8` has 104.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -28,8 +30,12 @@ pub struct Desired {
     pub interfaces: BTreeMap<u32, Interface>,
     /// NICs that packets may be redirected to.
     pub devices: BTreeSet<u32>,
+    /// NICs' own addresses, by place ([`NIC_PLACES`](lb_common::tables::NIC_PLACES)).
+    pub own_macs: BTreeMap<u32, OwnMac>,
     /// Targets by index.
     pub targets: BTreeMap<u32, Target>,
+    /// What targets are due that are chosen by their connections, by index.
+    pub shares: BTreeMap<u32, Share>,
     /// Listeners by index.
     pub listeners: BTreeMap<u32, Listener>,
     /// Rings by number.
@@ -59,8 +65,12 @@ pub enum Step {
     RemoveInterface(u32),
     AddDevice(u32),
     RemoveDevice(u32),
+    SetOwnMac(u32, OwnMac),
+    ForgetOwnMac(u32),
     SetTarget(u32, Target),
     ClearTarget(u32),
+    SetShare(u32, Share),
+    ClearShare(u32),
     SetListener(u32, Listener),
     ClearListener(u32),
     SetRing(u32, Arc<[Slot]>),
@@ -77,6 +87,10 @@ pub enum Step {
 pub fn diff(from: &Desired, to: &Desired) -> Plan {
     let mut steps = Vec::new();
 
+    // A NIC that has another address now must not refuse its frames for a moment longer.
+    steps.extend(changed(&from.own_macs, &to.own_macs).map(|(i, new)| Step::SetOwnMac(i, *new)));
+    steps.extend(removed(&from.own_macs, &to.own_macs).map(Step::ForgetOwnMac));
+
     // What listeners lean on, before them.
     steps.extend(
         changed(&from.interfaces, &to.interfaces).map(|(i, new)| Step::SetInterface(i, *new)),
@@ -85,6 +99,7 @@ pub fn diff(from: &Desired, to: &Desired) -> Plan {
     steps.extend(changed(&from.pools, &to.pools).map(|(n, start)| Step::ResetPool(n, *start)));
     steps.extend(changed(&from.sources, &to.sources).map(|(i, new)| Step::SetSource(i, *new)));
     steps.extend(changed(&from.targets, &to.targets).map(|(i, new)| Step::SetTarget(i, *new)));
+    steps.extend(changed(&from.shares, &to.shares).map(|(i, new)| Step::SetShare(i, *new)));
     steps
         .extend(changed(&from.listeners, &to.listeners).map(|(i, new)| Step::SetListener(i, *new)));
     for (class, prefixes) in changed_shared(&from.classes, &to.classes) {
@@ -109,6 +124,7 @@ pub fn diff(from: &Desired, to: &Desired) -> Plan {
         steps.extend(prefixes.difference(new).map(|prefix| Step::RemovePrefix(*class, *prefix)));
     }
     steps.extend(removed(&from.listeners, &to.listeners).map(Step::ClearListener));
+    steps.extend(removed(&from.shares, &to.shares).map(Step::ClearShare));
     steps.extend(removed(&from.targets, &to.targets).map(Step::ClearTarget));
     steps.extend(removed(&from.sources, &to.sources).map(Step::ClearSource));
     steps.extend(from.devices.difference(&to.devices).copied().map(Step::RemoveDevice));
@@ -150,8 +166,12 @@ impl fmt::Display for Step {
             Self::RemoveInterface(index) => write!(f, "no interface {index}"),
             Self::AddDevice(index) => write!(f, "device {index}"),
             Self::RemoveDevice(index) => write!(f, "no device {index}"),
+            Self::SetOwnMac(place, _) => write!(f, "own address of the NIC in place {place}"),
+            Self::ForgetOwnMac(place) => write!(f, "no own address in place {place}"),
             Self::SetTarget(index, target) => write!(f, "target {index} at {:?}", target.address),
             Self::ClearTarget(index) => write!(f, "no target {index}"),
+            Self::SetShare(index, share) => write!(f, "share {} of target {index}", share.weight),
+            Self::ClearShare(index) => write!(f, "no share of target {index}"),
             Self::SetListener(index, listener) => {
                 write!(f, "listener {index} at {:?} port {}", listener.address, listener.port.get())
             }
@@ -207,6 +227,12 @@ mod tests {
                 Step::RemoveInterface(index) => {
                     tables.interfaces.remove(&index).expect("an interface to remove");
                 }
+                Step::SetOwnMac(place, mac) => {
+                    tables.own_macs.insert(place, mac);
+                }
+                Step::ForgetOwnMac(place) => {
+                    tables.own_macs.remove(&place).expect("an address to forget");
+                }
                 Step::AddDevice(index) => assert!(tables.devices.insert(index)),
                 Step::RemoveDevice(index) => assert!(tables.devices.remove(&index)),
                 Step::SetTarget(index, target) => {
@@ -214,6 +240,13 @@ mod tests {
                 }
                 Step::ClearTarget(index) => {
                     tables.targets.remove(&index).expect("a target to clear");
+                }
+                Step::SetShare(index, share) => {
+                    assert!(tables.targets.contains_key(&index), "a share of no target");
+                    tables.shares.insert(index, share);
+                }
+                Step::ClearShare(index) => {
+                    tables.shares.remove(&index).expect("a share to clear");
                 }
                 Step::SetListener(index, listener) => {
                     tables.listeners.insert(index, listener);
@@ -279,6 +312,8 @@ mod tests {
             for ((index, targets, class), hop) in listeners {
                 desired.devices.insert(u32::from(hop) + 1);
                 desired.interfaces.insert(u32::from(hop) + 1, Interface::default());
+                let mac = OwnMac::new([2, 0, 0, 0, index as u8, hop as u8]);
+                desired.own_macs.insert(u32::from(hop) + 1, mac);
                 let address = Ipv4Addr::new(10, 0, 0, index as u8).into();
                 let port = Be16::new(80);
                 desired.listeners.insert(index, Listener { address, port, ..Listener::default() });
@@ -287,6 +322,10 @@ mod tests {
                     let entry =
                         Target { address, port: Be16::new(8000 + hop), ..Target::default() };
                     desired.targets.insert(*target, entry);
+                    if hop % 2 == 0 {
+                        let share = Share { weight: u32::from(hop) + 1, group: index };
+                        desired.shares.insert(*target, share);
+                    }
                     let source =
                         SnatSource { pool: target * 10 + u32::from(hop), ..SnatSource::default() };
                     desired.pools.insert(source.pool, 7);

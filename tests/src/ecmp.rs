@@ -67,8 +67,8 @@ pub struct Ecmp {
     router: Namespace,
     replies: Replies,
     dead_targets: Vec<u8>,
+    switch: Namespace,
     // What only needs to exist.
-    _switch: Namespace,
     _pass: Attached,
 }
 
@@ -95,17 +95,14 @@ impl Ecmp {
             let port = router_port(index);
             link((&router, &port), (&balancer, "eth0"))?;
             plug(&switch, &balancer, "eth1")?;
+            // Its addresses come back with its links.
+            balancer.sysctl("net/ipv6/conf/all/keep_addr_on_down", "1")?;
             become_host(&router, &port, Dual::new(uplink(index), 1))?;
             become_host(&balancer, "eth0", Dual::new(uplink(index), 2))?;
             become_host(&balancer, "eth1", gateway(index))?;
             default_route(&balancer, Dual::new(uplink(index), 1))?;
             pass.attach(&router, &port)?;
             pass.attach(&switch, balancer.role())?;
-            // A veth has no filter for MAC addresses, unlike a NIC: what is not for this machine
-            // must not come, such as what the switch floods because its receiver is dead.
-            switch.ip("link set dev PORT type bridge_slave flood off"
-                .replace("PORT", balancer.role())
-                .as_str())?;
             Ok(balancer)
         };
         let balancers = (0..BALANCERS).map(new_balancer).collect::<Result<_>>()?;
@@ -123,7 +120,6 @@ impl Ecmp {
             Ok(target)
         };
         let targets = (0..targets).map(new_target).collect::<Result<_>>()?;
-        let (_switch, _pass) = (switch, pass);
         Ok(Self {
             client,
             balancers,
@@ -132,8 +128,8 @@ impl Ecmp {
             router,
             replies,
             dead_targets: Vec::new(),
-            _switch,
-            _pass,
+            switch,
+            _pass: pass,
         })
     }
 
@@ -146,16 +142,11 @@ impl Ecmp {
     pub fn announce(&self) -> Result<()> {
         let mut batch = String::new();
         for (group, listener) in GROUPS.into_iter().zip(self.listener.both()) {
-            let mut members = Vec::new();
-            for index in 0..BALANCERS {
-                let member = (group + 1 + index).to_string();
-                let (via, port) = (Dual::new(uplink(index), 2).like(listener), router_port(index));
-                batch += &format!("nexthop add id {member} via {via} dev {port}\n");
-                members.push(member);
-            }
-            let members = members.join("/");
-            batch +=
-                &format!("nexthop add id {group} group {members} type resilient buckets 128\n");
+            batch.extend((0..BALANCERS).map(|index| nexthop(group, index, listener)));
+            batch += &format!(
+                "nexthop add id {group} group {} type resilient buckets 128\n",
+                members(group)
+            );
             batch += &format!("route add {listener} nhid {group}\n");
         }
         self.router.ip(&batch)?;
@@ -172,6 +163,38 @@ impl Ecmp {
     pub fn kill_balancer(&self, index: usize) -> Result<()> {
         self.balancers[index].ip("link set eth0 down\nlink set eth1 down")?;
         self.lead_replies((0..BALANCERS).filter(|other| *other != index))
+    }
+
+    /// The machine of a dead balancer runs again. Nothing leads to it before
+    /// [`Self::announce_again`].
+    ///
+    /// # Errors
+    ///
+    /// If there is no such balancer.
+    pub fn revive_balancer(&self, index: usize) -> Result<()> {
+        let balancer = &self.balancers[index];
+        balancer.ip("link set eth0 up\nlink set eth1 up")?;
+        default_route(balancer, Dual::new(uplink(index), 1))
+    }
+
+    /// Leads flows to a balancer once more, and at once, as routers do that know no buckets: the
+    /// group would else leave it those only that nobody uses.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses.
+    pub fn announce_again(&self, index: usize) -> Result<()> {
+        let mut batch = String::new();
+        for (group, listener) in GROUPS.into_iter().zip(self.listener.both()) {
+            batch += &nexthop(group, index, listener);
+            batch += &format!(
+                "nexthop replace id {group} group {} type resilient buckets 128 idle_timer 1 \
+                 unbalanced_timer 1\n",
+                members(group)
+            );
+        }
+        self.router.ip(&batch)?;
+        self.lead_replies(0..BALANCERS)
     }
 
     /// The default routes of targets. Not by nexthop groups: on Linux 6.18 IPv6 sockets go on with
@@ -208,13 +231,28 @@ impl Ecmp {
     /// If the router's interface cannot be watched.
     pub fn flows_of(&self, balancer: usize, time: Duration) -> Result<BTreeSet<SocketAddr>> {
         let socket = PacketSocket::watch(&self.router, &router_port(balancer))?;
+        Ok(self.segments(&socket, time).into_iter().collect())
+    }
+
+    /// Listens to what passes a balancer's port of the targets' switch, either way.
+    ///
+    /// # Errors
+    ///
+    /// If the port cannot be watched.
+    pub fn watch_switch(&self, balancer: usize) -> Result<PacketSocket> {
+        PacketSocket::watch(&self.switch, self.balancers[balancer].role())
+    }
+
+    /// The sources of the TCP segments to the listener that a socket hears, within
+    /// `time`.
+    pub fn segments(&self, socket: &PacketSocket, time: Duration) -> Vec<SocketAddr> {
         let end = Instant::now() + time;
-        let mut flows = BTreeSet::new();
+        let mut sources = Vec::new();
         loop {
             let left = end.saturating_duration_since(Instant::now());
             // It ends with the error that nothing comes within no time.
-            let Ok(frame) = socket.receive(left, |_| true) else { return Ok(flows) };
-            flows.extend(tcp_to(self.listener, &frame));
+            let Ok(frame) = socket.receive(left, |_| true) else { return sources };
+            sources.extend(tcp_to(self.listener, &frame));
         }
     }
 }
@@ -242,6 +280,18 @@ fn tcp_to(destination: Dual, frame: &[u8]) -> Option<SocketAddr> {
 /// The network between the router and a balancer.
 fn uplink(balancer: usize) -> u8 {
     [3, 4][balancer]
+}
+
+/// The command that adds the nexthop to a balancer.
+fn nexthop(group: usize, balancer: usize, listener: IpAddr) -> String {
+    let (via, port) = (Dual::new(uplink(balancer), 2).like(listener), router_port(balancer));
+    format!("nexthop add id {} via {via} dev {port}\n", group + 1 + balancer)
+}
+
+/// The nexthops of a group.
+fn members(group: usize) -> String {
+    let numbers = (0..BALANCERS).map(|balancer| (group + 1 + balancer).to_string());
+    numbers.collect::<Vec<_>>().join("/")
 }
 
 /// A balancer's address among the targets.

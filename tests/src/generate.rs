@@ -94,6 +94,9 @@ impl Generator {
             _ => Packet::udp(source, destination),
         };
         let rng = &mut self.rng;
+        if rng.random_ratio(1, 40) {
+            packet.destination_mac = *[[2, 0, 0, 0, 0, 3], [0xff; 6]].choose(rng).expect("two");
+        }
         packet.hop_limit = *[64, 64, 64, 64, 64, 64, 64, 255, 2, 1, 0].choose(rng).expect("some");
         packet.checksum = match rng.random_range(0..12) {
             0 => Checksum::Wrong,

@@ -13,7 +13,7 @@ use lb_common::{
     lru::Lru,
     model::{Bytes, Model},
     snat::PortPool,
-    tables::{Slot, SlotState},
+    tables::{Slot, SlotState, Tables as _},
     verdict::Verdict,
 };
 use lb_userspace::{
@@ -52,6 +52,12 @@ pub enum Sabotage {
     OneTable,
     /// Slots learn for a minute only.
     LearnsTooShort,
+    /// Nothing is remembered for longer than a second.
+    Forgets,
+    /// Slots go by the map of exceptions before one was made for them.
+    MapsUnseen,
+    /// Nothing: but there is no map of exceptions.
+    NoMap,
 }
 
 /// What a balancer is made with.
@@ -114,7 +120,8 @@ pub struct Balancer {
     now: Duration,
     next_tick: Duration,
     last_walk: Duration,
-    walk: Option<(Duration, Findings)>,
+    /// When it begins and ends, and what it finds.
+    walk: Option<(Instant, Duration, Findings)>,
     templates: [Vec<u8>; 4],
 }
 
@@ -221,6 +228,10 @@ impl Balancer {
         if self.options.sabotage == Sabotage::LearnsTooShort {
             self.shorten_learning();
         }
+        if self.options.sabotage == Sabotage::MapsUnseen {
+            let slots = self.model.rings.values_mut().flatten();
+            slots.filter(|s| s.state() == SlotState::Pinned).for_each(|s| *s = s.mapped());
+        }
         self.tables = Arc::new(desired);
     }
 
@@ -246,18 +257,26 @@ impl Balancer {
 
     fn tick(&mut self) {
         self.model.now.set(BOOT + self.now.as_nanos() as u64);
+        if self.options.sabotage == Sabotage::Forgets {
+            self.model.flows.iter().for_each(|table| table.borrow_mut().clear());
+        }
         if self.state.tick(self.instant()) || self.options.sabotage == Sabotage::LearnsTooShort {
             self.reconcile();
         }
-        if let Some((_, findings)) = self.walk.take_if(|(end, _)| *end <= self.now) {
-            self.state.settle(&findings.settled);
+        if let Some((begun, _, mut findings)) = self.walk.take_if(|(_, end, _)| *end <= self.now) {
+            if self.options.sabotage == Sabotage::NoMap {
+                findings.mapped.clear();
+            }
+            self.state.settle(&findings, begun);
+            self.model.map_exceptions(&findings.exceptions);
+            self.model.correct(&findings.corrections);
             self.reconcile();
         }
         if self.walk.is_none() && self.now >= self.last_walk + WALK {
             self.last_walk = self.now;
             let pinned = self.state.pinned();
-            if !pinned.is_empty() {
-                self.walk = Some((self.now + WALK_TAKES, self.walk(pinned)));
+            if !pinned.is_empty() || self.state.counts_flows() {
+                self.walk = Some((self.instant(), self.now + WALK_TAKES, self.walk(pinned)));
             }
         }
     }
@@ -303,6 +322,25 @@ impl Balancer {
         half_open.clear();
     }
 
+    /// How many connections each target that is chosen by them has, and how many of its flows are
+    /// remembered as open; waits until no walk has yet to say what it found.
+    pub fn connections(&mut self) -> Vec<(u32, usize)> {
+        while self.walk.is_some() {
+            self.advance(self.now + TICK);
+        }
+        let flows = self.model.flow_table(FlowTable::Flows).borrow();
+        let open = |target| {
+            flows.iter().filter(|(_, flow)| flow.target == target && flow.closing == 0).count()
+        };
+        let shares = self.tables.shares.keys();
+        shares.map(|n| (self.model.load(*n).connections(), open(*n))).collect()
+    }
+
+    /// Slots of all rings that go by the map of exceptions.
+    pub fn mapped(&self) -> usize {
+        self.model.rings.values().flatten().filter(|slot| slot.is_mapped()).count()
+    }
+
     /// Slots of all rings that are in each state: settled, learning, learning TCP, pinned.
     pub fn slots(&self) -> [usize; 4] {
         let mut counts = [0; 4];
@@ -331,6 +369,8 @@ fn network() -> Network {
         mtu: 1500,
         up: true,
         vlan: None,
+        controller: None,
+        lower: None,
         xdp: None,
     };
     let hop = |last| NextHop {
@@ -365,8 +405,12 @@ fn template(is_v6: bool, is_tcp: bool) -> Vec<u8> {
 
 /// Brings the host's tables from one picture to another.
 pub fn copy_tables(model: &mut Model, from: &Desired, to: &Desired) {
+    model.own_macs = to.own_macs.clone();
     model.listeners = to.listeners.clone();
     model.targets = to.targets.clone();
+    for target in from.shares.keys().chain(to.shares.keys()) {
+        model.set_share(*target, to.shares.get(target).copied());
+    }
     model.rings = to.rings.iter().map(|(n, ring)| (*n, ring.to_vec())).collect();
     let prefixes = to.classes.iter().flat_map(|(class, prefixes)| {
         prefixes.iter().map(|prefix| (*class, prefix.address, u32::from(prefix.bits)))
@@ -395,6 +439,10 @@ impl FlowStore for Store<'_> {
     fn each(&self, table: FlowTable, visit: &mut dyn FnMut(FlowKey, Flow)) {
         let table = self.0.flow_table(table).borrow();
         table.iter().for_each(|(key, flow)| visit(*key, *flow));
+    }
+
+    fn balance(&self, target: u32) -> u64 {
+        self.0.load(target).balance
     }
 
     fn forget(&mut self, table: FlowTable, key: &FlowKey, target: u32) {

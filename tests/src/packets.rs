@@ -34,6 +34,9 @@ pub enum Transport {
     Udp,
 }
 
+/// The balancer's address, on whatever NIC: what frames come to.
+pub const OUR_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
+
 /// A frame to be. Start from [`Packet::tcp`] or [`Packet::udp`] and change fields.
 #[derive(Clone, Debug)]
 pub struct Packet {
@@ -97,7 +100,7 @@ impl Packet {
     fn new(source: SocketAddr, destination: SocketAddr, transport: Transport) -> Self {
         Self {
             source_mac: [2, 0, 0, 0, 0, 1],
-            destination_mac: [2, 0, 0, 0, 0, 2],
+            destination_mac: OUR_MAC,
             vlans: Vec::new(),
             source,
             destination,

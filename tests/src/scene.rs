@@ -8,19 +8,23 @@ use std::{
 
 use lb_common::{
     flow::{HashKeys, ICMP, ICMPV6, TCP, TCP_IDLE, UDP, UDP_IDLE},
+    load::Share,
     snat::{MAX_SNAT_ADDRESSES, SnatSource},
     tables::{
         Endpoint, EndpointKey, Interface, Listener, NO_LISTENER, NO_RING, NextHop, OPEN, Slot,
         Target,
     },
-    wire::{Address, Be16, eth::Macs},
+    wire::{
+        Address, Be16,
+        eth::{Macs, OwnMac},
+    },
 };
 use lb_userspace::{
     dataplane::LoadOptions,
     reconcile::{Desired, Prefix},
 };
 
-use crate::progrun::device_mac;
+use crate::{packets::OUR_MAC, progrun::device_mac};
 
 /// What the program is loaded with: small rings, the same hash on every run.
 pub const OPTIONS: LoadOptions = LoadOptions {
@@ -78,6 +82,7 @@ impl Scene {
         let interfaces = [(10, interface(10, 0)), (11, interface(11, 0)), (12, interface(10, 100))];
         scene.desired.interfaces = interfaces.into();
         scene.desired.devices = [10, 11].into();
+        scene.desired.own_macs = [10, 11].map(|device| (device, OwnMac::new(OUR_MAC))).into();
         for local in ["10.0.10.2", "10.0.11.2", "fd00:10::2", "fd00:11::2"] {
             scene.address(local, Endpoint::LOCAL);
         }
@@ -180,6 +185,11 @@ impl Scene {
                 class: 0,
             });
         }
+    }
+
+    /// A target is chosen by its connections, with this weight among those of a group.
+    pub fn due(&mut self, target: u32, weight: u32, group: u32) {
+        self.desired.shares.insert(target, Share { weight, group });
     }
 
     /// A target whose packets come from an address of the machine, with these ports of a pool.
@@ -313,6 +323,7 @@ impl Scene {
         scene.overflowing_listeners();
         scene.tunnel_listeners();
         scene.sticky_listeners();
+        scene.least_connections_listeners();
         scene.snat_listeners();
         scene
     }
@@ -461,6 +472,33 @@ impl Scene {
                 let at = format!("{vip}:{port}");
                 self.listener_of(n, protocol, &at, slots, OPEN, Endpoint::BY_SOURCE | flags);
             }
+        }
+    }
+
+    /// Listeners that choose by connections: 110 for TCP and 111 for UDP, between targets 110 and 111
+    /// of equal weight; 112 and 113 in IPv6, between 112 and 113. 114 has two groups, 114 with
+    /// three times 115's weight, and 116 by the hash alone.
+    fn least_connections_listeners(&mut self) {
+        for n in [110, 111, 114, 115, 116] {
+            self.target(n, Target::NAT, &format!("10.0.11.{}:8080", 120 + n), Way::by(11));
+        }
+        for n in [112, 113] {
+            self.target(n, Target::NAT, &format!("[fd00:11::{n}]:8080"), Way::by(11));
+        }
+        for (target, weight, group) in
+            [(110, 1, 1), (111, 1, 1), (112, 1, 1), (113, 1, 1), (114, 3, 2), (115, 1, 2)]
+        {
+            self.due(target, weight, group);
+        }
+        for (n, protocol, vip, targets) in [
+            (110, TCP, "10.0.10.100:130", &[110, 111][..]),
+            (111, UDP, "10.0.10.100:130", &[110, 111]),
+            (112, TCP, "[fd00:10::100]:130", &[112, 113]),
+            (113, UDP, "[fd00:10::100]:130", &[112, 113]),
+            (114, TCP, "10.0.10.100:131", &[114, 114, 114, 115, 116]),
+        ] {
+            let slots: Vec<_> = targets.iter().copied().map(Slot::settled).collect();
+            self.listener_of(n, protocol, vip, &slots, OPEN, Endpoint::TRACKED);
         }
     }
 

@@ -33,16 +33,38 @@ struct Plot {
     connections: usize,
     /// How long the history is, seconds.
     length: u64,
+    /// Whether targets are chosen by their connections.
+    algorithm: Algorithm,
 }
 
-const QUIET: Plot =
-    Plot { changes: (200, 900), floods: (0, 0), silence: 349, connections: 1000, length: 3600 };
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Algorithm {
+    Maglev,
+    LeastConnections,
+    /// Now this, now that.
+    Alternating,
+}
+
+const QUIET: Plot = Plot {
+    changes: (200, 900),
+    floods: (0, 0),
+    silence: 349,
+    connections: 1000,
+    length: 3600,
+    algorithm: Algorithm::Maglev,
+};
 const RESTLESS: Plot = Plot { changes: (5, 120), ..QUIET };
 /// Every 10 seconds a change.
 const STORM: Plot = Plot { changes: (10, 10), length: 1800, ..QUIET };
 /// Packets come in pairs: what is seen once is what floods push out.
-const FLOODED: Plot =
-    Plot { changes: (30, 300), floods: (400, 400), silence: 60, connections: 400, length: 1500 };
+const FLOODED: Plot = Plot {
+    changes: (30, 300),
+    floods: (400, 400),
+    silence: 60,
+    connections: 400,
+    length: 1500,
+    ..QUIET
+};
 
 /// A target as the world has it.
 #[derive(Clone, Copy, Debug)]
@@ -86,6 +108,10 @@ struct Tally {
     broken: u64,
     evictions: [u64; 3],
     lookups: u64,
+    /// Most slots at a time that went by the map of exceptions.
+    mapped: usize,
+    /// Of each target that is chosen by them: as counted, and as remembered.
+    connections: Vec<(u32, usize)>,
     first_broken: Option<String>,
 }
 
@@ -99,6 +125,7 @@ struct History {
     next_change: Duration,
     recovers: Vec<(Duration, u8)>,
     next_client: u32,
+    by_connections: bool,
     last_flood: Duration,
     tally: Tally,
 }
@@ -120,6 +147,7 @@ impl History {
             next_change: Duration::from_secs(60),
             recovers: Vec::new(),
             next_client: 0,
+            by_connections: plot.algorithm == Algorithm::LeastConnections,
             last_flood: Duration::ZERO,
             tally: Tally::default(),
             rng,
@@ -147,12 +175,14 @@ impl History {
             }
             self.recover(at);
             self.balancer.advance(at);
+            self.tally.mapped = self.tally.mapped.max(self.balancer.mapped());
             self.act(n);
             self.flood(at);
         }
         let tables = &self.balancer.model.flows;
         self.tally.evictions = [0, 1, 2].map(|n: usize| tables[n].borrow().evictions());
         self.tally.lookups = self.balancer.model.lookups.get();
+        self.tally.connections = self.balancer.connections();
         self.tally
     }
 
@@ -175,7 +205,9 @@ impl History {
             .filter(|(_, member)| member.left.is_none())
             .map(|(last, member)| (*last, member.weight))
             .collect();
-        let keys = format!("deregistration_delay = \"{}s\"", DELAY.as_secs());
+        let algorithm = if self.by_connections { "least_connections" } else { "maglev" };
+        let delay = DELAY.as_secs();
+        let keys = format!("deregistration_delay = \"{delay}s\"\nalgorithm = \"{algorithm}\"");
         self.balancer.configure(&configuration(&registered, &keys));
     }
 
@@ -192,6 +224,10 @@ impl History {
             self.members.iter().filter(|(_, m)| m.left.is_none()).map(|(last, _)| *last).collect();
         let last = *registered.choose(&mut self.rng).unwrap();
         let member = self.members.get_mut(&last).unwrap();
+        if self.plot.algorithm == Algorithm::Alternating && self.rng.random_ratio(1, 4) {
+            self.by_connections = !self.by_connections;
+            return self.configure();
+        }
         match self.rng.random_range(0..8) {
             0 | 1 if registered.len() > 4 => {
                 member.left = Some(at);
@@ -339,6 +375,8 @@ impl History {
                 // A datagram takes the next target, and the flow begins there.
                 let (stage, began) = (Stage::Established, self.balancer.now());
                 self.connections[n] = Connection { target, stage, began, ..connection };
+                // What is seen once only is pushed out by a flood of its like.
+                self.talk(n, 0);
             }
         } else {
             self.breaks(n, &format!("a packet {went:?}"));
@@ -465,6 +503,33 @@ fn floods_push_out_only_their_like() {
     }
 }
 
+/// What is counted packet by packet is what is remembered.
+fn assert_counted(name: &str, plot: Plot) {
+    assert_unbroken(name, plot);
+    let tally = History::new(3, plot, Sabotage::None).run();
+    assert!(tally.connections.len() > 10, "{tally:?}");
+    for (counted, open) in &tally.connections {
+        assert_eq!(*counted as usize, *open, "{name}: {:?}", tally.connections);
+    }
+}
+
+#[test]
+fn the_better_of_two_breaks_nothing() {
+    let algorithm = Algorithm::LeastConnections;
+    assert_counted("least connections", Plot { algorithm, ..RESTLESS });
+}
+
+#[test]
+fn the_better_of_two_breaks_nothing_in_a_flood() {
+    let algorithm = Algorithm::LeastConnections;
+    assert_counted("least connections, flooded", Plot { algorithm, ..FLOODED });
+}
+
+#[test]
+fn another_algorithm_breaks_nothing() {
+    assert_unbroken("alternating", Plot { algorithm: Algorithm::Alternating, ..RESTLESS });
+}
+
 /// The test can fail: each of these is noticed.
 #[test]
 fn what_is_broken_on_purpose_is_noticed() {
@@ -472,7 +537,9 @@ fn what_is_broken_on_purpose_is_noticed() {
         (RESTLESS, Sabotage::HashAlone),
         (RESTLESS, Sabotage::SettlesUnseen),
         (RESTLESS, Sabotage::LearnsTooShort),
+        (RESTLESS, Sabotage::MapsUnseen),
         (FLOODED, Sabotage::OneTable),
+        (Plot { algorithm: Algorithm::LeastConnections, ..QUIET }, Sabotage::Forgets),
     ] {
         let tally = History::new(1, plot, sabotage).run();
         println!("{sabotage:?}: {} broken of {}", tally.broken, tally.opened);

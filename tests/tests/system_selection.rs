@@ -283,6 +283,93 @@ fn a_target_that_recovers_starts_slowly() {
     assert!((0.005..0.31).contains(&share), "{answers:?}");
 }
 
+/// An echo group whose health checks go to another port: its servers see clients alone.
+fn clients_echo(lines: &str, targets: &[(u8, &str)]) -> String {
+    let elsewhere = format!("protocol = \"tcp\"\nport = {}", 8000 + WEB);
+    echo("tcp", lines, targets).replace("protocol = \"tcp\"", &elsewhere)
+}
+
+/// Connections that the echo servers of each target hold or held.
+fn held(ground: &Ground, targets: u8) -> Vec<u64> {
+    (0..targets).map(|target| ground.connections(target.into())).collect()
+}
+
+/// What is measured with `algorithm`: of 200 new connections, those that go to the target without
+/// 40 old ones.
+fn to_the_idle_one(algorithm: &str) -> u64 {
+    let config = |listener, weight: &str| {
+        let lines = format!("algorithm = \"{algorithm}\"");
+        clients_echo(&lines, &[(0, ""), (1, weight)])
+            + &balancer(listener, "", &[(ECHO, "target_group = \"tcp\"")])
+    };
+    let ground = Ground::start(2, |listener| config(listener, ", weight = 0"));
+    let long = ground.connect(ECHO, 40);
+    echo_all(&long, "all on one target");
+    assert_eq!(held(&ground, 2), [40, 0]);
+    ground.reload(&config(ground.topology.listener, ""));
+    for _ in 0..10 {
+        let short = ground.connect(ECHO, 20);
+        echo_all(&short, "short");
+    }
+    echo_all(&long, "those from before");
+    let flows = || -> Vec<Option<u64>> {
+        let targets = ground.agent.targets().unwrap();
+        targets.as_array().unwrap().iter().map(|t| t["flows"].as_u64()).collect()
+    };
+    if algorithm == "least_connections" {
+        // Of each target in both families: those of the long ones, and none.
+        let of_long = |flows: &[Option<u64>]| {
+            let mut flows: Vec<_> = flows.iter().flatten().copied().collect();
+            flows.sort_unstable();
+            flows == [0, 0, 20, 20]
+        };
+        wait_until("the long ones", PATIENCE, || of_long(&flows())).unwrap();
+    }
+    held(&ground, 2)[1]
+}
+
+#[test]
+fn who_holds_long_connections_gets_fewer_new_ones() {
+    let [least, hashed] = ["least_connections", "maglev"].map(to_the_idle_one);
+    println!("of 200 to the idle target: {least} with least_connections, {hashed} with maglev");
+    assert!(least >= 190, "{least} of 200 only went to the idle target");
+    assert!(hashed < 150, "by the hash half of 200: {hashed}");
+}
+
+/// Long connections among short ones, over three targets of different weights.
+#[test]
+fn connections_are_balanced_by_weight_better_than_by_the_hash() {
+    let weights = [1_u64, 1, 2];
+    let spread = |algorithm: &str| {
+        let targets = [(0, ""), (1, ""), (2, ", weight = 2")];
+        let lines = format!("algorithm = \"{algorithm}\"");
+        let ground = Ground::start(3, |listener| {
+            clients_echo(&lines, &targets)
+                + &web("web", &lines, &targets)
+                + &balancer(
+                    listener,
+                    "",
+                    &[(ECHO, "target_group = \"tcp\""), (WEB, "target_group = \"web\"")],
+                )
+        });
+        let mut long = Vec::new();
+        for _ in 0..20 {
+            long.extend(ground.connect(ECHO, 10));
+            ground.answers(WEB, 10);
+        }
+        echo_all(&long, "long");
+        let held = held(&ground, 3);
+        assert_eq!(held.iter().sum::<u64>(), 200);
+        let due = weights.map(|weight| 50 * weight);
+        let off = held.iter().zip(due).map(|(held, due)| held.abs_diff(due)).max();
+        println!("{algorithm}: {held:?}, due {due:?}");
+        off.unwrap()
+    };
+    // By family 25, 25 and 50; by the hash a standard deviation is 6 or 7.
+    assert!(spread("least_connections") <= 4);
+    spread("maglev");
+}
+
 #[test]
 fn live_flows_are_counted_where_every_one_is_tracked() {
     let ground = Ground::start(2, |listener| {

@@ -15,7 +15,7 @@ use lb_tests::{
     agent::{Agent, Home},
     clients,
     frames::PacketSocket,
-    netns::Namespace,
+    netns::{Namespace, link},
     servers::{HttpServer, Server, body},
     site::{Config, PATIENCE, Site, target_port},
     topology::{CLIENTS, Dual, Picture, TARGETS, Topology, client_host, target_host},
@@ -304,6 +304,46 @@ fn connections_from_before_go_on() {
     assert_eq!(machine(target), before);
     let inside = HttpServer::start(target, target_host(0).v4_port(8080)).unwrap();
     topology.client.run(|| clients::connect(None, inside.address()).unwrap_err());
+    agent.stop().unwrap();
+}
+
+#[test]
+fn a_nic_that_comes_back_is_attached_again() {
+    let [here, there] = ["target", "peer"].map(|role| Namespace::new(role).unwrap());
+    let make = || {
+        link((&here, "eth0"), (&there, "eth0")).unwrap();
+        for (machine, host) in [(&here, 1), (&there, 2)] {
+            machine.ip(&format!("address add 10.0.2.{host}/24 dev eth0")).unwrap();
+        }
+    };
+    make();
+    let config = "[security_group.target]\ningress = []\n[target_group.web]\nport = 8080\n\
+                  security_group = \"target\"\ntargets = [\"10.0.2.1\"]\n";
+    let mut agent = start_target(&here, config);
+    let _inside = HttpServer::start(&here, "10.0.2.1:8080".parse().unwrap()).unwrap();
+    let is_closed = || {
+        let before = denied(&agent);
+        there.run(|| clients::connect(None, "10.0.2.1:8080".parse().unwrap()).is_err())
+            && denied(&agent) > before
+    };
+    let interfaces = || agent.status().unwrap()["interfaces"].as_array().unwrap().len();
+    assert!(is_closed());
+    for _ in 0..2 {
+        here.ip("link delete eth0").unwrap();
+        wait_until("the end of eth0", PATIENCE, || interfaces() == 0).unwrap();
+        let warnings = agent.status().unwrap()["warnings"].to_string();
+        assert!(warnings.contains("eth0 is gone"), "{warnings}");
+        make();
+        wait_until("eth0 attached", PATIENCE, || interfaces() == 1).unwrap();
+        wait_until("the rules", PATIENCE, is_closed).unwrap();
+        // Its own flows are recorded, by the other program.
+        let outside = Server::tcp_echo(&there, "10.0.2.2:7".parse().unwrap()).unwrap();
+        let connection = here.run(|| clients::connect(None, outside.address()).unwrap());
+        clients::echo(&connection, b"own").unwrap();
+        let warnings = agent.status().unwrap()["warnings"].to_string();
+        assert!(!warnings.contains("eth0 is gone"), "{warnings}");
+    }
+    agent.wait_for_log("the interface is back").unwrap();
     agent.stop().unwrap();
 }
 

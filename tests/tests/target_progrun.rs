@@ -71,9 +71,28 @@ impl Step {
     }
 }
 
+/// What the fuzzer's target does in every fixture; see `tests/fuzz`.
+const ALL_ON: u8 = 0xf << 1;
+
+/// Keeps a step's frame as an input of the fuzzer, in the folder that `LB_CORPUS` names.
+fn keep(step: &Step) {
+    let Some(folder) = std::env::var_os("LB_CORPUS") else { return };
+    let (what, frame, is_sent) = match step {
+        Step::Out(what, frame) => (what, frame, 1),
+        Step::In(what, frame) | Step::Unwrapped(what, frame, _) | Step::Dropped(what, frame, _) => {
+            (what, frame, 0)
+        }
+    };
+    let name: String =
+        what.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    let input = [vec![ALL_ON | is_sent], frame.clone()].concat();
+    std::fs::write(std::path::Path::new(&folder).join(name), input).unwrap();
+}
+
 /// Runs steps, one after the other.
 fn run(world: &mut TargetWorld, steps: Vec<Step>) {
     for step in steps {
+        keep(&step);
         let (drops, unwrapped) = world.counts().unwrap();
         let (what, died, is_unwrapped) = match step {
             Step::Out(what, frame) => {

@@ -5,17 +5,19 @@
 
 use std::env::consts::ARCH;
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context as _, Result};
 
 use crate::agent::target_dir;
 use crate::process::{cargo, command, root, run as run_command};
 
-/// How long the test command fuzzes.
+/// How long the test command fuzzes, all targets together.
 pub const SMOKE_SECONDS: u64 = 20;
 
-/// The fuzz target; its kept inputs are in `tests/corpus/` under the same name.
-const TARGET: &str = "pipeline";
+/// The fuzz targets: the balancer's pipeline and the target's. Their kept inputs are in
+/// `tests/corpus/` under the same names.
+const TARGETS: [&str; 2] = ["pipeline", "target"];
 
 /// What `cargo fuzz` passes too. Debug assertions stay on: an overflow is a finding.
 const COVERAGE: &str = "--cfg fuzzing -Cdebug-assertions -Ccodegen-units=1 \
@@ -25,32 +27,38 @@ const COVERAGE: &str = "--cfg fuzzing -Cdebug-assertions -Ccodegen-units=1 \
     -Cllvm-args=-sanitizer-coverage-pc-table \
     -Cllvm-args=-sanitizer-coverage-trace-compares";
 
-/// Fuzzes for some seconds, beginning with the kept corpus. A failing input is an error and is
-/// kept beside what else was found, below the target folder.
+/// Fuzzes for some seconds, every target in turn.
 pub fn run(seconds: u64) -> Result<()> {
     let triple = format!("{ARCH}-unknown-linux-gnu");
     let folder = target_dir()?.join("fuzz");
     // With --target the flags do not reach build scripts and proc macros.
     run_command(
         cargo(["build", "--release", "--manifest-path", "tests/fuzz/Cargo.toml"])
-            .args(["--bin", TARGET, "--target", &triple, "--target-dir"])
+            .args(["--bins", "--target", &triple, "--target-dir"])
             .arg(&folder)
             .env("RUSTFLAGS", COVERAGE),
     )?;
-    let found = folder.join("corpus").join(TARGET);
-    let findings = folder.join("artifacts").join(TARGET);
+    let programs = folder.join(triple).join("release");
+    let seconds = seconds.div_ceil(TARGETS.len() as u64);
+    TARGETS.into_iter().try_for_each(|target| fuzz(&folder, &programs, target, seconds))
+}
+
+/// Begins with the kept corpus. A failing input is an error and is kept beside what else was found,
+/// below the target folder.
+fn fuzz(folder: &Path, programs: &Path, target: &str, seconds: u64) -> Result<()> {
+    let found = folder.join("corpus").join(target);
+    let findings = folder.join("artifacts").join(target);
     for new in [&found, &findings] {
         fs::create_dir_all(new).with_context(|| format!("create {}", new.display()))?;
     }
-    let program = folder.join(triple).join("release").join(TARGET);
     // The first folder takes new inputs, the second is only read.
     run_command(
-        command(&program.to_string_lossy())
+        command(&programs.join(target).to_string_lossy())
             .arg(format!("-max_total_time={seconds}"))
             .args(["-max_len=2048", "-print_final_stats=1", "-verbosity=1"])
             .arg(format!("-artifact_prefix={}/", findings.display()))
             .arg(&found)
-            .arg(root().join("tests/corpus").join(TARGET)),
+            .arg(root().join("tests/corpus").join(target)),
     )
     .with_context(|| format!("the failing input is in {}", findings.display()))
 }

@@ -40,6 +40,12 @@ impl Kind {
             Self::Amid
         }
     }
+
+    /// Whether a flow that is not remembered counts as new, by this packet of it.
+    #[inline(always)]
+    pub fn may_be_new(self) -> bool {
+        !matches!(self, Self::Amid | Self::Ending)
+    }
 }
 
 /// A flow that is remembered and alive.
@@ -121,6 +127,17 @@ pub fn choice(slot: Slot, kind: Kind) -> u32 {
         SlotState::Settled | SlotState::Pinned => false,
     };
     if is_older && slot.previous() != 0 { slot.previous() } else { slot.current }
+}
+
+/// Whether a flow that is not remembered is certain to be new where every flow is tracked: nobody
+/// has it yet, so it can go to any target.
+#[inline(always)]
+pub fn is_new(slot: Slot, kind: Kind) -> bool {
+    match kind {
+        Kind::Opening | Kind::Initial => true,
+        Kind::Datagram => slot.state() != SlotState::Learning,
+        Kind::Amid | Kind::Ending => false,
+    }
 }
 
 /// Where a flow goes that was not remembered until now; `None`: nowhere.
@@ -213,6 +230,17 @@ mod tests {
         }
         assert_eq!(choice(Slot::new(1, 0, Learning), Amid), 1, "there was none before");
         assert_eq!(choice(Slot::new(0, 2, Learning), Opening), 0, "there is none now");
+    }
+
+    #[test]
+    fn who_may_choose_freely() {
+        use SlotState::{Learning, LearningTcp, Pinned, Settled};
+        for state in [Settled, Learning, LearningTcp, Pinned] {
+            let is_free = |kind| is_new(Slot::new(1, 2, state), kind);
+            assert!(is_free(Kind::Opening) && is_free(Kind::Initial), "{state:?}");
+            assert!(!is_free(Kind::Amid) && !is_free(Kind::Ending), "{state:?}");
+            assert_eq!(is_free(Kind::Datagram), state != Learning, "{state:?}");
+        }
     }
 
     #[test]

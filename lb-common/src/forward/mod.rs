@@ -4,9 +4,20 @@
 //! bound, nothing is indexed by packet data, nothing panics, and nothing is written before it is
 //! certain that the packet is ours.
 
+/// All zero, for a record of plain numbers (`Pod`) whose size is a multiple of 8. What is passed
+/// between functions in memory must be written once before it is read. The zero is hidden from the
+/// compiler: it would make one call of all the stores, to a function that clears the bytes one by one.
+macro_rules! hidden_zeros {
+    () => {
+        bytemuck::cast([core::hint::black_box(0_u64); size_of::<Self>() / 8])
+    };
+}
+pub(crate) use hidden_zeros;
+
 mod decide;
 mod emit;
 pub(crate) mod ip;
+mod least;
 pub(crate) mod parse;
 pub(crate) mod reject;
 mod reply;
@@ -103,11 +114,27 @@ pub fn forward<F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verdict {
 /// other: reading the headers again is cheaper than keeping them in memory.
 #[inline(always)]
 pub fn begin<F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut impl Handover) -> Next {
-    let Some(link) = Link::parse(frame) else { return Next::from(Next::with(Next::PASS, 0)) };
+    let pass = Next::from(Next::with(Next::PASS, 0));
+    if is_for_others(frame, tables) {
+        return pass;
+    }
+    let Some(link) = Link::parse(frame) else { return pass };
     match link.ether_type {
         EtherType::IPV4 => begin_ip::<V4, F, T>(frame, tables, step, &link),
         EtherType::IPV6 => begin_ip::<V6, F, T>(frame, tables, step, &link),
-        _ => Next::from(Next::with(Next::PASS, 0)),
+        _ => pass,
+    }
+}
+
+/// Whether the frame is for another machine, and only came because a switch floods or the NIC
+/// listens to everything. The kernel throws such away (`PACKET_OTHERHOST`), unless it bridges.
+/// Whatever we sent in their stead would come once more from whom they are for; with `dsr_l2`, two
+/// balancers on a segment would send one packet back and forth for ever.
+#[inline(always)]
+fn is_for_others<F: Frame, T: Tables>(frame: &F, tables: &T) -> bool {
+    match frame.read::<u64>(0) {
+        Some(beginning) => tables.own_mac(frame.ingress()).is_foreign(beginning),
+        None => false,
     }
 }
 

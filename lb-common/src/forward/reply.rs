@@ -1,6 +1,6 @@
 //! A packet from a target, and a client that talks to a target's own address.
 
-use crate::flow::{FlowKey, MAX_IDLE, REFRESH, ReturnFlow};
+use crate::flow::{FlowKey, MAX_IDLE, REFRESH, ReturnFlow, ReturnTable};
 use crate::tables::{Endpoint, NO_LISTENER, OPEN, Tables};
 use crate::verdict::{DropReason, Verdict};
 
@@ -83,13 +83,17 @@ fn look_up_origin<I: Ip, F: Frame, T: Tables>(
 ) {
     let Some((key, _)) = place.flow::<I, F>(frame) else { return };
     let now = tables.now();
-    let Some(flow) = tables.return_flow(&key) else { return };
-    if flow.is_alive(now, MAX_IDLE) {
-        let ReturnFlow { last_seen, listener, target } = flow;
-        *origin = Origin { listener, target };
-        if now.saturating_sub(last_seen) > REFRESH {
-            tables.remember_return(&key, &ReturnFlow { last_seen: now, listener, target });
+    for table in ReturnTable::ALL {
+        let Some(flow) = tables.return_flow(table, &key) else { continue };
+        if flow.is_alive(now, MAX_IDLE) {
+            let ReturnFlow { last_seen, listener, target } = flow;
+            *origin = Origin { listener, target };
+            if now.saturating_sub(last_seen) > REFRESH {
+                let flow = ReturnFlow { last_seen: now, listener, target };
+                tables.remember_return(table, &key, &flow);
+            }
         }
+        return;
     }
 }
 

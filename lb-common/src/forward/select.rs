@@ -3,12 +3,15 @@
 //! On a settled slot the hash alone decides, and nothing is read or written for the flow. Only a
 //! slot that changed lately remembers flows, and only those that the change could break.
 
-use crate::flow::{self, Flow, FlowKey, FlowTable, Keys, ReturnFlow, TCP, UDP};
-use crate::tables::{Endpoint, Slot, Tables, Target};
+use bytemuck::{Pod, Zeroable};
+
+use crate::flow::{self, Flow, FlowKey, FlowTable, Keys, ReturnFlow, ReturnTable, TCP, UDP};
+use crate::tables::{Endpoint, GONE, Slot, Tables, Target, exception_place};
 use crate::verdict::DropReason;
 
 use super::decide::{self, Fate, Kind, Known};
 use super::ip::Ip;
+use super::least;
 use super::parse::{Packet, Place, Transport};
 use super::{Found, Frame, Handover, Next, Recall, Selected, Step, Stop};
 
@@ -79,8 +82,9 @@ fn forget_direct_flow<I: Ip, F: Frame, T: Tables>(
     }
 }
 
+/// A slot of a ring.
 #[inline(always)]
-fn slot<T: Tables>(tables: &T, ring: u32, slot: u32) -> Result<Slot, DropReason> {
+pub fn slot<T: Tables>(tables: &T, ring: u32, slot: u32) -> Result<Slot, DropReason> {
     let index = ring.wrapping_mul(tables.ring_size()).wrapping_add(slot);
     tables.slot(index).ok_or(DropReason::TableInconsistent)
 }
@@ -100,7 +104,13 @@ pub fn recall<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, step: &mut Step
     }
     // Parts that are functions of their own in the kernel too, and look at the flow in memory: what
     // one of them found out the verifier need not follow through the others.
-    match remember(tables, &step.recall) {
+    let recall = &step.recall;
+    if recall.is_tracked == 0 && recall.slot.is_mapped() && !is_exception(tables, recall.hash) {
+        let is_new = recall.kind().may_be_new() as u32;
+        step.selected = Selected { index: recall.slot.current, is_new, hash: recall.hash };
+        return Next::with(Next::UNDECIDED, 0);
+    }
+    match remember(tables, recall) {
         Ok(selected) => {
             step.selected = selected;
             Next::with(Next::UNDECIDED, 0)
@@ -128,6 +138,9 @@ fn remember<T: Tables>(tables: &T, recall: &Recall) -> Result<Selected, DropReas
     if outcome == REFUSED {
         return Err(DropReason::TargetDown);
     }
+    if recall.is_tracked != 0 && decide::is_new(recall.slot, recall.kind()) {
+        index = least::better_of_two(tables, recall, index);
+    }
     if serving(tables, index).is_none() {
         if recall.key.protocol == TCP {
             return Err(without_target(index));
@@ -147,6 +160,13 @@ fn remember<T: Tables>(tables: &T, recall: &Recall) -> Result<Selected, DropReas
     }
     let is_new = note(tables, recall, index);
     Ok(Selected { index, is_new, hash: recall.hash })
+}
+
+/// Whether what is remembered of a flow may be another target than the slot's.
+#[inline(always)]
+fn is_exception<T: Tables>(tables: &T, hash: u32) -> bool {
+    let (word, bit) = exception_place(hash);
+    tables.exceptions(word) & bit != 0
 }
 
 impl Recall {
@@ -219,7 +239,10 @@ fn go_on<T: Tables>(
         return KNOWN;
     }
     // A pinned slot does not remember the new connection: its next packet must not find this.
-    tables.forget(known.table, key);
+    let forgotten = tables.forget(known.table, key) != 0;
+    if forgotten && known.table == FlowTable::Flows && known.flow.closing == 0 {
+        least::ended(tables, known.flow.target);
+    }
     if fate == Fate::Refused {
         return REFUSED;
     }
@@ -236,7 +259,7 @@ fn note<T: Tables>(tables: &T, recall: &Recall, index: u32) -> u32 {
         let flow = Flow { last_seen: tables.now(), target: index, closing };
         tables.remember(table, &recall.key, &flow);
     }
-    !matches!(kind, Kind::Amid | Kind::Ending) as u32
+    kind.may_be_new() as u32
 }
 
 /// Why a packet does not go to a target that does not serve. No target has number 0: it stands in
@@ -248,6 +271,8 @@ pub fn without_target(index: u32) -> DropReason {
 
 /// A flow that was found, in memory. Number and end in half words, which the verifier forgets: it
 /// looks at what follows once, not once for each table.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
 struct Recalled {
     last_seen: u64,
     target: u32,
@@ -260,8 +285,7 @@ impl Recalled {
 
     #[inline(always)]
     fn nothing() -> Self {
-        let zero = core::hint::black_box(0);
-        Self { last_seen: zero, target: zero as u32, closing: zero as u16, table: zero as u16 }
+        hidden_zeros!()
     }
 
     #[inline(always)]
@@ -312,10 +336,23 @@ fn update<T: Tables>(tables: &T, recall: &Recall, known: &Known, fate: Fate, kin
     match fate {
         Fate::Promoted => {
             // In one of the tables at any time: the agent's walk goes through them in this order.
-            tables.remember(FlowTable::Flows, key, &flow);
+            let replaced = tables.remember(FlowTable::Flows, key, &flow);
             tables.forget(known.table, key);
+            least::opened(tables, target);
+            if replaced != 0 {
+                least::ended(tables, replaced);
+            }
         }
-        Fate::Refreshed => tables.refresh(known.table, key, &flow),
+        Fate::Refreshed => {
+            let before = tables.refresh(known.table, key, &flow);
+            if known.table == FlowTable::Flows && before != GONE && before != flow.closing {
+                if flow.closing == 0 {
+                    least::opened(tables, target);
+                } else {
+                    least::ended(tables, target);
+                }
+            }
+        }
         _ => return,
     }
     if recall.is_tracked != 0
@@ -324,7 +361,13 @@ fn update<T: Tables>(tables: &T, recall: &Recall, known: &Known, fate: Fate, kin
     {
         // Evicted on its own, the other direction is restored here.
         let return_flow = ReturnFlow { last_seen: now, listener: recall.listener, target };
-        tables.remember_return(&reply_key(key, entry), &return_flow);
+        let reply = reply_key(key, entry);
+        if fate == Fate::Promoted {
+            tables.remember_return(ReturnTable::Established, &reply, &return_flow);
+            tables.forget_fresh_return(&reply);
+        } else {
+            tables.remember_return(ReturnTable::beside(known.table), &reply, &return_flow);
+        }
     }
 }
 
@@ -353,12 +396,8 @@ fn claim<T: Tables>(tables: &T, recall: &Recall, index: &mut u32) -> u32 {
             return CLAIMED;
         }
         let reply = reply_key(key, target);
-        let taken = tables.return_flow(&reply).is_some_and(|flow| {
-            flow.listener != recall.listener && is_in_use(tables, key, &flow, now)
-        });
-        if !taken {
-            let flow = ReturnFlow { last_seen: now, listener: recall.listener, target: *index };
-            tables.remember_return(&reply, &flow);
+        let flow = ReturnFlow { last_seen: now, listener: recall.listener, target: *index };
+        if claim_way_back(tables, key, &reply, &flow) == CLAIMED {
             return CLAIMED;
         }
         next = next.wrapping_add(step);
@@ -367,6 +406,25 @@ fn claim<T: Tables>(tables: &T, recall: &Recall, index: &mut u32) -> u32 {
         *index = slot.current;
     }
     TAKEN
+}
+
+/// Notes the way back of a new flow, if none is in its place that lives. One that was noted when a
+/// flow was established stays there: it would be found first.
+#[inline(never)]
+fn claim_way_back<T: Tables>(tables: &T, key: &FlowKey, reply: &FlowKey, flow: &ReturnFlow) -> u32 {
+    let mut place = ReturnTable::Fresh;
+    for table in ReturnTable::ALL {
+        if let Some(known) = tables.return_flow(table, reply) {
+            let is_other = known.listener != flow.listener;
+            if is_other && is_in_use(tables, key, &known, flow.last_seen) {
+                return TAKEN;
+            }
+            place = table;
+            break;
+        }
+    }
+    tables.remember_return(place, reply, flow);
+    CLAIMED
 }
 
 /// Whether the connection by which the client's port is known at a target still lives: neither is

@@ -209,3 +209,6 @@ fn outer_udp(target: &Target, inner: &Inner) -> Udp {
         checksum: Be16::new(0),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -85,7 +85,7 @@ impl Stamp {
         } else {
             UDP_ONCE_SEEN_IDLE
         };
-        now.wrapping_sub(self.time()) < limit
+        now.saturating_sub(self.time()) < limit
     }
 
     /// Whether nothing will be done any more with what is remembered of the flow: it timed out a while
@@ -98,7 +98,7 @@ impl Stamp {
     /// Whether it is time to write the time down again.
     #[inline(always)]
     pub const fn is_stale(self, now: u64) -> bool {
-        now.wrapping_sub(self.time()) > REFRESH
+        now.saturating_sub(self.time()) > REFRESH
     }
 
     /// The state after a packet of the client with these TCP control bits (0 for UDP).

@@ -41,7 +41,7 @@ fn is_allowed<T: TargetTables>(tables: &T, step: &Step) -> bool {
 #[inline(always)]
 fn note_admitted<T: TargetTables>(tables: &T, step: &Step, now: u64) {
     let before = tables.admitted(&step.flow);
-    if before.is_none_or(|before| now.wrapping_sub(before) > REFRESH) {
+    if before.is_none_or(|before| now.saturating_sub(before) > REFRESH) {
         tables.remember_admitted(&step.flow, now);
     }
 }
@@ -53,7 +53,7 @@ fn is_own<T: TargetTables>(tables: &T, step: &Step, now: u64) -> bool {
         return false;
     }
     // What ends is kept alive by the target's own packets only.
-    if flow.closing == 0 && now.wrapping_sub(flow.last_seen) > REFRESH {
+    if flow.closing == 0 && now.saturating_sub(flow.last_seen) > REFRESH {
         flow.last_seen = now;
         tables.remember_own(&step.flow, &flow);
     }

@@ -17,12 +17,14 @@ pub mod tables;
 mod tests;
 mod unwrap;
 
+use bytemuck::{Pod, Zeroable};
+
 use crate::flow::FlowKey;
-use crate::forward::Frame;
 use crate::forward::ip::{Ip, V4, V6};
 use crate::forward::parse::Link;
+use crate::forward::{Frame, hidden_zeros};
 use crate::verdict::Verdict;
-use crate::wire::{Address, Be16, EtherType};
+use crate::wire::{Address, EtherType};
 
 use tables::{Settings, TargetTables};
 
@@ -88,26 +90,29 @@ fn ether_type<F: Frame>(frame: &F) -> Option<EtherType> {
 /// What one stage leaves to the next, in memory: plain numbers that are always written, see
 /// [`forward`](crate::forward). What is to be done next is what a stage returns: from a function
 /// that returns nothing the verifier may see a pointer come back, which it refuses.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
 struct Step {
-    /// [`Self::DROP`]: the number of a [`DropReason`](crate::verdict::DropReason).
-    argument: u32,
     /// By what the sender is known beside the packet's source, see [`tables::space`].
     via: Address,
+    /// [`Self::JUDGE`]: the flow that is judged, from the peer to the target. [`Self::ICMP`]: the
+    /// same without its numbers.
+    flow: FlowKey,
+    /// See `via`.
     space: u32,
+    /// [`Self::DROP`]: the number of a [`DropReason`](crate::verdict::DropReason).
+    argument: u32,
+    /// [`Self::ICMP`]: TTL or hop limit.
+    hops: u32,
+    /// [`Self::JUDGE`]: place of the rules' class, see [`tables::class_index`].
+    class_index: u32,
     /// [`Self::UNWRAP`]: bytes between the link header and the inner packet.
     stripped: u16,
     /// [`Self::UNWRAP`]: EtherType of the inner packet.
     inner: EtherType,
     /// [`Self::ICMP`], [`Self::QUOTE`]: offset of the ICMP header.
     l4: u16,
-    /// [`Self::ICMP`]: TTL or hop limit.
-    hops: u32,
-    /// [`Self::JUDGE`]: the flow that is judged, from the peer to the target. [`Self::ICMP`]: the
-    /// same without its numbers.
-    flow: FlowKey,
-    /// [`Self::JUDGE`]: place of the rules' class, see [`tables::class_index`].
-    class_index: u32,
+    zero: u16,
 }
 
 impl Step {
@@ -119,29 +124,10 @@ impl Step {
     const ICMP: u32 = 5;
     const QUOTE: u32 = 6;
 
-    /// Nothing is known yet. The zero is hidden from the compiler, which would make one call of all
-    /// the stores.
+    /// Nothing is known yet.
     #[inline(always)]
     fn undecided() -> Self {
-        let zero = core::hint::black_box(0_u64);
-        Self {
-            argument: zero as u32,
-            via: Address::from_words([zero, zero]),
-            space: zero as u32,
-            stripped: zero as u16,
-            inner: EtherType(Be16::from_raw(zero as u16)),
-            l4: zero as u16,
-            hops: zero as u32,
-            flow: FlowKey {
-                source: Address::from_words([zero, zero]),
-                destination: Address::from_words([zero, zero]),
-                source_port: Be16::from_raw(zero as u16),
-                destination_port: Be16::from_raw(zero as u16),
-                protocol: zero as u8,
-                zero: [zero as u8; 3],
-            },
-            class_index: zero as u32,
-        }
+        hidden_zeros!()
     }
 }
 

@@ -1,11 +1,13 @@
 //! What the target sends: the flows that it opens are remembered, nothing is changed or held back.
 
+use bytemuck::{Pod, Zeroable};
+
 use crate::flow::{FlowKey, REFRESH, TCP, UDP};
-use crate::forward::Frame;
 use crate::forward::ip::{ANY, Parsed, V4, V6};
 use crate::forward::parse::{Link, Ports, whole};
+use crate::forward::{Frame, hidden_zeros};
 use crate::wire::icmp::Icmp;
-use crate::wire::{Address, Be16, EtherType, Tcp, Udp};
+use crate::wire::{EtherType, Tcp, Udp};
 
 use super::examine::{NO_PORTS, answer_to, identifier};
 use super::tables::{OWN_IDLE, OwnFlow, Settings, TargetTables};
@@ -29,9 +31,12 @@ pub fn record<F: Frame, T: TargetTables>(frame: &F, tables: &T) {
 }
 
 /// What a packet says of its flow.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
 struct Sent {
     /// Not 0 if it ends the flow.
     closing: u32,
+    zero: u32,
     /// The flow of the answers.
     answers: FlowKey,
 }
@@ -48,11 +53,7 @@ impl Sent {
 
     #[inline(always)]
     fn nothing() -> Self {
-        let zero = core::hint::black_box(0_u64);
-        let nowhere = Address::from_words([zero, zero]);
-        let port = Be16::from_raw(zero as u16);
-        let ports = Ports { source: port, destination: port };
-        Self { closing: zero as u32, answers: answer_to(nowhere, nowhere, ports, zero as u8) }
+        hidden_zeros!()
     }
 }
 
@@ -103,7 +104,7 @@ fn note<T: TargetTables>(tables: &T, sent: &Sent, kind: u32) -> u32 {
     if let Some(mut flow) = known
         && kind != Sent::OPENS
     {
-        if sent.closing > flow.closing || now.wrapping_sub(flow.last_seen) > REFRESH {
+        if sent.closing > flow.closing || now.saturating_sub(flow.last_seen) > REFRESH {
             flow.last_seen = now;
             flow.closing |= sent.closing;
             tables.remember_own(&sent.answers, &flow);
@@ -124,5 +125,5 @@ fn note<T: TargetTables>(tables: &T, sent: &Sent, kind: u32) -> u32 {
 #[inline(always)]
 fn answers_a_request<T: TargetTables>(tables: &T, sent: &Sent, now: u64) -> bool {
     let request = tables.admitted(&sent.answers);
-    request.is_some_and(|last| now.wrapping_sub(last) < OWN_IDLE)
+    request.is_some_and(|last| now.saturating_sub(last) < OWN_IDLE)
 }

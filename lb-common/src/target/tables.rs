@@ -124,7 +124,7 @@ impl OwnFlow {
             (TCP, _) => OWN_CLOSING_IDLE,
             _ => OWN_IDLE,
         };
-        now.wrapping_sub(self.last_seen) < idle
+        now.saturating_sub(self.last_seen) < idle
     }
 }
 

@@ -11,6 +11,7 @@ use super::*;
 use crate::flow::{ICMP, ICMPV6, SECOND, TCP, UDP};
 use crate::model::Bytes;
 use crate::verdict::DropReason;
+use crate::wire::Be16;
 
 #[test]
 fn every_service_has_a_place_of_its_own() {

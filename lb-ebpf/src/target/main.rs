@@ -4,12 +4,12 @@
 #![no_main]
 #![allow(missing_docs, reason = "the program macros drop the comments of what they wrap")]
 
-#[path = "../frame.rs"]
 mod frame;
 mod maps;
-#[path = "../runtime.rs"]
-mod runtime;
-mod skb;
+#[path = "../panic.rs"]
+mod panic;
+#[path = "../frame.rs"]
+mod xdp_frame;
 
 use aya_ebpf::bindings::{TC_ACT_UNSPEC, xdp_action};
 use aya_ebpf::macros::{classifier, xdp};
@@ -17,9 +17,14 @@ use aya_ebpf::programs::{TcContext, XdpContext};
 use lb_common::target::{admit_target, record};
 use lb_common::verdict::Verdict;
 
-use frame::XdpFrame;
+use frame::SkbFrame;
 use maps::Maps;
-use skb::SkbFrame;
+use xdp_frame::XdpFrame;
+
+/// Some helpers are for programs of a licence compatible with the GPL only.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
 /// On the way in, attached to every NIC that the load balancer's packets come by.
 #[xdp]

@@ -11,7 +11,6 @@ pub(crate) mod watch;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,7 +23,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tracing::{debug, error, info, warn};
 
 use crate::api::server::ApiRequest;
-use crate::api::snapshot::{self, AttachMode, Snapshot};
+use crate::api::snapshot::Snapshot;
 use crate::cli::AgentOptions;
 use crate::config::{Config, Forwarding, Role};
 use crate::dataplane::{Dataplane, FlowTableUsage};
@@ -37,11 +36,11 @@ use crate::reconcile::{self, Desired};
 use crate::state::{About, Findings, State, Walk};
 use crate::target;
 
-use nics::Nics;
 use reload::Source;
 use watch::Watch;
 
-pub(crate) use start::find;
+pub(crate) use nics::{Attaches, Nics, interfaces};
+pub(crate) use start::Prepared;
 
 /// How often time passes for the state: slots age, draining ends.
 const TICK: Duration = Duration::from_secs(1);
@@ -91,7 +90,6 @@ struct Agent {
     ring_size: u32,
 
     source: Source,
-    reload_error: Option<String>,
     warnings: Vec<String>,
     network_problems: Vec<String>,
     /// What the log has been told of what does not forward.
@@ -108,12 +106,12 @@ struct Agent {
     state_directory: StateDirectory,
     api: JoinHandle<()>,
 
-    walk: Option<JoinHandle<Findings>>,
+    /// When it began, and what it will have found.
+    walk: Option<(Instant, JoinHandle<Findings>)>,
     flow_tables: [FlowTableUsage; FlowTable::ALL.len()],
     watchman: flows::Watchman,
     last_walk: Instant,
     snat_walks: snat::Walks,
-    started: u64,
     is_ready: bool,
 }
 
@@ -233,15 +231,16 @@ impl Agent {
             }
             Err(error) => error!("the flows cannot be counted: {error:#}"),
         }
-        if self.walk.as_ref().is_some_and(JoinHandle::is_finished)
-            && let Some(walk) = self.walk.take()
-        {
+        if let Some((begun, walk)) = self.walk.take_if(|(_, walk)| walk.is_finished()) {
             match walk.await {
                 Ok(findings) => {
+                    self.settle(&findings, begun);
                     self.state.set_flows(findings.flows);
-                    if !findings.settled.is_empty() {
-                        self.state.settle(&findings.settled);
-                        self.reconcile();
+                    let mut corrections = findings.corrections;
+                    // A place that was cleared meanwhile stays clear.
+                    corrections.retain(|target, _| self.current.shares.contains_key(target));
+                    if let Err(error) = self.dataplane.correct(&corrections) {
+                        error!("the targets' connections cannot be told: {error:#}");
                     }
                 }
                 Err(error) => error!("the walk over the flow table ended early: {error}"),
@@ -255,6 +254,16 @@ impl Agent {
         self.walk_snat(now).await;
     }
 
+    /// What a walk has found of pinned slots: first the map, then the slots that go by it.
+    fn settle(&mut self, findings: &Findings, begun: Instant) {
+        if findings.settled.is_empty() {
+            return;
+        }
+        self.dataplane.map_exceptions(&findings.exceptions);
+        self.state.settle(findings, begun);
+        self.reconcile();
+    }
+
     fn start_walk(&mut self) {
         let pinned = self.state.pinned();
         // What is over makes room for others only when somebody takes it out.
@@ -263,6 +272,7 @@ impl Agent {
         if pinned.is_empty() && !is_full && !self.state.counts_flows() {
             return;
         }
+        let begun = Instant::now();
         match self.dataplane.flow_tables() {
             Ok(flows) => {
                 let walk = Walk {
@@ -271,7 +281,8 @@ impl Agent {
                     ring_size: self.ring_size,
                     pinned,
                 };
-                self.walk = Some(tokio::task::spawn_blocking(move || flows::walk(walk, flows)));
+                let walk = tokio::task::spawn_blocking(move || flows::walk(walk, flows));
+                self.walk = Some((begun, walk));
             }
             Err(error) => error!("no walk over the flow table: {error:#}"),
         }
@@ -279,18 +290,8 @@ impl Agent {
 
     /// Reads the configuration again. What is wrong with it changes nothing that runs.
     async fn reload(&mut self, is_asked: bool) {
-        let config = match self.source.read_again(is_asked, self.state.config()) {
-            Ok(Some(config)) => config,
-            Ok(None) => return,
-            Err(error) => {
-                error!(
-                    "the configuration is not taken over, the running one stays in force:\n{error:#}"
-                );
-                self.reload_error = Some(format!("{error:#}"));
-                return;
-            }
-        };
-        self.reload_error = None;
+        let running = self.state.config();
+        let Some(config) = self.source.reload(is_asked, running) else { return };
         self.set_config(config).await;
         info!("configuration reloaded");
     }
@@ -394,22 +395,9 @@ impl Agent {
 
     fn snapshot(&mut self) -> anyhow::Result<Snapshot> {
         self.check_forwarding();
-        let interfaces = self.dataplane.attachments().iter().map(|nic| snapshot::Interface {
-            name: nic.name.clone(),
-            index: nic.ifindex,
-            mode: if nic.is_native { AttachMode::Native } else { AttachMode::Generic },
-        });
         let about = About {
-            agent: snapshot::Agent {
-                version: env!("CARGO_PKG_VERSION").into(),
-                role: Role::Balancer.to_string(),
-                pid: std::process::id(),
-                started: self.started,
-                configuration: self.configuration(),
-                generation: self.generation,
-                reload_error: self.reload_error.clone(),
-            },
-            interfaces: interfaces.collect(),
+            agent: self.source.describe(Role::Balancer, self.generation),
+            interfaces: interfaces(self.dataplane.attachments()),
             flow_tables: flows::in_status(&self.flow_tables),
             warnings: self
                 .nics
@@ -421,10 +409,6 @@ impl Agent {
                 .collect(),
         };
         self.state.snapshot(about, &self.dataplane)
-    }
-
-    fn configuration(&self) -> Option<PathBuf> {
-        self.source.is_there().then(|| self.source.path().to_owned())
     }
 
     /// Takes everything down: program and maps go with the data plane.

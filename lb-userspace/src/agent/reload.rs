@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::bail;
-use tracing::warn;
+use tracing::{error, warn};
 
-use crate::config::{self, Agent, Config, LoadError};
+use crate::api::snapshot;
+use crate::config::{self, Agent, Config, LoadError, Role};
 
 /// Where the agent looks without `--config`.
 pub const DEFAULT_PATH: &str = "/etc/lb/lb.toml";
@@ -15,6 +17,10 @@ pub struct Source {
     path: PathBuf,
     /// What was read last, whether it was taken over or not; or why nothing could be read.
     last: Result<Vec<u8>, String>,
+    /// Why what was read last is not in force.
+    error: Option<String>,
+    /// When the agent began, seconds since 1970.
+    started: u64,
 }
 
 impl Source {
@@ -36,7 +42,8 @@ impl Source {
             Err(LoadError::Missing(_)) if !is_named => Config::default(),
             Err(error) => return Err(error),
         };
-        Ok((Self { path, last }, config))
+        let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        Ok((Self { path, last, error: None, started }, config))
     }
 
     /// The file.
@@ -49,15 +56,43 @@ impl Source {
         self.last.is_ok()
     }
 
-    /// Reads the file again. `None`: it is as before, and nobody asked for it.
+    /// What `status` says of an agent with this configuration.
+    pub fn describe(&self, role: Role, generation: u64) -> snapshot::Agent {
+        snapshot::Agent {
+            version: env!("CARGO_PKG_VERSION").into(),
+            role: role.to_string(),
+            pid: std::process::id(),
+            started: self.started,
+            configuration: self.is_there().then(|| self.path.clone()),
+            generation,
+            reload_error: self.error.clone(),
+        }
+    }
+
+    /// Reads the file again: what is to be taken over, if anything. Of what is wrong with it the log
+    /// and `status` tell.
+    pub fn reload(&mut self, is_asked: bool, running: &Config) -> Option<Config> {
+        match self.read_again(is_asked, running) {
+            Ok(Some(config)) => {
+                self.error = None;
+                Some(config)
+            }
+            Ok(None) => None,
+            Err(error) => {
+                error!(
+                    "the configuration is not taken over, the running one stays in force:\n{error:#}"
+                );
+                self.error = Some(format!("{error:#}"));
+                None
+            }
+        }
+    }
+
+    /// `None`: it is as before, and nobody asked for it.
     ///
     /// # Errors
     /// Everything that is wrong with it, and an empty file where load balancers run.
-    pub fn read_again(
-        &mut self,
-        is_asked: bool,
-        running: &Config,
-    ) -> anyhow::Result<Option<Config>> {
+    fn read_again(&mut self, is_asked: bool, running: &Config) -> anyhow::Result<Option<Config>> {
         let content = config::read(&self.path);
         let last = remembered(&content);
         if last == self.last && !is_asked {
@@ -97,7 +132,7 @@ fn refuse_another_hash(running: &Config, new: &Config) -> anyhow::Result<()> {
             let groups: Vec<_> =
                 groups.filter_map(|group| config.target_groups.get(&group.name)).collect();
             let stickiness = groups.first().map(|group| group.stickiness);
-            let tracks = groups.iter().any(|group| group.track_every_flow);
+            let tracks = groups.iter().any(|group| group.tracks_every_flow());
             ((address, listener.protocol, listener.port), (stickiness, tracks))
         });
         hashes.collect()
@@ -228,7 +263,12 @@ mod tests {
     fn a_first_file_that_cannot_be_read_is_told_once() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("lb.toml");
-        let mut source = Source { path: path.clone(), last: remembered(&config::read(&path)) };
+        let mut source = Source {
+            path: path.clone(),
+            last: remembered(&config::read(&path)),
+            error: None,
+            started: 0,
+        };
         let running = Config::default();
         assert_eq!(source.read_again(false, &running).unwrap(), None);
         assert!(!source.is_there());

@@ -1,9 +1,9 @@
 //! Starting: everything that can be refused is refused before a packet meets the program.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use anyhow::Context as _;
 use lb_common::flow::HashKeys;
@@ -12,7 +12,7 @@ use tracing::{Level, info, warn};
 
 use crate::api::server::Server;
 use crate::cli::{AgentOptions, Usage, choose_interfaces};
-use crate::config::Config;
+use crate::config::{Config, XdpMode};
 use crate::dataplane::{Dataplane, LoadOptions, check_privileges};
 use crate::health::Checker;
 use crate::netlink::{
@@ -30,6 +30,34 @@ use super::{Agent, Events, Signals, kernel_log};
 /// Events that may wait for the owner.
 const WAITING: usize = 4096;
 
+/// What an agent of either role needs before it changes anything.
+pub(crate) struct Prepared {
+    /// The NICs to attach to.
+    pub(crate) nics: Vec<Interface>,
+    /// How to attach.
+    pub(crate) mode: XdpMode,
+    /// Where the API's socket is.
+    pub(crate) socket: PathBuf,
+    /// It answers there.
+    pub(crate) server: Server,
+}
+
+impl Prepared {
+    /// Looks whether all is there.
+    ///
+    /// # Errors
+    /// No interface named or an unknown one, missing privileges, another agent on the socket.
+    pub(crate) async fn new(options: AgentOptions, config: &Config) -> anyhow::Result<Self> {
+        let names = choose_interfaces(&options.interfaces, &config.agent.interfaces)?;
+        check_privileges()?;
+        let nics = find(&names).await?;
+        let mode = options.xdp_mode.unwrap_or(config.agent.xdp_mode);
+        let socket = options.api_socket.unwrap_or_else(|| config.agent.api_socket.clone());
+        let server = Server::bind(&socket).await?;
+        Ok(Self { nics, mode, socket, server })
+    }
+}
+
 impl Agent {
     /// Loads and attaches the program, starts all observers.
     pub(super) async fn start(
@@ -38,11 +66,7 @@ impl Agent {
         source: Source,
         config: Config,
     ) -> anyhow::Result<(Self, Events)> {
-        let names = choose_interfaces(&options.interfaces, &config.agent.interfaces)?;
-        check_privileges()?;
-        let nics = find(&names).await?;
-        let socket = options.api_socket.unwrap_or_else(|| config.agent.api_socket.clone());
-        let server = Server::bind(&socket).await?;
+        let Prepared { nics, mode, socket, server } = Prepared::new(options, &config).await?;
         let state_directory = StateDirectory::claim(Path::new(DEFAULT_STATE_DIRECTORY), &socket)
             .await
             .with_context(|| format!("claim a directory below {DEFAULT_STATE_DIRECTORY}"))?;
@@ -59,9 +83,8 @@ impl Agent {
             log: tracing::enabled!(target: "lb_ebpf", Level::DEBUG),
         })?;
         kernel_log::follow_messages(&mut dataplane)?;
-        let mode = options.xdp_mode.unwrap_or(config.agent.xdp_mode);
         let attached: BTreeSet<u32> = nics.iter().map(|nic| nic.index).collect();
-        let nics = Nics::attach(&mut dataplane, &nics, mode, state_directory.path())?;
+        let nics = Nics::attach(&mut dataplane, &nics, mode, Some(state_directory.path()))?;
 
         let (network_events, mut network) = mpsc::channel(WAITING);
         let netlink = Netlink::start(network_events.clone()).context("observe the network")?;
@@ -83,7 +106,6 @@ impl Agent {
             keys: HashKeys::from_seed(hash_seed),
             ring_size,
             source,
-            reload_error: None,
             warnings: Vec::new(),
             network_problems: Vec::new(),
             alerts: Vec::new(),
@@ -103,7 +125,6 @@ impl Agent {
             watchman: Default::default(),
             last_walk: Instant::now(),
             snat_walks: super::snat::Walks::default(),
-            started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
             is_ready: false,
         };
         let events = Events {
@@ -130,7 +151,7 @@ impl Agent {
 }
 
 /// The machine's NICs of these names.
-pub(crate) async fn find(names: &[String]) -> anyhow::Result<Vec<Interface>> {
+async fn find(names: &[String]) -> anyhow::Result<Vec<Interface>> {
     let interfaces = read_interfaces().await.context("list the interfaces")?;
     let mut found: Vec<Interface> = Vec::new();
     for name in names {

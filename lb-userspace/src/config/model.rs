@@ -223,6 +223,8 @@ pub struct TargetGroup {
     pub deregistration_delay: Duration,
     /// Whether an unhealthy target loses its established flows at once.
     pub unhealthy_connection_termination: bool,
+    /// How a new flow gets one of its targets.
+    pub algorithm: Algorithm,
     /// Whether every flow is remembered, not only those that a change could break.
     pub track_every_flow: bool,
     /// Name of the security group that its targets carry; `None`: they let everybody in.
@@ -236,6 +238,24 @@ pub struct TargetGroup {
     pub targets: Vec<Target>,
     /// How their health is found out.
     pub health_check: HealthCheck,
+}
+
+impl TargetGroup {
+    /// Whether its listeners remember every flow, for whatever reason of its own.
+    pub fn tracks_every_flow(&self) -> bool {
+        self.track_every_flow
+            || self.algorithm == Algorithm::LeastConnections
+            || self.forwarding == Forwarding::Snat
+    }
+}
+
+/// How a new flow gets a target of a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Algorithm {
+    /// The flow's hash alone decides.
+    Maglev,
+    /// Of two targets that the hash names, the one with fewer connections for its weight.
+    LeastConnections,
 }
 
 /// A registered target.

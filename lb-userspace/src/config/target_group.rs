@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::address::{host_address, parse_host_address};
 use super::agent::availability_zone;
 use super::health_check;
-use super::model::{Forwarding, Protocol, Snat, Stickiness, Target, TargetGroup};
+use super::model::{Algorithm, Forwarding, Protocol, Snat, Stickiness, Target, TargetGroup};
 use super::reader::{Table, Value, Wrong, show_duration};
 use super::snat;
 
@@ -71,11 +71,7 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
     };
     let (snat_addresses, snat_ports) = snat::read(&mut table, forwarding);
     let gue_port = gue_port(table.optional("gue_port"), forwarding);
-    if let Some(algorithm) = table.optional("algorithm") {
-        let later =
-            ["least_connections", "round_robin", "least_outstanding_requests", "weighted_random"];
-        algorithm.choice(&[("maglev", ())], &later);
-    }
+    let algorithm = table.optional("algorithm").and_then(algorithm);
     let deregistration_delay = table
         .optional("deregistration_delay")
         .and_then(|delay| delay.duration(Duration::ZERO..=MAX_DEREGISTRATION_DELAY))
@@ -95,6 +91,15 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
         Some(value) => stickiness(value),
         None => Some(Stickiness::None),
     };
+    if let (Some((value, Algorithm::LeastConnections)), Some(Stickiness::SourceIp)) =
+        (algorithm, stickiness)
+    {
+        value.error(
+            format!("`algorithm = {}` contradicts `stickiness`", value.quote()),
+            "all flows of a client go to one target, or each to the less loaded one: leave out \
+             one of the two keys",
+        );
+    }
     let slow_start = table.optional("slow_start").and_then(slow_start).unwrap_or_default();
     let (target_values, targets) = targets(table.optional("targets"), port).into_iter().unzip();
     let name = table.name().trim_end_matches(']').to_owned();
@@ -113,6 +118,7 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
         gue_port,
         deregistration_delay,
         unhealthy_connection_termination,
+        algorithm: algorithm.map_or(Algorithm::Maglev, |(_, algorithm)| algorithm),
         track_every_flow,
         security_group: security_group.map(|(_, name)| name.to_owned()),
         stickiness: stickiness.unwrap_or(Stickiness::None),
@@ -121,6 +127,12 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
         health_check,
     };
     Draft { group, protocol, forwarding, snat_addresses, security_group, stickiness, target_values }
+}
+
+fn algorithm(value: Value<'_>) -> Option<(Value<'_>, Algorithm)> {
+    let known = [("maglev", Algorithm::Maglev), ("least_connections", Algorithm::LeastConnections)];
+    let later = ["round_robin", "least_outstanding_requests", "weighted_random"];
+    Some((value, value.choice(&known, &later)?))
 }
 
 fn stickiness(value: Value<'_>) -> Option<Stickiness> {
@@ -140,14 +152,15 @@ fn stickiness(value: Value<'_>) -> Option<Stickiness> {
 
 /// AWS's bounds of slow_start.duration_seconds; 0 switches it off.
 fn slow_start(value: Value<'_>) -> Option<Duration> {
-    let duration = value.duration(Duration::ZERO..=MAX_SLOW_START)?;
-    if duration > Duration::ZERO && duration < MIN_SLOW_START {
-        let least = show_duration(MIN_SLOW_START);
-        let most = show_duration(MAX_SLOW_START);
-        value.refuse(format!("write a duration from {least} to {most}, or \"0s\" for none"));
-        return None;
+    let (least, most) = (show_duration(MIN_SLOW_START), show_duration(MAX_SLOW_START));
+    let help = format!("write a duration from {least} to {most} in quotes, or \"0s\" for none");
+    let duration = humantime::parse_duration(value.string(&help)?).ok();
+    let within = MIN_SLOW_START..=MAX_SLOW_START;
+    let right = duration.filter(|duration| duration.is_zero() || within.contains(duration));
+    if right.is_none() {
+        value.refuse(help);
     }
-    Some(duration)
+    right
 }
 
 fn gue_port(value: Option<Value<'_>>, forwarding: Option<Forwarding>) -> u16 {

@@ -7,11 +7,12 @@ use anyhow::Context as _;
 use aya::Ebpf;
 use aya::maps::{HashMap, Map, MapData, PerCpuArray};
 use lb_common::flow::{Flow, FlowKey, FlowTable};
+use lb_common::load::Load;
 use lb_common::tables::FlowChanges;
 
 use crate::state::FlowStore;
 
-use super::{Raw, take};
+use super::{MappedArray, Raw, take};
 
 const TABLES: usize = FlowTable::ALL.len();
 
@@ -76,12 +77,12 @@ impl FlowMeter {
         Ok(meter)
     }
 
-    pub(super) fn open(&self) -> anyhow::Result<FlowTables> {
+    pub(super) fn open(&self, loads: Arc<MappedArray<Load>>) -> anyhow::Result<FlowTables> {
         let mut maps = Vec::with_capacity(TABLES);
         for id in self.ids {
             maps.push(Map::LruHashMap(MapData::from_id(id)?).try_into()?);
         }
-        Ok(FlowTables { maps, removed: self.removed.clone() })
+        Ok(FlowTables { maps, removed: self.removed.clone(), loads })
     }
 
     pub(super) fn look(&mut self) -> anyhow::Result<[FlowTableUsage; TABLES]> {
@@ -101,12 +102,17 @@ impl FlowMeter {
 pub struct FlowTables {
     maps: Vec<HashMap<MapData, Raw<FlowKey>, Raw<Flow>>>,
     removed: Arc<[AtomicU64; TABLES]>,
+    loads: Arc<MappedArray<Load>>,
 }
 
 impl FlowStore for FlowTables {
     fn each(&self, table: FlowTable, visit: &mut dyn FnMut(FlowKey, Flow)) {
         let entries = self.maps[table as usize].iter().filter_map(Result::ok);
         entries.for_each(|(key, flow)| visit(key.0, flow.0));
+    }
+
+    fn balance(&self, target: u32) -> u64 {
+        self.loads.load(target).map_or(0, |load| load.balance)
     }
 
     fn forget(&mut self, table: FlowTable, key: &FlowKey, target: u32) {

@@ -7,9 +7,11 @@ mod pod;
 mod snat;
 
 use std::collections::BTreeMap;
+use std::iter::repeat;
 use std::mem::offset_of;
 use std::os::fd::AsFd as _;
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context as _, anyhow};
 use aya::maps::lpm_trie::Key;
@@ -22,13 +24,17 @@ use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 use lb_common::endpoints::{EndpointTable, Write};
 use lb_common::flow::{FlowTable, HashKeys};
 use lb_common::forward::Stage;
+use lb_common::load::Load;
 use lb_common::tables::{
-    AdmissionKey, BUCKETS, Bucket, Endpoint, EndpointKey, Interface, Listener, MAX_LISTENERS,
-    MAX_RINGS, MAX_TARGETS, Slot, Target, Traffic,
+    AdmissionKey, BUCKETS, Bucket, EXCEPTION_WORDS, Endpoint, EndpointKey, Interface, Listener,
+    MAX_LISTENERS, MAX_RINGS, MAX_TARGETS, NIC_PLACES, Slot, Target, Traffic,
 };
 use lb_common::verdict::DropReason;
+use lb_common::wire::eth::OwnMac;
 
+use crate::agent::Attaches;
 use crate::config::XdpMode;
+use crate::netlink;
 use crate::reconcile::{Plan, Prefix, Step};
 use crate::state::Counters;
 
@@ -79,9 +85,12 @@ pub struct Dataplane {
     ring_size: u32,
     table: EndpointTable,
     endpoints: MappedArray<Bucket>,
+    nic_macs: MappedArray<OwnMac>,
     targets: MappedArray<Target>,
+    loads: Arc<MappedArray<Load>>,
     listeners: MappedArray<Listener>,
     slots: MappedArray<Slot>,
+    exceptions: MappedArray<u64>,
     generation: MappedArray<u32>,
     overflow: Owned<EndpointKey, Endpoint>,
     admission: LpmTrie<MapData, Raw<AdmissionKey>, u32>,
@@ -118,6 +127,7 @@ impl Dataplane {
             .map_max_entries(map_name(FlowTable::HalfOpen), options.half_open_table_size)
             .map_max_entries(map_name(FlowTable::OnceSeen), options.once_seen_table_size)
             .map_max_entries("RETURN_FLOWS", options.flow_table_size)
+            .map_max_entries("FRESH_RETURNS", options.half_open_table_size)
             .map_max_entries("SNAT_FLOWS", options.flow_table_size)
             .map_max_entries("SNAT_RETURNS", options.flow_table_size)
             .map_max_entries("PORT_POOLS", options.port_pools)
@@ -133,9 +143,12 @@ impl Dataplane {
             ring_size: options.ring_size,
             table: EndpointTable::new(keys),
             endpoints: mapped(&mut ebpf, "ENDPOINTS", BUCKETS)?,
+            nic_macs: mapped(&mut ebpf, "NIC_MACS", NIC_PLACES)?,
             targets: mapped(&mut ebpf, "TARGETS", MAX_TARGETS)?,
+            loads: Arc::new(mapped(&mut ebpf, "LOADS", MAX_TARGETS)?),
             listeners: mapped(&mut ebpf, "LISTENERS", MAX_LISTENERS)?,
             slots: mapped(&mut ebpf, "SLOTS", slots)?,
+            exceptions: mapped(&mut ebpf, "EXCEPTIONS", EXCEPTION_WORDS)?,
             generation: mapped(&mut ebpf, "GENERATION", 1)?,
             overflow: take(&mut ebpf, "OVERFLOW")?.try_into()?,
             admission: take(&mut ebpf, "ADMISSION")?.try_into()?,
@@ -150,30 +163,6 @@ impl Dataplane {
             attachments: Vec::new(),
             ebpf,
         })
-    }
-
-    /// Attaches the program to a NIC.
-    ///
-    /// # Errors
-    /// See [`attach::attach`].
-    pub fn attach(
-        &mut self,
-        nic: &crate::netlink::Interface,
-        mode: XdpMode,
-    ) -> anyhow::Result<&Attachment> {
-        let attachment = attach::attach(program(&mut self.ebpf, PROGRAM)?, nic, mode)?;
-        self.attachments.push(attachment);
-        self.attachments.last().context("just attached")
-    }
-
-    /// Lets go of NICs, given by index, that are gone.
-    pub fn detach_all_but(&mut self, stays: impl Fn(u32) -> bool) -> Vec<Attachment> {
-        self.attachments.extract_if(.., |attachment| !stays(attachment.ifindex)).collect()
-    }
-
-    /// What the program is attached to.
-    pub fn attachments(&self) -> &[Attachment] {
-        &self.attachments
     }
 
     /// The loaded program of the first stage, for program runs.
@@ -225,6 +214,8 @@ impl Dataplane {
             Step::RemoveInterface(index) => map_removed(self.interfaces.remove(index))?,
             Step::AddDevice(index) => self.devices.insert(*index, *index, None, 0)?,
             Step::RemoveDevice(index) => map_removed(self.devices.remove(*index))?,
+            Step::SetOwnMac(place, mac) => self.nic_macs.store(*place, mac),
+            Step::ForgetOwnMac(place) => self.nic_macs.store(*place, &OwnMac::UNKNOWN),
             Step::SetTarget(index, target) => {
                 self.targets.store_front(*index, target, KERNELS_WORD);
             }
@@ -232,6 +223,11 @@ impl Dataplane {
                 self.targets.store(*index, &Target::default());
                 self.zero(*index, Counter::Target)?;
             }
+            Step::SetShare(index, share) => {
+                let share: u64 = bytemuck::cast(*share);
+                self.load_word(*index, offset_of!(Load, share))?.store(share, Ordering::SeqCst);
+            }
+            Step::ClearShare(index) => self.loads.store(*index, &Load::default()),
             Step::SetListener(index, listener) => self.listeners.store(*index, listener),
             Step::ClearListener(index) => {
                 self.listeners.store(*index, &Listener::default());
@@ -305,7 +301,7 @@ impl Dataplane {
     /// # Errors
     /// What the kernel says.
     pub fn flow_tables(&self) -> anyhow::Result<FlowTables> {
-        self.flows.open()
+        self.flows.open(self.loads.clone())
     }
 
     /// How full the tables of flows are, in the order of their numbers. To be asked often: of what
@@ -315,6 +311,36 @@ impl Dataplane {
     /// What the kernel says.
     pub fn flow_table_usage(&mut self) -> anyhow::Result<[FlowTableUsage; FlowTable::ALL.len()]> {
         self.flows.look()
+    }
+
+    /// Writes the map of exceptions; what it does not say is none. Slots that were mapped before
+    /// stay so: theirs are among the new ones.
+    pub fn map_exceptions(&self, words: &[u64]) {
+        for (index, word) in (0..EXCEPTION_WORDS).zip(words.iter().chain(repeat(&0))) {
+            let known = self.exceptions.words(index);
+            known.iter().for_each(|known| known.store(*word, Ordering::SeqCst));
+        }
+    }
+
+    /// Puts right how many connections targets have, by what a walk counted.
+    ///
+    /// # Errors
+    /// If there is no such target.
+    pub fn correct(&self, corrections: &BTreeMap<u32, u64>) -> anyhow::Result<()> {
+        for (target, correction) in corrections {
+            let word = self.load_word(*target, offset_of!(Load, correction))?;
+            word.store(*correction, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    /// How many connections a target has, as the programs know it.
+    pub fn load_of(&self, target: u32) -> Load {
+        self.loads.load(target).unwrap_or_default()
+    }
+
+    fn load_word(&self, target: u32, offset: usize) -> anyhow::Result<&AtomicU64> {
+        self.loads.words(target).get(offset / 8).context("no such target")
     }
 
     /// The tables of flows whose both ends are rewritten, for a walk in another thread.
@@ -334,6 +360,22 @@ impl Dataplane {
             Counter::Target => self.target_traffic.set(index, values, 0)?,
         }
         Ok(())
+    }
+}
+
+impl Attaches for Dataplane {
+    fn attach(&mut self, nic: &netlink::Interface, mode: XdpMode) -> anyhow::Result<&Attachment> {
+        let attachment = attach::attach(program(&mut self.ebpf, PROGRAM)?, nic, mode)?;
+        self.attachments.push(attachment);
+        self.attachments.last().context("just attached")
+    }
+
+    fn detach_all_but(&mut self, stays: impl Fn(u32) -> bool) -> Vec<Attachment> {
+        self.attachments.extract_if(.., |attachment| !stays(attachment.ifindex)).collect()
+    }
+
+    fn attachments(&self) -> &[Attachment] {
+        &self.attachments
     }
 }
 

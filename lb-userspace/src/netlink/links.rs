@@ -6,8 +6,8 @@ use std::io;
 use futures::TryStreamExt as _;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::link::{
-    InfoData, InfoVlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkLayerType,
-    LinkMessage, LinkXdp, VlanProtocol, XdpAttached,
+    InfoData, InfoKind, InfoVlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo,
+    LinkLayerType, LinkMessage, LinkXdp, VlanProtocol, XdpAttached,
 };
 use rtnetlink::Handle;
 
@@ -54,6 +54,8 @@ fn interface(message: &LinkMessage) -> Interface {
         mtu: 0,
         up: header.flags.contains(LinkFlags::Up | LinkFlags::LowerUp),
         vlan: None,
+        controller: None,
+        lower: None,
         xdp: None,
     };
     for attribute in &message.attributes {
@@ -61,7 +63,11 @@ fn interface(message: &LinkMessage) -> Interface {
             LinkAttribute::IfName(name) => interface.name.clone_from(name),
             LinkAttribute::Address(mac) => interface.mac = mac_address(mac).unwrap_or_default(),
             LinkAttribute::Mtu(mtu) => interface.mtu = *mtu,
-            LinkAttribute::LinkInfo(info) => interface.vlan = vlan(info, &message.attributes),
+            LinkAttribute::Controller(index) => interface.controller = Some(*index),
+            LinkAttribute::LinkInfo(info) => {
+                interface.vlan = vlan(info, &message.attributes);
+                interface.lower = lower(info, &message.attributes);
+            }
             LinkAttribute::Xdp(xdp) => interface.xdp = xdp_attachment(xdp),
             _ => {}
         }
@@ -83,13 +89,21 @@ fn vlan(info: &[LinkInfo], attributes: &[LinkAttribute]) -> Option<Vlan> {
         InfoVlan::Id(id) => Some(*id),
         _ => None,
     })?;
-    // Other kinds of links carry IFLA_LINK with other meanings, a veth its peer's index.
-    let parent = attributes.iter().find_map(|attribute| match attribute {
-        LinkAttribute::Link(parent) => Some(*parent),
-        _ => None,
-    })?;
+    let parent = lower(info, attributes)?;
     let service_tag = data.contains(&InfoVlan::Protocol(VlanProtocol::Ieee8021Ad));
     Some(Vlan { parent, id, service_tag })
+}
+
+/// Other kinds of links carry IFLA_LINK with other meanings, a veth its peer's index.
+fn lower(info: &[LinkInfo], attributes: &[LinkAttribute]) -> Option<u32> {
+    let shares_frames = |item: &LinkInfo| {
+        matches!(item, LinkInfo::Kind(InfoKind::Vlan | InfoKind::MacVlan | InfoKind::MacVtap))
+    };
+    info.iter().any(shares_frames).then_some(())?;
+    attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Link(lower) => Some(*lower),
+        _ => None,
+    })
 }
 
 fn xdp_attachment(xdp: &[LinkXdp]) -> Option<XdpAttachment> {
@@ -156,7 +170,7 @@ mod tests {
             LinkAttribute::Mtu(1500),
             LinkAttribute::Link(2),
             LinkAttribute::Address(vec![2, 0, 0, 0, 0, 1]),
-            LinkAttribute::LinkInfo(vec![info]),
+            LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Vlan), info]),
         ]));
         assert_eq!(parsed.vlan, Some(Vlan { parent: 2, id: 10, service_tag: false }));
         assert_eq!(parsed.name, "eth0.10");
@@ -165,8 +179,21 @@ mod tests {
     }
 
     #[test]
-    fn the_peer_of_a_veth_is_no_vlan_parent() {
-        assert_eq!(interface(&message(vec![LinkAttribute::Link(2)])).vlan, None);
+    fn the_peer_of_a_veth_is_no_lower_device() {
+        let of_kind = |kind| {
+            let info = LinkAttribute::LinkInfo(vec![LinkInfo::Kind(kind)]);
+            interface(&message(vec![LinkAttribute::Link(2), info]))
+        };
+        let veth = of_kind(InfoKind::Veth);
+        assert_eq!((veth.vlan, veth.lower), (None, None));
+        assert_eq!(of_kind(InfoKind::MacVlan).lower, Some(2));
+        assert_eq!(of_kind(InfoKind::MacVtap).lower, Some(2));
+    }
+
+    #[test]
+    fn a_port_names_its_bridge() {
+        let port = interface(&message(vec![LinkAttribute::Controller(9)]));
+        assert_eq!(port.controller, Some(9));
     }
 
     #[test]

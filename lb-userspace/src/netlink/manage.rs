@@ -356,6 +356,8 @@ mod tests {
             mtu: 1500,
             up: true,
             vlan,
+            controller: None,
+            lower: None,
             xdp: None,
         };
         let vlan = Some(Vlan { parent: ETH0, id: 10, service_tag: false });

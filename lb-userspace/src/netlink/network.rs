@@ -40,6 +40,10 @@ pub struct Interface {
     pub up: bool,
     /// Set for a VLAN device: what it is a part of.
     pub vlan: Option<Vlan>,
+    /// The bridge, bond or other device that it is a port of, by index.
+    pub controller: Option<u32>,
+    /// Of a VLAN device, `macvlan` or `macvtap`: the device that its frames come and go by, by index.
+    pub lower: Option<u32>,
     /// The XDP program on it, if any. Attaching through a BPF link sends no notification, so read
     /// this with [`read_interfaces`](super::read_interfaces) when it has to be of this moment.
     pub xdp: Option<XdpAttachment>,

@@ -255,6 +255,8 @@ mod tests {
             mtu: 1500,
             up: true,
             vlan,
+            controller: None,
+            lower: None,
             xdp: None,
         }
     }

@@ -6,19 +6,21 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lb_common::flow;
+use lb_common::load::Share;
 use lb_common::tables::{
     self, Endpoint, EndpointKey, Listener, NO_LISTENER, NO_RING, OPEN, Target,
 };
 use lb_common::wire::eth::Macs;
 use lb_common::wire::{Address, Be16};
 
-use crate::config::{self, Config, Forwarding, Stickiness, TargetGroup};
+use crate::config::{self, Algorithm, Config, Forwarding, Stickiness, TargetGroup};
 use crate::health::{Health, HealthState};
 use crate::netlink::{NextHop, Unresolved};
 use crate::reconcile::{Desired, Prefix};
 
 use super::actions::Candidates;
 use super::admission::{Service, admitted};
+use super::own_macs::own_macs;
 use super::tunnels::{mode, too_narrow};
 use super::{ListenerKey, State, TargetKey, listener_keys, protocol_number};
 
@@ -35,12 +37,14 @@ impl State {
         self.alerts.clear();
         let mut desired = Desired::default();
         self.put_interfaces(&mut desired);
+        desired.own_macs = own_macs(&self.network.interfaces, &self.attached);
         self.number(now);
         self.turn_rings(now);
         self.put_targets(&mut desired);
         self.put_addresses(&mut desired);
+        self.put_shares(&mut desired);
         self.put_sources(&mut desired);
-        self.put_listeners(&mut desired);
+        self.put_listeners(&mut desired, now);
         for (number, ring) in self.rings.iter() {
             desired.rings.insert(number, ring.slots().clone());
         }
@@ -75,7 +79,7 @@ impl State {
         self.alerts.extend(left_out_of("targets", left_out.map(name).collect(), rest));
         let listeners: BTreeSet<_> = listener_keys(&self.config).map(|(key, ..)| key).collect();
         self.listeners.retain(&listeners, now);
-        self.tracked.retain(|number| self.listeners.has(*number));
+        self.tracked.retain(|number, _| self.listeners.has(*number));
         let name =
             |key: &ListenerKey| format!("{} port {} {}", key.address, key.port, key.protocol);
         let left_out = listeners.iter().filter(|key| self.listeners.number(key, now).is_none());
@@ -201,7 +205,23 @@ impl State {
         }
     }
 
-    fn put_listeners(&mut self, desired: &mut Desired) {
+    /// What targets are due that are chosen by their connections. Those that drain are compared
+    /// with nobody, but counted: they may come back.
+    fn put_shares(&self, desired: &mut Desired) {
+        for (group, (name, settings)) in (1..).zip(&self.config.target_groups) {
+            if settings.algorithm != Algorithm::LeastConnections {
+                continue;
+            }
+            for (key, target) in self.all_targets().filter(|(key, _)| &*key.target_group == name) {
+                if let Some(number) = self.targets.get(key) {
+                    let weight = u32::from(target.weight) * self.slow_start.share(key);
+                    desired.shares.insert(number, Share { weight, group });
+                }
+            }
+        }
+    }
+
+    fn put_listeners(&mut self, desired: &mut Desired, now: Instant) {
         let mut classes = Classes { old: std::mem::take(&mut self.classes), new: Vec::new() };
         let ways_back = self.ways_back();
         let sharing: BTreeSet<u32> = ways_back
@@ -233,18 +253,19 @@ impl State {
             let service = Service::Port(key.protocol, key.port);
             let admission = self.admissions.get(&(balancer.clone(), service, is_v4));
             let class = classes.number(admission, &mut self.next_class);
-            let is_tracked = sharing.contains(&number)
-                || self.any_group(listener, |group| {
-                    group.track_every_flow || group.forwarding == Forwarding::Snat
-                });
-            if is_tracked {
-                self.tracked.insert(number);
-            } else {
+            let is_tracked =
+                sharing.contains(&number) || self.any_group(listener, |g| g.tracks_every_flow());
+            if !is_tracked {
                 uncounted.extend(listener.target_groups.iter().map(|group| group.name.as_str()));
-                if self.tracked.remove(&number)
-                    && let Some(ring) = self.rings.of_mut(&key)
-                {
-                    ring.unsettle();
+            }
+            let by_connections =
+                self.any_group(listener, |g| g.algorithm == Algorithm::LeastConnections);
+            let was_tracked = self.tracked.insert(number, is_tracked).unwrap_or(is_tracked);
+            if let Some(ring) = self.rings.of_mut(&key) {
+                match (was_tracked, is_tracked) {
+                    (true, false) => ring.unsettle(now),
+                    (false, true) if by_connections => ring.learn(now),
+                    _ => {}
                 }
             }
             let by_source =

@@ -4,6 +4,7 @@
 mod actions;
 mod admission;
 mod desired;
+mod own_macs;
 mod registry;
 mod rings;
 mod selection;
@@ -84,8 +85,8 @@ pub struct State {
     target_admissions: TargetAdmissions,
     classes: Vec<(u32, Arc<BTreeSet<Prefix>>)>,
     next_class: u32,
-    /// Listeners that track every flow, by number.
-    tracked: BTreeSet<u32>,
+    /// Whether listeners track every flow, by number.
+    tracked: BTreeMap<u32, bool>,
     /// The one listener that a target was of before others came to share it.
     first_owners: BTreeMap<EndpointKey, (u32, u32)>,
     pools: snat::Pools,
@@ -122,7 +123,7 @@ impl State {
             target_admissions: BTreeMap::new(),
             classes: Vec::new(),
             next_class: OPEN + 1,
-            tracked: BTreeSet::new(),
+            tracked: BTreeMap::new(),
             first_owners: BTreeMap::new(),
             pools: snat::Pools::new(),
             counted: BTreeSet::new(),
@@ -340,24 +341,28 @@ impl State {
         pinned.filter(|(_, slots)| !slots.is_empty()).collect()
     }
 
-    /// Settles the slots of rings, unless the ring has been replaced meanwhile.
-    pub fn settle(&mut self, settled: &BTreeMap<u32, BTreeSet<u32>>) {
-        for (number, ring) in self.rings.iter_mut() {
-            if let Some(slots) = settled.get(&number) {
+    /// What a walk that began at `begun` has found of the slots of rings, unless they have been
+    /// changed since.
+    pub fn settle(&mut self, findings: &Findings, begun: Instant) {
+        for (number, ring) in self.rings.iter_mut().filter(|(_, ring)| ring.is_as_of(begun)) {
+            if let Some(slots) = findings.settled.get(&number) {
                 ring.settle(slots);
+            }
+            if let Some(slots) = findings.mapped.get(&number) {
+                ring.map(slots);
             }
         }
     }
 }
 
-/// Where a flow's packets go by the hash alone: the ring and the slot.
-pub fn slot_of(desired: &Desired, keys: &HashKeys, key: &FlowKey, size: u32) -> Option<(u32, u32)> {
+/// The ring that a flow goes by, and its hash, of which the upper half chooses the slot.
+fn place_of(desired: &Desired, keys: &HashKeys, key: &FlowKey) -> Option<(u32, u64)> {
     let listener = EndpointKey::new(key.destination, key.destination_port, key.protocol);
     let endpoint = desired.endpoints.get(&listener)?;
     let is_listener = endpoint.kind() == Endpoint::LISTENER && endpoint.index != NO_RING;
     let by_source = endpoint.kind & Endpoint::BY_SOURCE != 0;
     let hash = if by_source { keys.source(key.source) } else { keys.flow(key) };
-    is_listener.then(|| (endpoint.index, flow::slot(hash, size)))
+    is_listener.then_some((endpoint.index, hash))
 }
 
 /// Every listener on every address of its load balancer, which comes with its name.

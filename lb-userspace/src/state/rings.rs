@@ -29,6 +29,8 @@ pub struct Ring {
     /// When each learning slot began to, as time since `epoch`.
     since: Vec<Duration>,
     epoch: Instant,
+    /// When a slot last began to learn, or to be looked through once more.
+    turned: Instant,
     /// Whether a slot learns.
     learns: bool,
     periods: Periods,
@@ -41,7 +43,7 @@ impl Ring {
             maglev::ring(&candidates, size).into_iter().map(Slot::settled).collect();
         let since = vec![Duration::ZERO; slots.len()];
         let members = members(&candidates);
-        Self { candidates, members, slots, since, epoch: now, learns: false, periods }
+        Self { candidates, members, slots, since, epoch: now, turned: now, learns: false, periods }
     }
 
     /// The slots.
@@ -77,6 +79,7 @@ impl Ring {
         }
         let mut targets = maglev::ring(&candidates, self.slots.len() as u32);
         targets.resize(self.slots.len(), NO_TARGET);
+        self.turned = now;
         let now = now.duration_since(self.epoch);
         let changed =
             self.slots.iter().zip(&targets).zip(&mut self.since).map(|((slot, next), since)| {
@@ -126,12 +129,45 @@ impl Ring {
 
     /// Flows that were tracked up to now may be where the hash would not send them: no slot is
     /// settled until a walk has looked.
-    pub fn unsettle(&mut self) {
+    pub fn unsettle(&mut self, now: Instant) {
+        self.turned = now;
         let pin = |slot: &Slot| match slot.state() {
             SlotState::Settled => Slot::new(slot.current, slot.current, SlotState::Pinned),
-            _ => *slot,
+            SlotState::Pinned => Slot::new(slot.current, slot.previous(), SlotState::Pinned),
+            SlotState::Learning | SlotState::LearningTcp => *slot,
         };
         self.slots = self.slots.iter().map(pin).collect();
+    }
+
+    /// Flows were not tracked up to now, and new ones will go elsewhere than the hash says: what is
+    /// older than this goes by the hash for as long as it may be.
+    pub fn learn(&mut self, now: Instant) {
+        self.turned = now;
+        let now = now.duration_since(self.epoch);
+        let slots = self.slots.iter().zip(&mut self.since).map(|(slot, since)| {
+            if matches!(slot.state(), SlotState::Learning | SlotState::LearningTcp) {
+                return *slot;
+            }
+            *since = now;
+            Slot::new(slot.current, slot.current, SlotState::Learning)
+        });
+        self.slots = slots.collect();
+        self.learns = true;
+    }
+
+    /// Whether no slot has begun anew since a moment.
+    pub fn is_as_of(&self, moment: Instant) -> bool {
+        self.turned < moment
+    }
+
+    /// Says of slots that all flows which go elsewhere are in the map of exceptions. None comes to
+    /// a pinned slot, so that stays true until its target changes.
+    pub fn map(&mut self, mapped: &BTreeSet<u32>) {
+        let slots = (0..).zip(self.slots.iter()).map(|(index, slot)| {
+            let is_mapped = mapped.contains(&index) && slot.state() == SlotState::Pinned;
+            if is_mapped { slot.mapped() } else { *slot }
+        });
+        self.slots = slots.collect();
     }
 
     /// Settles slots: no flow is left on them that the hash would send elsewhere.
@@ -285,9 +321,60 @@ mod tests {
     }
 
     #[test]
+    fn what_was_not_tracked_goes_by_the_hash_for_a_while() {
+        let start = Instant::now();
+        let mut ring = Ring::new(candidates(&[1]), 251, PERIODS, start);
+        ring.learn(start + 10 * SECOND);
+        assert_eq!(*ring.slots, *vec![Slot::new(1, 1, SlotState::Learning); 251]);
+        ring.tick(start + 130 * SECOND);
+        assert_eq!(states(&ring), BTreeSet::from(["learning TCP"]));
+        ring.learn(start + 140 * SECOND);
+        ring.tick(start + 360 * SECOND);
+        assert_eq!(states(&ring), BTreeSet::from(["pinned"]), "the clock went on");
+    }
+
+    #[test]
+    fn only_pinned_slots_are_mapped_until_their_target_changes() {
+        let start = Instant::now();
+        let mut ring = Ring::new(candidates(&[1]), 251, PERIODS, start);
+        let all = (0..251).collect();
+        ring.map(&all);
+        assert_eq!(*ring.slots, *vec![Slot::settled(1); 251]);
+        ring.change(candidates(&[2]), start);
+        ring.map(&all);
+        assert_eq!(*ring.slots, *vec![Slot::new(2, 1, SlotState::Learning); 251]);
+        ring.tick(start + 350 * SECOND);
+        ring.map(&all);
+        let pinned = Slot::new(2, 1, SlotState::Pinned);
+        assert_eq!(*ring.slots, *vec![pinned.mapped(); 251]);
+        assert_eq!((pinned.mapped().previous(), pinned.mapped().state()), (1, SlotState::Pinned));
+        assert!(!ring.tick(start + 400 * SECOND) && ring.pinned().len() == 251);
+        ring.change(candidates(&[1]), start + 400 * SECOND);
+        assert_eq!(*ring.slots, *vec![Slot::new(1, 2, SlotState::Learning); 251]);
+    }
+
+    /// From there and back again within a walk: what learned in between the walk may have missed.
+    #[test]
+    fn what_turned_during_a_walk_is_not_as_it_was() {
+        let start = Instant::now();
+        let mut ring = Ring::new(candidates(&[1]), 251, PERIODS, start);
+        let begun = start + SECOND;
+        assert!(ring.is_as_of(begun));
+        ring.change(candidates(&[2]), begun + SECOND);
+        ring.change(candidates(&[1]), begun + 2 * SECOND);
+        assert!(!ring.is_as_of(begun));
+        assert!(ring.is_as_of(begun + 3 * SECOND));
+    }
+
+    #[test]
     fn what_was_tracked_is_looked_through() {
         let mut ring = Ring::new(candidates(&[1]), 251, PERIODS, Instant::now());
-        ring.unsettle();
-        assert_eq!(*ring.slots, *vec![Slot::new(1, 1, SlotState::Pinned); 251]);
+        let pinned = vec![Slot::new(1, 1, SlotState::Pinned); 251];
+        ring.unsettle(Instant::now());
+        assert_eq!(*ring.slots, *pinned);
+        ring.map(&(0..251).collect());
+        assert!(ring.slots.iter().all(|slot| slot.is_mapped()));
+        ring.unsettle(Instant::now());
+        assert_eq!(*ring.slots, *pinned, "there may be new exceptions");
     }
 }

@@ -50,6 +50,8 @@ impl World {
             mtu: 1500,
             up: true,
             vlan: None,
+            controller: None,
+            lower: None,
             xdp: None,
         };
         let hop = |ifindex| NextHop {

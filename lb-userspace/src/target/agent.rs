@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use lb_common::target::tables::{OwnFlow, Settings};
@@ -14,12 +13,11 @@ use tracing::{debug, error, info, warn};
 
 use crate::agent::reload::Source;
 use crate::agent::watch::Watch;
-use crate::agent::{Signals, find, tell_service_manager};
-use crate::api::server::{ApiRequest, Server};
-use crate::api::snapshot::{self, AttachMode, Snapshot};
-use crate::cli::{AgentOptions, choose_interfaces};
+use crate::agent::{Attaches as _, Nics, Prepared, Signals, interfaces, tell_service_manager};
+use crate::api::server::ApiRequest;
+use crate::api::snapshot::{self, Snapshot};
+use crate::cli::AgentOptions;
 use crate::config::{Config, Role};
-use crate::dataplane::check_privileges;
 use crate::netlink::{Netlink, Network, NetworkEvent};
 
 use super::dataplane::{TargetDataplane, TargetLoadOptions};
@@ -52,13 +50,12 @@ struct Target {
     source: Source,
     config: Config,
     dataplane: TargetDataplane,
+    nics: Nics,
     /// What the kernel's tables hold.
     current: Tables,
     policy: Policy,
     network: Arc<Network>,
     generation: u64,
-    reload_error: Option<String>,
-    started: u64,
     api: JoinHandle<()>,
     netlink: Netlink,
     network_events: mpsc::Sender<NetworkEvent>,
@@ -78,19 +75,10 @@ impl Target {
         source: Source,
         config: Config,
     ) -> anyhow::Result<(Self, Events)> {
-        let names = choose_interfaces(&options.interfaces, &config.agent.interfaces)?;
-        check_privileges()?;
-        let nics = find(&names).await?;
-        let socket = options.api_socket.unwrap_or_else(|| config.agent.api_socket.clone());
-        let server = Server::bind(&socket).await?;
+        let Prepared { nics, mode, server, .. } = Prepared::new(options, &config).await?;
         let flow_table_size = config.agent.flow_table_size / SHARE_OF_FLOW_TABLE;
         let mut dataplane = TargetDataplane::load(&TargetLoadOptions { flow_table_size })?;
-        for nic in &nics {
-            let mode = options.xdp_mode.unwrap_or(config.agent.xdp_mode);
-            let attachment = dataplane.attach(nic, mode)?;
-            let how = if attachment.is_native { "native" } else { "generic" };
-            info!(interface = %nic.name, mode = how, "attached as a target");
-        }
+        let nics = Nics::attach(&mut dataplane, &nics, mode, None)?;
         let (network_events, network) = mpsc::channel(WAITING);
         let netlink = Netlink::start(network_events.clone()).context("observe the network")?;
         let (api_requests, api) = mpsc::channel(WAITING);
@@ -99,12 +87,11 @@ impl Target {
             source,
             config,
             dataplane,
+            nics,
             current: Tables::default(),
             policy: Policy::default(),
             network: Arc::default(),
             generation: 0,
-            reload_error: None,
-            started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
             api: tokio::spawn(async move {
                 server.serve(api_requests).await;
             }),
@@ -136,6 +123,7 @@ impl Target {
             NetworkEvent::RoutesChanged => {}
             NetworkEvent::Snapshot(network) => {
                 let is_first = self.generation == 0;
+                self.nics.follow(&mut self.dataplane, &network);
                 self.network = network;
                 self.set_tables();
                 if is_first && self.generation != 0 {
@@ -155,18 +143,8 @@ impl Target {
 
     /// Reads the configuration again. What is wrong with it changes nothing that runs.
     fn reload(&mut self, is_asked: bool) {
-        match self.source.read_again(is_asked, &self.config) {
-            Ok(Some(config)) => self.config = config,
-            Ok(None) => return,
-            Err(error) => {
-                error!(
-                    "the configuration is not taken over, the running one stays in force:\n{error:#}"
-                );
-                self.reload_error = Some(format!("{error:#}"));
-                return;
-            }
-        }
-        self.reload_error = None;
+        let Some(config) = self.source.reload(is_asked, &self.config) else { return };
+        self.config = config;
         self.set_tables();
         info!("configuration reloaded");
     }
@@ -219,25 +197,12 @@ impl Target {
     }
 
     fn snapshot(&self) -> anyhow::Result<Snapshot> {
-        let interfaces = self.dataplane.attachments().iter().map(|nic| snapshot::Interface {
-            name: nic.name.clone(),
-            index: nic.ifindex,
-            mode: if nic.is_native { AttachMode::Native } else { AttachMode::Generic },
-        });
         let unwrapped = self.dataplane.unwrapped()?;
         let drops = self.dataplane.drops()?;
         let policy = &self.policy;
         let status = snapshot::Status {
-            agent: snapshot::Agent {
-                version: env!("CARGO_PKG_VERSION").into(),
-                role: Role::Target.to_string(),
-                pid: std::process::id(),
-                started: self.started,
-                configuration: self.source.is_there().then(|| self.source.path().to_owned()),
-                generation: self.generation,
-                reload_error: self.reload_error.clone(),
-            },
-            interfaces: interfaces.collect(),
+            agent: self.source.describe(Role::Target, self.generation),
+            interfaces: interfaces(self.dataplane.attachments()),
             load_balancers: Vec::new(),
             own_target: Some(snapshot::OwnTarget {
                 addresses: policy.addresses.iter().copied().collect(),
@@ -248,7 +213,7 @@ impl Target {
             }),
             flow_tables: Vec::new(),
             drops: drops.into_iter().map(|(reason, n)| (reason.name().into(), n)).collect(),
-            warnings: policy.warnings.clone(),
+            warnings: self.nics.problems().chain(&policy.warnings).cloned().collect(),
         };
         let target_groups = self.config.target_groups.keys().cloned().collect();
         Ok(Snapshot { status, target_groups, targets: Vec::new() })

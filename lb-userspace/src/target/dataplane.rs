@@ -15,6 +15,7 @@ use lb_common::target::tables::{CLASS_WORDS, OwnFlow, Settings, Unwrapped};
 use lb_common::verdict::DropReason;
 use tracing::debug;
 
+use crate::agent::Attaches;
 use crate::config::XdpMode;
 use crate::dataplane::{Attachment, MappedArray, Raw, attach_xdp, map_removed, mapped, take};
 use crate::netlink::Interface;
@@ -85,21 +86,6 @@ impl TargetDataplane {
             ways_out: Vec::new(),
             ebpf,
         })
-    }
-
-    /// Attaches both programs to a NIC, the one on the way out first.
-    ///
-    /// # Errors
-    /// What keeps either from it, and what to do about it.
-    pub fn attach(&mut self, nic: &Interface, mode: XdpMode) -> anyhow::Result<&Attachment> {
-        self.ways_out.push(attach_way_out(way_out(&mut self.ebpf)?, nic)?);
-        self.attachments.push(attach_xdp(way_in(&mut self.ebpf)?, nic, mode)?);
-        self.attachments.last().context("just attached")
-    }
-
-    /// What the programs are attached to.
-    pub fn attachments(&self) -> &[Attachment] {
-        &self.attachments
     }
 
     /// The program on the way in, for program runs.
@@ -196,6 +182,26 @@ impl TargetDataplane {
             errors.extend(clsact::remove(ifindex).await.err());
         }
         errors
+    }
+}
+
+impl Attaches for TargetDataplane {
+    /// Both programs, the one on the way out first.
+    fn attach(&mut self, nic: &Interface, mode: XdpMode) -> anyhow::Result<&Attachment> {
+        let way_out = attach_way_out(way_out(&mut self.ebpf)?, nic)?;
+        self.attachments.push(attach_xdp(way_in(&mut self.ebpf)?, nic, mode)?);
+        self.ways_out.push(way_out);
+        self.attachments.last().context("just attached")
+    }
+
+    fn detach_all_but(&mut self, stays: impl Fn(u32) -> bool) -> Vec<Attachment> {
+        // What was added to a NIC went with it.
+        self.ways_out.retain(|out| stays(out.ifindex));
+        self.attachments.extract_if(.., |attachment| !stays(attachment.ifindex)).collect()
+    }
+
+    fn attachments(&self) -> &[Attachment] {
+        &self.attachments
     }
 }
 

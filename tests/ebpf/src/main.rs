@@ -7,6 +7,8 @@
 #![no_main]
 #![expect(missing_docs, reason = "#[xdp] drops the documentation of the programs")]
 
+#[path = "../../../lb-ebpf/src/panic.rs"]
+mod panic;
 mod template;
 
 use aya_ebpf::{
@@ -18,6 +20,11 @@ use aya_ebpf::{
 };
 
 use crate::template::{FIRST_PORT, HEADERS_SIZE, PORT_BITS, Template};
+
+/// What the loader tells the kernel.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
 /// What the wrapper makes; entry 0 is the only one.
 #[map]
@@ -229,13 +236,3 @@ impl Bytes {
         Some(())
     }
 }
-
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    loop {}
-}
-
-/// What the loader tells the kernel.
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -3,18 +3,25 @@
 //! Addresses and ports are those of the program runs, so their frames are worth something here.
 
 use std::cell::RefCell;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use lb_common::flow::{ICMP, ICMPV6, TCP, UDP};
 use lb_common::model::Model;
 use lb_common::tables::{
     Endpoint, EndpointKey, Listener, NO_RING, NextHop, OPEN, Slot, SlotState, Target,
 };
-use lb_common::wire::{Address, Be16, eth::Macs};
+use lb_common::wire::{
+    Address, Be16,
+    eth::{Macs, OwnMac},
+};
+
+use crate::packets::OUR_MAC;
 
 const RING_SIZE: u32 = 7;
 /// The class of listeners with a security group.
 const CLASS: u32 = 7;
+/// The UDP port that tunnels end at.
+pub const GUE_PORT: u16 = 6080;
 /// The client that every route leads to, by family.
 const CLIENTS: [&str; 2] = ["192.0.10.7", "2001:db8:10::7"];
 
@@ -32,12 +39,17 @@ impl Control {
         if self.has(0) { 11 } else { 10 }
     }
 
+    /// A slot of a target that others of its family share.
     fn slot(self, target: u32) -> Slot {
+        self.slot_of(target, 20)
+    }
+
+    fn slot_of(self, target: u32, previous: u32) -> Slot {
         match (self.has(1), self.has(2)) {
             (false, false) => Slot::settled(target),
-            (false, true) => Slot::new(target, 20, SlotState::Learning),
-            (true, false) => Slot::new(target, 20, SlotState::LearningTcp),
-            (true, true) => Slot::new(target, 20, SlotState::Pinned),
+            (false, true) => Slot::new(target, previous, SlotState::Learning),
+            (true, false) => Slot::new(target, previous, SlotState::LearningTcp),
+            (true, true) => Slot::new(target, previous, SlotState::Pinned),
         }
     }
 
@@ -74,7 +86,7 @@ pub fn with_balancer(control: Control, f: impl FnOnce(&Model)) {
             *last = Some(control.0);
         }
         model.flows.iter().for_each(|table| table.borrow_mut().clear());
-        model.return_flows.take();
+        model.return_flows.iter().for_each(|table| table.borrow_mut().clear());
         model.direct_flows.take();
         model.direct_targets.take();
         model.unresolved.take();
@@ -98,6 +110,11 @@ fn fill(model: &mut Model, control: Control) {
     ] {
         add(model, control, n, protocol, at, target, OPEN);
     }
+    for n in 60..68 {
+        for (n, protocol) in [(n, TCP), (n + 20, UDP)] {
+            add_tunnelled(model, control, n, protocol);
+        }
+    }
     add(model, control, 9, TCP, "10.0.10.100:84", Some("10.0.11.29:8080"), CLASS);
     add(model, control, 19, TCP, "[fd00:10::100]:84", Some("[fd00:11::39]:8080"), CLASS);
     model.prefixes =
@@ -115,6 +132,7 @@ fn fill(model: &mut Model, control: Control) {
             ..Endpoint::default()
         });
     }
+    model.own_macs.insert(11, OwnMac::new(OUR_MAC));
     let kind = Endpoint::LOCAL;
     model.endpoints.insert(Endpoint { address: address("10.0.11.2"), kind, ..Endpoint::default() });
     for client in CLIENTS {
@@ -162,6 +180,24 @@ fn add(
     } else {
         model.endpoints.remove(&key);
     }
+}
+
+/// A listener whose target is behind a tunnel: every other one in UDP; of each four, the last two with
+/// an IPv6 target; the second four IPv6 themselves.
+fn add_tunnelled(model: &mut Model, control: Control, n: u32, protocol: u8) {
+    let vip = if n % 20 < 4 { "10.0.10.100" } else { "[fd00:10::100]" };
+    let is_v4 = n % 4 < 2;
+    let target = if is_v4 { format!("10.0.11.{n}:80") } else { format!("[fd00:11::{n:x}]:80") };
+    add(model, control, n, protocol, &format!("{vip}:{}", 40 + n), Some(&target), OPEN);
+    let target = model.targets.get_mut(&n).expect("just added");
+    target.mode = if n % 2 == 0 { Target::DSR_IPIP } else { Target::DSR_GUE };
+    *target = if is_v4 {
+        target.through_v4(Ipv4Addr::new(172, 16, 0, 0), 16, GUE_PORT)
+    } else {
+        target.through_v6("100::".parse().expect("an address"), GUE_PORT)
+    };
+    model.endpoints.remove(&EndpointKey::new(target.address, Be16::new(80), protocol));
+    model.rings.insert(n, vec![control.slot_of(n, n); RING_SIZE as usize]);
 }
 
 fn hop(control: Control, ifindex: u32) -> NextHop {

@@ -8,16 +8,17 @@ mod balancer;
 #[expect(dead_code, reason = "only the check of a frame is wanted")]
 mod packets;
 
-use etherparse::{LaxSlicedPacket, NetSlice, SlicedPacket};
+use etherparse::{LaxSlicedPacket, NetSlice, SlicedPacket, TransportSlice};
 use lb_common::{
     forward::forward,
     model::{Bytes, Model},
+    tables::Target,
     verdict::{DropReason, Verdict},
 };
 use libfuzzer_sys::fuzz_target;
 use packets::verify_checksums;
 
-use balancer::{Control, with_balancer};
+use balancer::{Control, GUE_PORT, with_balancer};
 
 fuzz_target!(|input: &[u8]| {
     // The kernel takes no frame shorter than its Ethernet header.
@@ -36,6 +37,7 @@ fuzz_target!(|input: &[u8]| {
 fn check(model: &Model, ingress: u32, input: &[u8]) {
     let dropped = drops(model);
     let sent = packets(model);
+    let in_tunnels = packets_in_tunnels(model);
     let mut frame = Bytes { bytes: input.to_vec(), ingress };
     let verdict = forward(&mut frame, model);
     let output = &frame.bytes;
@@ -53,7 +55,11 @@ fn check(model: &Model, ingress: u32, input: &[u8]) {
         }
         Verdict::Transmit | Verdict::Redirect(_) => {
             assert_eq!((dropped, sent), (0, 1));
-            check_forwarded(input, output);
+            if packets_in_tunnels(model) > in_tunnels {
+                check_tunnelled(input, output);
+            } else {
+                check_forwarded(input, output);
+            }
         }
     }
 }
@@ -82,20 +88,60 @@ fn check_forwarded(input: &[u8], output: &[u8]) {
     };
     assert_eq!(ip_length(&was), ip_length(&is));
     let has_no_checksum =
-        matches!(&was.transport, Some(etherparse::TransportSlice::Udp(udp)) if udp.checksum() == 0);
+        matches!(&was.transport, Some(TransportSlice::Udp(udp)) if udp.checksum() == 0);
     if verify_checksums(input).is_ok() && !has_no_checksum {
         verify_checksums(output).expect("right before, right after");
     }
     if has_no_checksum {
-        let still = matches!(&is.transport, Some(etherparse::TransportSlice::Udp(udp)) if udp.checksum() == 0);
+        let still = matches!(&is.transport, Some(TransportSlice::Udp(udp)) if udp.checksum() == 0);
         assert!(still, "no checksum was made up");
     }
     let payload = |packet: &SlicedPacket<'_>| match &packet.transport {
-        Some(etherparse::TransportSlice::Tcp(tcp)) => tcp.payload().to_vec(),
-        Some(etherparse::TransportSlice::Udp(udp)) => udp.payload().to_vec(),
+        Some(TransportSlice::Tcp(tcp)) => tcp.payload().to_vec(),
+        Some(TransportSlice::Udp(udp)) => udp.payload().to_vec(),
         other => panic!("forwarded without ports: {other:?}"),
     };
     assert_eq!(payload(&was), payload(&is));
+}
+
+/// The outer header is right, and behind it the packet is as it was, one hop older.
+fn check_tunnelled(input: &[u8], output: &[u8]) {
+    let (before, after) = (l2_length(input), l2_length(output));
+    assert!(after <= 18, "one tag or none");
+    let outer = SlicedPacket::from_ethernet(output).expect("made by us");
+    let (overhead, is_in_udp) = match &outer.net {
+        Some(NetSlice::Ipv4(ip)) => {
+            let header = ip.header().to_header();
+            assert_eq!(header.header_checksum, header.calc_header_checksum());
+            assert!(header.dont_fragment && header.time_to_live == 64);
+            (20, header.protocol.0 == 17)
+        }
+        Some(NetSlice::Ipv6(ip)) => {
+            assert_eq!(ip.header().hop_limit(), 64);
+            (40, ip.header().next_header().0 == 17)
+        }
+        other => panic!("a tunnel without IP: {other:?}"),
+    };
+    let overhead = if is_in_udp { overhead + 8 } else { overhead };
+    if is_in_udp {
+        let Some(TransportSlice::Udp(udp)) = &outer.transport else { panic!("no UDP header") };
+        assert_eq!((udp.destination_port(), udp.checksum()), (GUE_PORT, 0));
+        assert!(udp.source_port() >= 0xc000);
+    }
+    assert_eq!(output.len() - after - overhead, input.len() - before);
+    let (was, is) = (&input[before..], &output[after + overhead..]);
+    let claimed = ip_length(&outer) - overhead;
+    // What grows older: IPv4's TTL and checksum, IPv6's hop limit.
+    let aged = if is[0] >> 4 == 4 { [8, 10, 11].as_slice() } else { &[7] };
+    assert_eq!(is[aged[0]], was[aged[0]] - 1);
+    for (at, (was, is)) in was.iter().zip(is).enumerate() {
+        assert!(was == is || aged.contains(&at), "byte {at}");
+    }
+    let length = |packet: &[u8]| match packet[0] >> 4 {
+        4 => usize::from(u16::from_be_bytes([packet[2], packet[3]])),
+        _ => 40 + usize::from(u16::from_be_bytes([packet[4], packet[5]])),
+    };
+    assert_eq!(claimed, length(is));
 }
 
 /// Length of Ethernet header and tags.
@@ -119,4 +165,10 @@ fn drops(model: &Model) -> u64 {
 
 fn packets(model: &Model) -> u64 {
     model.listener_traffic.borrow().values().map(|t| t.packets + t.reply_packets).sum()
+}
+
+fn packets_in_tunnels(model: &Model) -> u64 {
+    let traffic = model.target_traffic.borrow();
+    let is_tunnelled = |n: &u32| model.targets.get(n).is_some_and(Target::is_tunnelled);
+    traffic.iter().filter(|(n, _)| is_tunnelled(n)).map(|(_, traffic)| traffic.packets).sum()
 }

@@ -16,7 +16,7 @@ use lb_userspace::dataplane::LoadOptions;
 
 use super::*;
 
-fn key(protocol: u8, source: &str, destination: &str) -> FlowKey {
+pub fn key(protocol: u8, source: &str, destination: &str) -> FlowKey {
     let (source, destination) = (at(source), at(destination));
     FlowKey {
         source: source.ip().into(),
@@ -42,7 +42,7 @@ fn on_to(what: &'static str, request: &Packet, listener: u32, target: u32) -> St
     if is_udp { step.with_is_new(true) } else { step }
 }
 
-fn seconds(seconds: u64) -> Duration {
+pub fn seconds(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
 
@@ -274,14 +274,13 @@ fn always_tracked_both_ways() {
         check(world, &tracked("UDP is new once", &udp, 34, 42).with_is_new(true));
         check(world, &tracked("then known", &udp, 34, 42));
         assert_eq!(world.model.remembered(), 2);
-        assert_eq!(world.model.return_flows.borrow().len(), 2);
+        assert_eq!(world.model.remembered_returns(), 2);
         // Seen a while ago: both entries are refreshed.
         world.remember(key(UDP, &client(1), "10.0.10.100:93"), 42, 0, seconds(30)).unwrap();
-        world.model.return_flows.borrow_mut().clear();
         world.forget_all().unwrap();
         world.remember(key(UDP, &client(1), "10.0.10.100:93"), 42, 0, seconds(30)).unwrap();
         check(world, &tracked("a lost way back is restored", &udp, 34, 42));
-        assert_eq!(world.model.return_flows.borrow().len(), 1);
+        assert_eq!(world.model.remembered_returns(), 1);
     });
 }
 
@@ -455,6 +454,34 @@ fn floods_push_out_only_their_like() {
             let new = world.run(10, &segment(&client(1000 + port), vip).build()).unwrap();
             assert_eq!(old.frame[33], 61, "old connection {port}");
             assert_eq!(new.frame[33], 60, "new connection {port}");
+        }
+    });
+}
+
+/// The way back of an established connection stays, too, where several listeners share its target.
+#[test]
+fn floods_push_out_no_way_back() {
+    let small = LoadOptions { flow_table_size: 1024, half_open_table_size: 1024, ..OPTIONS };
+    let network = Network::new().unwrap();
+    network.run(|| {
+        let vip = "10.0.10.100:94";
+        let mut world = World::new(&network, &small, Scene::everything().desired).unwrap();
+        let targets: Vec<u8> = (1..=100)
+            .map(|port| {
+                let opened = world.run(10, &syn(&client(port), vip).build()).unwrap();
+                world.run(10, &flagged(&client(port), vip, "A").build()).unwrap();
+                opened.frame[33]
+            })
+            .collect();
+        for n in 0..FLOOD {
+            let from = format!("192.0.10.{}:{}", 100 + n % 50, 2000 + n);
+            world.run(10, &syn(&from, vip).build()).unwrap();
+        }
+        for (port, target) in (1..=100).zip(targets) {
+            let reply = segment(&format!("10.0.11.{target}:8080"), &client(port));
+            let outcome = world.run(11, &reply.build()).unwrap();
+            assert_eq!(outcome.action, Action::Redirect, "to port {port}, from {target}");
+            assert_eq!(outcome.frame, restored(&reply, vip, 10).build());
         }
     });
 }

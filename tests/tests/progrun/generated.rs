@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, env, time::Duration};
 
-use lb_common::tables::{Slot, SlotState, Target};
+use lb_common::tables::{EXCEPTION_WORDS, Slot, SlotState, Target};
 use lb_tests::generate::{Generator, MTUS};
 use rand::{Rng as _, seq::IndexedRandom as _};
 
@@ -41,6 +41,11 @@ fn host_and_kernel_agree() {
             change(&mut scene, &mut generator);
             world.set(scene.desired.clone()).unwrap();
             age(world, &mut generator);
+            let rng = generator.rng();
+            let words: Vec<u64> = (0..EXCEPTION_WORDS).map(|_| rng.random()).collect();
+            world.map_exceptions(&words);
+            let corrections = scene.desired.shares.keys().map(|n| (*n, rng.random_range(0..9)));
+            world.correct(&corrections.collect()).unwrap();
             world.walk_snat().unwrap();
         }
         let counts = world.counts().unwrap();
@@ -99,7 +104,7 @@ fn change(scene: &mut Scene, generator: &mut Generator) {
         }
     }
     use SlotState::{Learning, LearningTcp, Pinned, Settled};
-    for number in [20, 22, 24, 26, 28, 32, 33, 34, 35, 73, 74] {
+    for number in [20, 22, 24, 26, 28, 32, 33, 34, 35, 73, 74, 110, 111, 112, 113, 114] {
         let ring = desired.rings.get_mut(&number).expect("a ring");
         let choices = [Settled, Learning, LearningTcp, Pinned];
         *ring = ring
@@ -108,7 +113,8 @@ fn change(scene: &mut Scene, generator: &mut Generator) {
                 let previous = if number < 33 { number + 1 } else { slot.current };
                 let state = *choices.choose(rng).expect("four");
                 let previous = if state == Settled { 0 } else { previous };
-                Slot::new(slot.current, previous, state)
+                let slot = Slot::new(slot.current, previous, state);
+                if state == Pinned && rng.random() { slot.mapped() } else { slot }
             })
             .collect();
     }
@@ -116,7 +122,6 @@ fn change(scene: &mut Scene, generator: &mut Generator) {
 
 /// Gives remembered flows other ages; some are forgotten.
 fn age(world: &mut World<'_>, generator: &mut Generator) {
-    let returns: Vec<_> = world.model.return_flows.borrow().iter().map(|(k, f)| (*k, *f)).collect();
     let direct = world.model.direct_flows.borrow().len();
     if direct > 500 {
         world.forget_all().unwrap();
@@ -124,9 +129,7 @@ fn age(world: &mut World<'_>, generator: &mut Generator) {
     let mut ago = || Duration::from_secs(*AGES.choose(generator.rng()).expect("some"));
     world.age(|_| ago()).unwrap();
     world.age_snat(&mut ago).unwrap();
-    for (key, flow) in returns {
-        world.remember_return(key, flow.listener, flow.target, ago()).unwrap();
-    }
+    world.age_returns(&mut ago).unwrap();
 }
 
 fn number(variable: &str, default: u64) -> u64 {

@@ -8,6 +8,8 @@
 
 mod connections;
 mod generated;
+mod least_connections;
+mod mapped;
 mod passing;
 mod refusals;
 mod rewriting;

@@ -2,6 +2,7 @@
 
 use etherparse::{ArpPacket, Icmpv4Type, Icmpv6Type, PacketBuilder};
 use lb_common::verdict::DropReason;
+use lb_tests::packets::OUR_MAC;
 
 use super::*;
 
@@ -15,20 +16,20 @@ fn frame<E: std::fmt::Debug>(write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>) 
 }
 
 fn ping(source: [u8; 4]) -> Vec<u8> {
-    let builder = PacketBuilder::ethernet2([2; 6], [4; 6]).ipv4(source, [10, 0, 10, 100], 64);
+    let builder = PacketBuilder::ethernet2([2; 6], OUR_MAC).ipv4(source, [10, 0, 10, 100], 64);
     frame(|f| builder.icmpv4_echo_request(1, 2).write(f, b"ping"))
 }
 
 fn icmp(kind: Icmpv4Type) -> Vec<u8> {
     let builder =
-        PacketBuilder::ethernet2([2; 6], [4; 6]).ipv4([203, 0, 113, 1], [10, 0, 10, 100], 64);
+        PacketBuilder::ethernet2([2; 6], OUR_MAC).ipv4([203, 0, 113, 1], [10, 0, 10, 100], 64);
     frame(|f| builder.icmpv4(kind).write(f, &[0x45; 28]))
 }
 
 fn icmp6(source: &str, kind: Icmpv6Type) -> Vec<u8> {
     let [source, destination] =
         [source, "fd00:10::100"].map(|text| text.parse::<std::net::Ipv6Addr>().unwrap().octets());
-    let builder = PacketBuilder::ethernet2([2; 6], [4; 6]).ipv6(source, destination, 255);
+    let builder = PacketBuilder::ethernet2([2; 6], OUR_MAC).ipv6(source, destination, 255);
     frame(|f| builder.icmpv6(kind).write(f, &[0x60; 48]))
 }
 
@@ -96,6 +97,40 @@ fn what_is_not_ours_passes() {
     );
 }
 
+/// What a switch floods because it does not know where the receiver is.
+#[test]
+fn frames_for_other_machines_pass() {
+    let to_other = |packet: Packet| Packet { destination_mac: [2, 0, 0, 0, 0, 3], ..packet };
+    let to = |mac, packet: Packet| Packet { destination_mac: mac, ..packet };
+    let request = segment(CLIENT, "10.0.10.100:80");
+    let tagged = Packet { vlans: vec![100], ..request.clone() };
+    let sent = Packet { destination: at("10.0.11.21:8080"), ..request.clone() };
+    let reply = segment("10.0.11.21:8080", CLIENT);
+    let everybody = [0xff; 6];
+    let mut scene = Scene::everything();
+    let steps = [
+        Step::pass("a request", to_other(request.clone()).build()),
+        Step::pass("a tagged one", to_other(tagged).build()),
+        Step::pass("over IPv6", to_other(segment(CLIENT6, "[fd00:10::100]:80")).build()),
+        Step::pass("UDP", to_other(datagram(CLIENT, "10.0.10.100:53")).build()),
+        Step::pass("a forbidden one", to_other(segment(CLIENT, "10.0.10.100:22")).build()),
+        Step::pass("a reply", to_other(reply.clone()).build()).ingress(11),
+        Step::pass("to a target itself", to_other(sent).build()),
+        // The kernel would hand these to its sockets.
+        Step::drop(
+            "a group's frame to a closed port",
+            to(everybody, segment(CLIENT, "10.0.10.100:22")).build(),
+            DropReason::NoListener,
+        ),
+    ];
+    run(&scene, &steps);
+
+    scene.desired.own_macs.remove(&11);
+    let back = restored(&reply, "10.0.10.100:80", 10);
+    let other = to_other(reply);
+    run(&scene, &[Step::back("the NIC has other addresses too", &other, &back, (1, 1))]);
+}
+
 /// An IPv4 address in an IPv6 header must not be taken for IPv4: it would pass by the rules of the
 /// other family.
 #[test]
@@ -103,7 +138,7 @@ fn mapped_addresses_on_the_wire_are_not_ours() {
     let with = |source: &str, destination: &str| {
         let octets = |text: &str| text.parse::<std::net::Ipv6Addr>().unwrap().octets();
         let builder =
-            PacketBuilder::ethernet2([2; 6], [4; 6]).ipv6(octets(source), octets(destination), 64);
+            PacketBuilder::ethernet2([2; 6], OUR_MAC).ipv6(octets(source), octets(destination), 64);
         frame(|f| builder.tcp(4000, 80, 1, 1024).write(f, b""))
     };
     let reply = {
@@ -127,7 +162,7 @@ fn echo_requests_need_a_rule_where_there_are_groups() {
     let fragment = with_ipv4(ping([203, 0, 113, 1]), |header| header.more_fragments = true);
     let elsewhere = {
         let builder =
-            PacketBuilder::ethernet2([2; 6], [4; 6]).ipv4([203, 0, 113, 1], [10, 0, 10, 2], 64);
+            PacketBuilder::ethernet2([2; 6], OUR_MAC).ipv4([203, 0, 113, 1], [10, 0, 10, 2], 64);
         frame(|f| builder.icmpv4_echo_request(1, 2).write(f, b""))
     };
     run(

@@ -213,7 +213,7 @@ fn a_silent_flow_is_forgotten_and_its_port_rests() {
         world.age_snat(|| Duration::from_secs(349)).unwrap();
         world.walk_snat().unwrap();
         check(world, &back_36("within its timeout", &reply, CLIENT));
-        world.age_snat(|| Duration::from_secs(351)).unwrap();
+        world.age_snat(|| Duration::from_secs(352)).unwrap();
         check(world, &Step::pass("beyond it", reply.build()).ingress(11));
         check(world, &to_36("its client has another port", &amid, SECOND));
         world.walk_snat().unwrap();

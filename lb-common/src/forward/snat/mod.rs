@@ -6,6 +6,8 @@
 
 mod port;
 
+use bytemuck::{Pod, Zeroable};
+
 use crate::flow::FlowKey;
 use crate::snat::{SnatFlow, SnatReturn, Stamp};
 use crate::tables::{Endpoint, EndpointKey, Tables, Target};
@@ -24,6 +26,7 @@ pub use port::{open, search};
 
 /// What a packet's ends become. Plain numbers that are always written, see [`Step`]; in this order, so
 /// that no address lies beside its port and is copied with it, byte by byte.
+#[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub struct Ends {
     source: Address,
@@ -35,17 +38,9 @@ pub struct Ends {
 }
 
 impl Ends {
-    /// Hidden from the compiler, which would make one call of the stores.
     #[inline(always)]
     fn unknown() -> Self {
-        let zero = core::hint::black_box(0);
-        Self {
-            source: Address::from_words([zero, zero]),
-            destination: Address::from_words([zero, zero]),
-            source_port: Be16::from_raw(zero as u16),
-            destination_port: Be16::from_raw(zero as u16),
-            is_known: zero as u32,
-        }
+        hidden_zeros!()
     }
 }
 

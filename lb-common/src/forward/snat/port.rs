@@ -1,11 +1,13 @@
 //! A port for each flow: looked for in the bitmap of its address, made its own by an entry in the
 //! table of flows.
 
+use bytemuck::{Pod, Zeroable};
+
 use crate::flow::FlowKey;
 use crate::snat::{Entered, MAX_SNAT_ADDRESSES, NO_PORT, SnatFlow, SnatReturn, Stamp};
 use crate::tables::{Tables, Target};
 use crate::verdict::DropReason;
-use crate::wire::{Address, Be16};
+use crate::wire::Be16;
 
 use super::super::decide::{self, Kind};
 use super::super::ip::Ip;
@@ -176,27 +178,21 @@ fn enter<T: Tables>(
 }
 
 /// What a packet says of its flow, in memory.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
 struct Asked {
     /// Its addresses and ports.
     key: FlowKey,
     /// TCP control bits; for UDP [`Kind::QUIC_INITIAL`] or 0.
     flags: u8,
+    zero: [u8; 7],
 }
 
 impl Asked {
     /// Nothing yet.
     #[inline(always)]
     fn nothing() -> Self {
-        let zero = core::hint::black_box(0_u64);
-        let key = FlowKey {
-            source: Address::from_words([zero; 2]),
-            destination: Address::from_words([zero; 2]),
-            source_port: Be16::from_raw(zero as u16),
-            destination_port: Be16::from_raw(zero as u16),
-            protocol: zero as u8,
-            zero: [zero as u8; 3],
-        };
-        Self { key, flags: zero as u8 }
+        hidden_zeros!()
     }
 
     /// What it means for its flow.
@@ -212,6 +208,6 @@ fn ask<I: Ip, F: Frame>(frame: &F, place: &Place, asked: &mut Asked) -> u32 {
     let Some((key, transport)) = place.flow::<I, F>(frame) else { return 0 };
     let is_initial = place.is_quic_initial(frame, &transport);
     let flags = if is_initial { Kind::QUIC_INITIAL } else { transport.flags };
-    *asked = Asked { key, flags };
+    (asked.key, asked.flags) = (key, flags);
     1
 }

@@ -180,7 +180,11 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("target_group_protocol_later", target_group!("protocol = \"http\"")),
     ("target_group_protocol", target_group!("protocol = \"sctp\"")),
     ("forwarding", target_group!("forwarding = \"dsr-l2\"")),
-    ("algorithm_later", target_group!("algorithm = \"least_connections\"")),
+    ("algorithm_later", target_group!("algorithm = \"round_robin\"")),
+    (
+        "algorithm_sticky",
+        target_group!("algorithm = \"least_connections\"\nstickiness = { type = \"source_ip\" }"),
+    ),
     ("algorithm", target_group!("algorithm = \"random\"")),
     ("deregistration_delay_integer", target_group!("deregistration_delay = 300")),
     ("deregistration_delay_unit", target_group!("deregistration_delay = \"300\"")),

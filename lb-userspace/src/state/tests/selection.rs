@@ -50,7 +50,8 @@ impl World {
 
     fn settle_all(&mut self) {
         let pinned = self.state.pinned();
-        self.state.settle(&pinned);
+        let findings = Findings { settled: pinned, ..Findings::default() };
+        self.state.settle(&findings, self.now + Duration::from_nanos(1));
     }
 }
 
@@ -230,6 +231,38 @@ fn flows_that_were_tracked_are_looked_for_before_a_slot_settles() {
     assert!(slots(&desired, 81).iter().all(|slot| slot.is_settled()));
 }
 
+#[test]
+fn targets_that_are_chosen_by_their_connections_are_due_their_weights() {
+    let least = |text: String| {
+        text.replace(
+            "[target_group.web]\n",
+            "[target_group.web]\nalgorithm = \"least_connections\"\n",
+        )
+    };
+    let mut world = World::new(&least(config(&[WEB, CANARY])));
+    world.check_groups(HealthState::Healthy);
+    let desired = world.desired();
+    let is_tracked =
+        |desired: &Desired, port| listener(desired, port).unwrap().kind & Endpoint::TRACKED != 0;
+    assert!(is_tracked(&desired, 80) && !is_tracked(&desired, 81));
+    assert!(slots(&desired, 80).iter().all(|slot| slot.is_settled()), "a first ring");
+    let numbers: BTreeSet<u32> = slots(&desired, 80).iter().map(|slot| slot.current).collect();
+    assert_eq!(desired.shares.keys().copied().collect::<BTreeSet<_>>(), numbers);
+    let shares: BTreeSet<_> = desired.shares.values().map(|s| (s.weight, s.group)).collect();
+    assert_eq!(shares.len(), 1, "equal weights in one group: {shares:?}");
+    assert!(shares.first().unwrap().0 > 0 && shares.first().unwrap().1 > 0);
+    assert!(world.state.counts_flows());
+
+    world.configure(&config(&[WEB, CANARY]));
+    let desired = world.desired();
+    assert!(desired.shares.is_empty() && !is_tracked(&desired, 80));
+    assert!(slots(&desired, 80).iter().all(|slot| slot.state() == SlotState::Pinned));
+    world.configure(&least(config(&[WEB, CANARY])));
+    let desired = world.desired();
+    let learns = |slot: &Slot| *slot == Slot::new(slot.current, slot.current, SlotState::Learning);
+    assert!(slots(&desired, 80).iter().all(learns), "flows of before go by the hash");
+}
+
 /// What one listener has been through is nothing to the other, though both do the same now.
 #[test]
 fn listeners_of_one_action_share_a_ring_unless_their_flows_lie_differently() {
@@ -399,7 +432,12 @@ fn stickiness_is_a_flag_of_the_listener() {
     };
     let keys = HashKeys::from_seed(1);
     let slots = |desired: &Desired| -> BTreeSet<_> {
-        (1000..1100).map(|port| slot_of(desired, &keys, &key(port, 80), 251)).collect()
+        (1000..1100)
+            .map(|port| {
+                place_of(desired, &keys, &key(port, 80))
+                    .map(|(ring, hash)| (ring, flow::slot(hash, 251)))
+            })
+            .collect()
     };
     assert_eq!(slots(&desired).len(), 1, "the walk looks where packets do");
     assert!(slots(&World::healthy(&[WEB]).desired()).len() > 50);

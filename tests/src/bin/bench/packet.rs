@@ -17,9 +17,10 @@ use aya::programs::{ProgramFd, ProgramInfo};
 use lb_common::{
     flow::{TCP, UDP},
     tables::{Endpoint, Interface, OPEN, Slot, SlotState, Target},
+    wire::eth::OwnMac,
 };
 use lb_tests::{
-    packets::Packet,
+    packets::{OUR_MAC, Packet},
     programs::{FIRST_PORT, Floor, PORT_BITS, Varying, Wrapper, pin_to_cpu},
     progrun::Network,
     scene::{Scene, Way},
@@ -50,6 +51,8 @@ const TARGETS: u32 = 100;
 const LEARNING: &str = "10.0.10.100:87";
 /// The listener whose slots are all pinned: every flow is looked up, none is found.
 const PINNED: &str = "10.0.10.100:88";
+/// The same, mapped: no flow is in the map of exceptions.
+const MAPPED: &str = "10.0.10.100:89";
 /// The listener whose one target sees [`SNAT_SOURCE`].
 const SNAT: &str = "10.0.10.100:90";
 /// With the ports that the wrapper gives the clients: so its replies are those of requests.
@@ -204,6 +207,7 @@ fn tables() -> Desired {
     // The way to the gateway leads out where the packets came in.
     let loopback = Interface { ifindex: LOOPBACK, vlan: 0, mtu: 1500 };
     scene.desired.interfaces.insert(10, loopback);
+    scene.desired.own_macs.insert(LOOPBACK, OwnMac::new(OUR_MAC));
     for (listener, (protocol, at, mode, class, flags, device)) in (1..).zip([
         (TCP, "10.0.10.100:80", Target::NAT, OPEN, 0, LOOPBACK),
         (UDP, "10.0.10.100:53", Target::NAT, OPEN, 0, LOOPBACK),
@@ -215,6 +219,7 @@ fn tables() -> Desired {
         (TCP, "10.0.10.100:84", Target::NAT, OPEN, 0, 11),
         (TCP, LEARNING, Target::NAT, OPEN, 0, LOOPBACK),
         (TCP, PINNED, Target::NAT, OPEN, 0, LOOPBACK),
+        (TCP, MAPPED, Target::NAT, OPEN, 0, LOOPBACK),
         (TCP, "10.0.10.100:85", Target::DSR_IPIP, OPEN, 0, LOOPBACK),
         (TCP, "[fd00:10::100]:85", Target::DSR_IPIP, OPEN, 0, LOOPBACK),
         (TCP, "10.0.10.100:86", Target::DSR_GUE, OPEN, 0, LOOPBACK),
@@ -224,10 +229,13 @@ fn tables() -> Desired {
         let mut slots = add_targets(&mut scene, first, mode, at.starts_with('['), device);
         let state = match at {
             LEARNING => SlotState::Learning,
-            PINNED => SlotState::Pinned,
+            PINNED | MAPPED => SlotState::Pinned,
             _ => SlotState::Settled,
         };
         unsettle(&mut slots, state);
+        if at == MAPPED {
+            slots.iter_mut().for_each(|slot| *slot = slot.mapped());
+        }
         scene.listener_of(listener, protocol, at, &slots, class, flags);
         scene.desired.rings.insert(listener, slots.into());
     }
@@ -342,6 +350,7 @@ fn rows() -> Vec<Row> {
     for (name, at) in [
         ("nat, TCP, IPv4, every slot learning", LEARNING),
         ("nat, TCP, IPv4, every slot pinned", PINNED),
+        ("nat, TCP, IPv4, every slot pinned and mapped", MAPPED),
     ] {
         rows.extend(ours(name, &to(at), &[one, some, many]));
     }

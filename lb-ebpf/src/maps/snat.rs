@@ -13,7 +13,7 @@ use lb_common::snat::{
 };
 use lb_common::tables::MAX_TARGETS;
 
-use crate::maps::Maps;
+use super::Maps;
 
 #[map]
 static SNAT_SOURCES: Array<SnatSource> =
