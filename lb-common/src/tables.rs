@@ -400,7 +400,7 @@ pub trait Tables: SnatTables {
     fn keys(&self) -> &Self::Keys;
     /// Slots of each ring; constant while the program is loaded.
     fn ring_size(&self) -> u32;
-    /// Monotonic time, nanoseconds.
+    /// Monotonic time, nanoseconds; may lag behind by a timer interrupt.
     fn now(&self) -> u64;
 
     /// The own address of the NIC with this index.
