@@ -70,13 +70,6 @@ fn a_learning_slot_tells_old_connections_from_new_ones() {
     );
 }
 
-/// A client's first datagram of QUIC version 1, as far as it is not encrypted.
-fn quic_initial(client: &str, vip: &str) -> Packet {
-    let mut payload = vec![0; 1200];
-    payload[..6].copy_from_slice(&[0xc3, 0, 0, 0, 1, 8]);
-    Packet { payload, ..datagram(client, vip) }
-}
-
 #[test]
 fn a_learning_slot_tells_a_new_quic_connection() {
     let vip = "10.0.10.100:90";

@@ -169,6 +169,13 @@ fn datagram(source: &str, destination: &str) -> Packet {
     Packet { payload: b"hello world".to_vec(), ..Packet::udp(at(source), at(destination)) }
 }
 
+/// A client's first datagram of QUIC version 1, as far as it is not encrypted.
+fn quic_initial(client: &str, vip: &str) -> Packet {
+    let mut payload = vec![0; 1200];
+    payload[..6].copy_from_slice(&[0xc3, 0, 0, 0, 1, 8]);
+    Packet { payload, ..datagram(client, vip) }
+}
+
 /// A request as its target gets it through device 11.
 fn translated(request: &Packet, target: u32, to: &str) -> Packet {
     Packet {

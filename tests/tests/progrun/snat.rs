@@ -96,6 +96,20 @@ fn a_datagram_without_a_checksum_stays_so() {
     );
 }
 
+/// It is a datagram like another here: its flow lives for longer than one that closes.
+#[test]
+fn a_quic_client_s_first_datagram_opens_a_flow() {
+    let to = "10.0.11.246:5353";
+    let there = |what, request: &Packet, from, is_new| {
+        Step::to(what, request, &outbound(request, 37, from, to), (37, 37)).with_is_new(is_new)
+    };
+    in_world(&Scene::everything(), |world| {
+        check(world, &there("the first", &quic_initial(CLIENT, VIP), FIRST, true));
+        world.age_snat(|| Duration::from_secs(20)).unwrap();
+        check(world, &there("a while later", &datagram(CLIENT, VIP), FIRST, false));
+    });
+}
+
 /// The port of a connection that ends is not the next one's, not even for the same client.
 #[test]
 fn every_connection_has_a_port_of_its_own() {
