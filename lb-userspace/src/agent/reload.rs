@@ -111,11 +111,25 @@ impl Source {
             );
         }
         refuse_another_hash(running, &parsed.config)?;
+        new_forwardings(running, &parsed.config).for_each(|warning| warn!("{warning}"));
         parsed.warnings_here().for_each(|warning| warn!("{warning}"));
         let mut config = parsed.config;
         keep_what_is_fixed(&mut config.agent, &running.agent);
         Ok(Some(config))
     }
+}
+
+/// What is said of target groups whose established connections do not outlive the reload.
+fn new_forwardings(running: &Config, new: &Config) -> impl Iterator<Item = String> {
+    new.target_groups.iter().filter_map(|(name, group)| {
+        let before = running.target_groups.get(name)?;
+        (!before.forwarding.keeps_connections(group.forwarding)).then(|| {
+            format!(
+                "target group {name} gets another `forwarding`: its established connections end. \
+                 To keep them, name another target group with the new forwarding in the listeners"
+            )
+        })
+    })
 }
 
 /// A listener that gets or loses stickiness would look for its flows by another hash than the one
@@ -244,6 +258,27 @@ mod tests {
         }
         refuse_another_hash(&plain, &config(sticky, 81)).unwrap();
         refuse_another_hash(&Config::default(), &config(sticky, 80)).unwrap();
+    }
+
+    #[test]
+    fn a_change_of_forwarding_that_ends_connections_is_told() {
+        let config = |forwarding: &str| {
+            let text = format!("[target_group.web]\nport = 80\nforwarding = \"{forwarding}\"\n");
+            config::parse("lb.toml", &text).unwrap().config
+        };
+        for (running, new, is_told) in [
+            ("nat", "snat", true),
+            ("snat", "nat", true),
+            ("nat", "dsr_gue", true),
+            ("dsr_l2", "nat", true),
+            ("dsr_l2", "dsr_ipip", false),
+            ("dsr_gue", "dsr_ipip", false),
+            ("snat", "snat", false),
+        ] {
+            let told: Vec<_> = new_forwardings(&config(running), &config(new)).collect();
+            assert_eq!(told.len(), usize::from(is_told), "{running} {new}: {told:?}");
+        }
+        assert_eq!(new_forwardings(&Config::default(), &config("snat")).count(), 0);
     }
 
     #[test]

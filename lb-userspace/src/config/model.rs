@@ -181,6 +181,13 @@ impl Forwarding {
         matches!(self, Self::DsrIpip | Self::DsrGue)
     }
 
+    /// Whether a target that packets reached this way until now takes those of the same connection
+    /// when they come the other way: it must see the same ends of it.
+    pub fn keeps_connections(self, other: Self) -> bool {
+        let is_rewritten = |it| matches!(it, Self::Nat | Self::Snat);
+        self == other || !(is_rewritten(self) || is_rewritten(other))
+    }
+
     /// Whether a listener address can use a target's.
     pub fn can_lead(self, listener: IpAddr, target: IpAddr) -> bool {
         self.is_tunnel() || listener.is_ipv4() == target.is_ipv4()

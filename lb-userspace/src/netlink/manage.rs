@@ -68,6 +68,8 @@ pub struct AddressManager {
     noted: Owned,
     owned: Owned,
     announcing: BTreeMap<IpAddr, AbortHandle>,
+    /// The MAC address that each address was last announced with, or found with.
+    announced: BTreeMap<IpAddr, [u8; 6]>,
     /// The netlink connection and the announcements under way; ended with the manager.
     tasks: JoinSet<()>,
 }
@@ -86,7 +88,8 @@ impl AddressManager {
         let announcer = Announcer::new()?;
         let mut tasks = JoinSet::new();
         tasks.spawn(connection);
-        Ok(Self { handle, announcer, note, noted, owned, announcing: BTreeMap::new(), tasks })
+        let (announcing, announced) = (BTreeMap::new(), BTreeMap::new());
+        Ok(Self { handle, announcer, note, noted, owned, announcing, announced, tasks })
     }
 
     /// The addresses that are on the machine because of us.
@@ -134,6 +137,7 @@ impl AddressManager {
         for (address, interface) in plan.add {
             self.add(address, interface, &mut errors).await;
         }
+        self.announce_new_macs(&interfaces);
         self.save()?;
         Ok(errors)
     }
@@ -174,6 +178,22 @@ impl AddressManager {
         tracing::info!(%address, interface = %interface.name, "added an address");
         if interface.layer == LinkLayer::Ethernet {
             self.announce(address, interface);
+        }
+    }
+
+    /// Announces what is on an interface whose MAC address has changed: neighbours would send to the
+    /// old one until they notice.
+    fn announce_new_macs(&mut self, interfaces: &BTreeMap<u32, Interface>) {
+        self.announced.retain(|address, _| self.owned.contains_key(address));
+        let places: Vec<_> =
+            self.owned.iter().map(|(address, place)| (*address, place.ifindex)).collect();
+        for (address, ifindex) in places {
+            let Some(interface) = interfaces.get(&ifindex) else { continue };
+            let before = self.announced.insert(address, interface.mac);
+            let is_changed = before.is_some_and(|before| before != interface.mac);
+            if is_changed && interface.layer == LinkLayer::Ethernet {
+                self.announce(address, interface);
+            }
         }
     }
 

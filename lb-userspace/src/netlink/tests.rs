@@ -303,6 +303,27 @@ fn new_addresses_are_announced() {
 }
 
 #[test]
+fn what_is_on_an_interface_is_announced_when_its_mac_changes() {
+    on_segment(async |neighbour| {
+        let state = tempfile::tempdir().unwrap();
+        let mut observer = Observer::start();
+        observer.until(|n| n.interface_named("eth0").is_some_and(|i| i.up)).await;
+        let mut manager = AddressManager::new(state.path()).unwrap();
+        reconcile(&mut manager, &["10.0.0.100"]).await;
+        let capture = neighbour.capture();
+        ip("link set eth0 address 02:00:00:00:00:77");
+        reconcile(&mut manager, &["10.0.0.100"]).await;
+        let seen = tokio::task::spawn_blocking(move || {
+            let new = [2, 0, 0, 0, 0, 0x77];
+            let arp = [&[8, 6, 0, 1, 8, 0, 6, 4, 0, 1][..], &new, &[10, 0, 0, 100]].concat();
+            capture.expect("gratuitous ARP", &arp);
+        });
+        seen.await.unwrap();
+        assert!(manager.release().await.unwrap().is_empty());
+    });
+}
+
+#[test]
 fn vlan_stripping_is_turned_off_and_restored() {
     on_segment(async |_neighbour| {
         let state = tempfile::tempdir().unwrap();

@@ -19,11 +19,7 @@ pub fn own_macs(
     let mut macs = BTreeMap::new();
     let mut taken = BTreeSet::new();
     for nic in attached.iter().filter_map(|index| interfaces.get(index)) {
-        let takes_frames = |other: &Interface| {
-            other.lower == Some(nic.index) || nic.controller == Some(other.index)
-        };
-        let has_others =
-            interfaces.values().any(|other| takes_frames(other) && other.mac != nic.mac);
+        let has_others = above(interfaces, nic).iter().any(|other| other.mac != nic.mac);
         let place = nic.index % NIC_PLACES;
         if !taken.insert(place) || has_others {
             macs.remove(&place);
@@ -32,6 +28,26 @@ pub fn own_macs(
         }
     }
     macs
+}
+
+/// What takes frames that came by a NIC, devices on devices included.
+fn above<'a>(interfaces: &'a BTreeMap<u32, Interface>, nic: &Interface) -> Vec<&'a Interface> {
+    let mut known = BTreeSet::from([nic.index]);
+    let mut found: Vec<&Interface> = Vec::new();
+    loop {
+        let takes_frames = |other: &&Interface| {
+            let controls = |index| interfaces.get(&index).and_then(|it| it.controller);
+            other.lower.is_some_and(|lower| known.contains(&lower))
+                || known.iter().any(|index| controls(*index) == Some(other.index))
+        };
+        let next = interfaces.values().filter(|other| !known.contains(&other.index));
+        let next: Vec<&Interface> = next.filter(takes_frames).collect();
+        if next.is_empty() {
+            return found;
+        }
+        known.extend(next.iter().map(|other| other.index));
+        found.extend(next);
+    }
 }
 
 #[cfg(test)]
@@ -81,6 +97,18 @@ mod tests {
         let port = Interface { controller: Some(9), ..nic(2) };
         assert_eq!(of(&[port.clone(), nic(9)], 1), BTreeMap::new());
         assert_eq!(of(&[port, Interface { mac: mac(2), ..nic(9) }], 1).len(), 1);
+    }
+
+    #[test]
+    fn devices_on_devices_count() {
+        let vlan = Interface { lower: Some(2), mac: mac(2), ..nic(9) };
+        let router = Interface { lower: Some(9), mac: [0, 0, 0x5e, 0, 1, 51], ..nic(10) };
+        assert_eq!(of(&[nic(2), vlan.clone()], 1).len(), 1);
+        assert_eq!(of(&[nic(2), vlan, router.clone()], 1), BTreeMap::new());
+        let port = Interface { controller: Some(9), ..nic(2) };
+        let bridge = Interface { mac: mac(2), ..nic(9) };
+        assert_eq!(of(&[port.clone(), bridge.clone()], 1).len(), 1);
+        assert_eq!(of(&[port, bridge, router], 1), BTreeMap::new(), "on the bridge");
     }
 
     #[test]

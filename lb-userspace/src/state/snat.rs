@@ -12,6 +12,9 @@ use crate::reconcile::Desired;
 
 use super::{State, protocol_number};
 
+/// Walks in a row that find no flow of a pool before it is taken back: the first one may have begun
+/// when there still were new ones.
+const EMPTY_WALKS: u32 = 2;
 /// Pools that there is room for at least.
 const MIN_POOLS: u32 = 256;
 
@@ -41,9 +44,26 @@ struct Pool {
     number: u32,
     /// Where the search for ports begins. At random: what a former run used is at rest.
     start: u16,
+    /// The ranges that flows get ports of, or may still have ports of from before a reload.
+    ports: Vec<Range>,
+    /// Walks in a row that found no flow with a port of it.
+    empty_walks: u32,
+}
+
+#[derive(Debug, Clone)]
+struct Range {
     ports: RangeInclusive<u16>,
     /// Whether new flows get ports of it.
     is_wanted: bool,
+}
+
+impl Pool {
+    fn want(&mut self, ports: &RangeInclusive<u16>) {
+        match self.ports.iter_mut().find(|range| range.ports == *ports) {
+            Some(range) => range.is_wanted = true,
+            None => self.ports.push(Range { ports: ports.clone(), is_wanted: true }),
+        }
+    }
 }
 
 /// The pools in use: those that are wanted, and those that flows still have ports of.
@@ -58,15 +78,38 @@ impl Pools {
         Self { pools: BTreeMap::new(), limit: MIN_POOLS }
     }
 
+    /// Ranges that are wanted, by their pools' numbers; from now on none is.
+    fn take_wanted(&mut self) -> BTreeSet<(u32, u16)> {
+        let mut wanted = BTreeSet::new();
+        for pool in self.pools.values_mut() {
+            for range in pool.ports.iter_mut().filter(|range| range.is_wanted) {
+                wanted.insert((pool.number, *range.ports.start()));
+                range.is_wanted = false;
+            }
+        }
+        wanted
+    }
+
+    /// Walks must look anew where a range was wanted until now.
+    fn note_unwanted(&mut self, before: &BTreeSet<(u32, u16)>) {
+        for pool in self.pools.values_mut() {
+            let mut given_up = pool.ports.iter().filter(|range| !range.is_wanted);
+            if given_up.any(|range| before.contains(&(pool.number, *range.ports.start()))) {
+                pool.empty_walks = 0;
+            }
+        }
+    }
+
     /// The number of a pool, a new one if it has none; `None` if there is no room.
     fn want(&mut self, key: PoolKey, ports: &RangeInclusive<u16>) -> Option<u32> {
         if let Some(pool) = self.pools.get_mut(&key) {
-            (pool.is_wanted, pool.ports) = (true, ports.clone());
+            pool.want(ports);
             return Some(pool.number);
         }
         let taken: BTreeSet<u32> = self.pools.values().map(|pool| pool.number).collect();
         let number = (0..self.limit).find(|number| !taken.contains(number))?;
-        let pool = Pool { number, start: rand::random(), ports: ports.clone(), is_wanted: true };
+        let mut pool = Pool { number, start: rand::random(), ports: Vec::new(), empty_walks: 0 };
+        pool.want(ports);
         self.pools.insert(key, pool);
         Some(number)
     }
@@ -82,7 +125,8 @@ impl State {
     pub fn snat_ports(&self) -> Vec<RangeInclusive<u16>> {
         let groups = self.config.target_groups.values().filter(|group| is_snat(group));
         let configured = groups.map(|group| group.snat.ports.clone());
-        configured.chain(self.pools.pools.values().map(|pool| pool.ports.clone())).collect()
+        let pools = self.pools.pools.values().flat_map(|pool| &pool.ports);
+        configured.chain(pools.map(|range| range.ports.clone())).collect()
     }
 
     /// Whether there are flows whose ports are to be given back some time.
@@ -90,17 +134,27 @@ impl State {
         !self.pools.pools.is_empty()
     }
 
-    /// Takes back pools that neither targets nor flows use. Whether there are any.
+    /// Takes back pools and ranges that neither targets nor flows use, after a walk that found the
+    /// flows of these pools. Whether there are any.
     pub fn release_pools(&mut self, in_use: &BTreeSet<u32>) -> bool {
-        let before = self.pools.pools.len();
-        self.pools.pools.retain(|_, pool| pool.is_wanted || in_use.contains(&pool.number));
-        self.pools.pools.len() != before
+        let mut is_changed = false;
+        for pool in self.pools.pools.values_mut() {
+            let is_empty = !in_use.contains(&pool.number);
+            pool.empty_walks = if is_empty { pool.empty_walks.saturating_add(1) } else { 0 };
+            if pool.empty_walks >= EMPTY_WALKS {
+                let before = pool.ports.len();
+                pool.ports.retain(|range| range.is_wanted);
+                is_changed |= pool.ports.len() != before;
+            }
+        }
+        self.pools.pools.retain(|_, pool| !pool.ports.is_empty());
+        is_changed
     }
 
     /// Gives targets their source addresses, and marks these for replies to be looked up. After
     /// targets and addresses are there.
     pub(super) fn put_sources(&mut self, desired: &mut Desired) {
-        self.pools.pools.values_mut().for_each(|pool| pool.is_wanted = false);
+        let before = self.pools.take_wanted();
         let mut warnings = Vec::new();
         for (number, key, ports) in self.wanted_sources(&mut warnings) {
             let Some(target) = desired.targets.get_mut(&number) else { continue };
@@ -122,6 +176,7 @@ impl State {
             target.set_sources(sources + 1);
             desired.sources.insert(index, SnatSource { address, pool, first, last, zero: 0 });
         }
+        self.pools.note_unwanted(&before);
         for (key, pool) in &self.pools.pools {
             desired.pools.insert(pool.number, pool.start);
             self.put_source_address(key.source, pool, desired, &mut warnings);
@@ -182,7 +237,9 @@ impl State {
         warnings: &mut Vec<String>,
     ) {
         let key = EndpointKey::of_address(address.into());
-        let (first, last) = (u32::from(*pool.ports.start()), u32::from(*pool.ports.end()));
+        let first = pool.ports.iter().map(|range| u32::from(*range.ports.start())).min();
+        let last = pool.ports.iter().map(|range| u32::from(*range.ports.end())).max();
+        let (Some(first), Some(last)) = (first, last) else { return };
         let endpoint = desired.endpoints.entry(key).or_insert_with(|| {
             warnings.push(format!(
                 "snat address {address} is not one of this machine: replies will not come back"

@@ -432,11 +432,44 @@ fn a_pool_stays_until_its_flows_are_over() {
     assert_eq!(desired.pools, pools);
     assert!(own_address(&desired).is_some_and(|own| own.kind & Endpoint::SNAT != 0));
     let in_use: BTreeSet<u32> = pools.keys().copied().take(1).collect();
+    assert!(!world.state.release_pools(&in_use), "that walk may be older than the change");
     assert!(world.state.release_pools(&in_use));
     assert!(world.desired().pools.keys().eq(in_use.iter()));
+    assert!(!world.state.release_pools(&BTreeSet::new()));
     assert!(world.state.release_pools(&BTreeSet::new()));
     assert_eq!(own_address(&world.desired()), None);
     assert!(!world.state.has_pools());
+}
+
+/// What a group's ports were before, and what another group's are, is looked up as well.
+#[test]
+fn ranges_of_one_pool_live_side_by_side() {
+    let ranges = |world: &World| {
+        let mut ports = world.state.snat_ports();
+        ports.sort_by_key(|range| *range.start());
+        ports.dedup();
+        ports
+    };
+    let with_ports = |ports: &str| SNAT.replacen("forwarding = \"snat\"", ports, 1);
+    let mut world = World::new(&with_ports("forwarding = \"snat\"\nsnat_ports = \"2000-2999\""));
+    world.check_all(HealthState::Healthy);
+    world.check("same", 11, HealthState::Healthy);
+    let own = own_address(&world.desired()).unwrap();
+    assert_eq!((own.listener, own.index), (2000, 20_999));
+    assert_eq!(ranges(&world), [2000..=2999, 20_000..=20_999]);
+
+    let in_use: BTreeSet<u32> = world.desired().pools.keys().copied().collect();
+    world.configure(&with_ports("forwarding = \"snat\"\nsnat_ports = \"4000-4999\""));
+    let own = own_address(&world.desired()).unwrap();
+    assert_eq!((own.listener, own.index), (2000, 20_999), "flows go on");
+    for _ in 0..3 {
+        assert!(!world.state.release_pools(&in_use));
+    }
+    assert_eq!(ranges(&world), [2000..=2999, 4000..=4999, 20_000..=20_999]);
+    assert!(!world.state.release_pools(&BTreeSet::new()));
+    assert!(world.state.release_pools(&BTreeSet::new()), "when they are over");
+    assert_eq!(ranges(&world), [4000..=4999, 20_000..=20_999]);
+    assert_eq!(own_address(&world.desired()).unwrap().listener, 4000);
 }
 
 /// Takes the way to 10.0.2.12 away.
