@@ -190,6 +190,7 @@ fn keep_what_is_fixed(new: &mut Agent, running: &Agent) {
         once_seen_table_size,
         api_socket,
         tunnel_sources: _,
+        cookie_key: _,
     } = new;
     keep("interfaces", interfaces, &running.interfaces);
     keep("role", role, &running.role);
@@ -225,6 +226,10 @@ mod tests {
             security_groups: None,
             cross_zone: true,
             listeners: Vec::new(),
+            kind: config::LoadBalancerType::Network,
+            zones: config::AddressZones::new(),
+            proxied: Vec::new(),
+            attributes: config::Attributes::default(),
         };
         running.load_balancers.insert("web".into(), balancer);
         std::fs::write(&path, " \n").unwrap();

@@ -24,6 +24,7 @@ impl Default for Agent {
             once_seen_table_size: 262_144,
             api_socket: PathBuf::from(DEFAULT_API_SOCKET),
             tunnel_sources: TunnelSources::default(),
+            cookie_key: None,
         }
     }
 }
@@ -64,6 +65,7 @@ pub(super) fn read(mut table: Table<'_>) -> Agent {
             .optional("tunnel_sources")
             .map(tunnel_sources::read)
             .unwrap_or_default(),
+        cookie_key: None,
     };
     table.not_supported_yet(&["metrics_listen"]);
     table.finish();

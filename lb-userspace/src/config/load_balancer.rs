@@ -6,7 +6,10 @@ use std::time::Duration;
 use lb_common::flow::{MAX_IDLE, TCP_IDLE, UDP_IDLE};
 
 use super::address::{ADDRESS_HELP, host_address};
-use super::model::{Listener, LoadBalancer, Protocol, Scheme, WeightedTargetGroup};
+use super::model::{
+    AddressZones, Attributes, Listener, LoadBalancer, LoadBalancerType, Protocol, Scheme,
+    WeightedTargetGroup,
+};
 use super::reader::{Table, Value};
 use super::target_group::protocol;
 
@@ -52,6 +55,10 @@ impl Draft<'_> {
             })
         };
         LoadBalancer {
+            kind: LoadBalancerType::Network,
+            zones: AddressZones::new(),
+            proxied: Vec::new(),
+            attributes: Attributes::default(),
             scheme: self.scheme,
             addresses: self.addresses.into_iter().map(|(_, address)| address).collect(),
             security_groups: self

@@ -126,6 +126,7 @@ fn read_sections<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
         load_balancers: owned(
             load_balancers.into_iter().map(|(name, draft)| (name, draft.into_load_balancer())),
         ),
+        dns: None,
     }
 }
 

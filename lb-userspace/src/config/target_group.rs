@@ -7,7 +7,9 @@ use std::time::Duration;
 use super::address::{host_address, parse_host_address};
 use super::agent::availability_zone;
 use super::health_check;
-use super::model::{Algorithm, Forwarding, Protocol, Snat, Stickiness, Target, TargetGroup};
+use super::model::{
+    Algorithm, Forwarding, Protocol, ProxySettings, Snat, Stickiness, Target, TargetGroup,
+};
 use super::reader::{Table, Value, Wrong, show_duration};
 use super::snat;
 
@@ -125,6 +127,7 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
         slow_start,
         targets,
         health_check,
+        proxy: ProxySettings::default(),
     };
     Draft { group, protocol, forwarding, snat_addresses, security_group, stickiness, target_values }
 }
