@@ -29,7 +29,7 @@ impl Default for HealthCheck {
 
 impl Default for HttpProbe {
     fn default() -> Self {
-        Self { path: "/".to_owned(), matcher: vec![200..=299, 301..=301] }
+        Self { path: "/".to_owned(), matcher: vec![200..=299, 301..=301], http2: false }
     }
 }
 
@@ -78,6 +78,7 @@ fn probe(kind: Option<Kind>, path: Option<Value<'_>>, matcher: Option<Value<'_>>
     let http = HttpProbe {
         path: path.and_then(parse_path).unwrap_or(default.path),
         matcher: matcher.and_then(parse_matcher).unwrap_or(default.matcher),
+        http2: false,
     };
     if let Some(Kind::Https) = kind { ProbeKind::Https(http) } else { ProbeKind::Http(http) }
 }
