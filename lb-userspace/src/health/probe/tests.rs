@@ -278,7 +278,8 @@ async fn a_target_may_finish_its_answer() {
     })
     .await;
     let stream = TcpStream::connect(address).await.unwrap();
-    let answer = get(stream, address, &http(&[])).await.unwrap_or_else(|_| panic!("no answer"));
+    let answer =
+        get(stream, address, &http(&[]), "http").await.unwrap_or_else(|_| panic!("no answer"));
     answer.finish(PATIENT).await;
     assert_eq!(ending.await.unwrap().unwrap(), 0);
 }
