@@ -35,18 +35,12 @@ const fn policy(name: &'static str, tls12: bool, tls13: bool) -> TlsPolicy {
     TlsPolicy { name, tls12, tls13 }
 }
 
-/// What was read, and where the file has each certificate.
-pub(super) struct Draft<'a> {
-    pub(super) tls: ListenerTls,
-    pub(super) certificates: Vec<(Value<'a>, CertificateFiles)>,
-}
-
 /// Keys of TLS have no meaning in a listener of plain HTTP.
-pub(super) fn read<'a>(
-    table: &mut Table<'a>,
+pub(super) fn read(
+    table: &mut Table<'_>,
     protocol: ProxyProtocol,
     http2: bool,
-) -> Option<Draft<'a>> {
+) -> Option<ListenerTls> {
     if protocol != ProxyProtocol::Tls {
         table.meaningless(
             &["alpn_policy"],
@@ -72,11 +66,11 @@ pub(super) fn read<'a>(
         _ => &["http/1.1"],
     };
     let tls = ListenerTls {
-        certificates: certificates.iter().map(|(_, files)| files.clone()).collect(),
+        certificates,
         policy,
         alpn: alpn.iter().map(|&name| name.to_owned()).collect(),
     };
-    Some(Draft { tls, certificates })
+    Some(tls)
 }
 
 fn policy_of(value: Value<'_>) -> Option<TlsPolicy> {
@@ -109,18 +103,19 @@ fn alpn_of(value: Value<'_>) -> Option<&'static [&'static str]> {
 const HELP: &str = "write [{ cert = \"/etc/lb/site.pem\", key = \"/etc/lb/site.key\" }], files in \
                     PEM; the first is for clients that name no server";
 
-fn certificates<'a>(value: Value<'a>) -> Vec<(Value<'a>, CertificateFiles)> {
+fn certificates(value: Value<'_>) -> Vec<CertificateFiles> {
     let Some(items) = value.items(HELP) else { return Vec::new() };
     if items.is_empty() {
         value.error("`certificates` is [], so no client can connect", HELP);
     }
-    let mut certificates: Vec<(Value<'a>, CertificateFiles)> = Vec::new();
+    let mut certificates: Vec<CertificateFiles> = Vec::new();
     for item in items {
         let Some(files) = certificate(item) else { continue };
-        if certificates.iter().any(|(_, other)| *other == files) {
+        if certificates.contains(&files) {
             item.error("`certificates` has this one twice", "leave one out");
         }
-        certificates.push((item, files));
+        item.is_certificate(files.clone());
+        certificates.push(files);
     }
     certificates
 }
