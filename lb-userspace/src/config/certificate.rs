@@ -178,18 +178,18 @@ mod tests {
         let [key, other] = [(), ()].map(|()| KeyPair::generate().unwrap());
         let (good, pem) = (certificate(&key, 4000), key.serialize_pem());
         let (good, pem) = (Some(good.as_str()), Some(pem.as_str()));
-        insta::assert_snapshot!(said_of(None, pem), @"");
-        insta::assert_snapshot!(said_of(good, None), @"");
-        insta::assert_snapshot!(said_of(Some("hello"), pem), @"");
-        insta::assert_snapshot!(said_of(good, Some("hello")), @"");
-        insta::assert_snapshot!(said_of(good, good), @"");
-        insta::assert_snapshot!(said_of(good, Some(&other.serialize_pem())), @"");
-        insta::assert_snapshot!(said_of(Some(&certificate(&key, 2021)), pem), @"");
+        insta::assert_snapshot!(said_of(None, pem), @"lb.toml:7:1: error: DIR/site.pem is not there");
+        insta::assert_snapshot!(said_of(good, None), @"lb.toml:7:1: error: DIR/site.key is not there");
+        insta::assert_snapshot!(said_of(Some("hello"), pem), @"lb.toml:7:1: error: DIR/site.pem has no certificate in PEM");
+        insta::assert_snapshot!(said_of(good, Some("hello")), @"lb.toml:7:1: error: DIR/site.key has no private key in PEM");
+        insta::assert_snapshot!(said_of(good, good), @"lb.toml:7:1: error: DIR/site.key has no private key in PEM");
+        insta::assert_snapshot!(said_of(good, Some(&other.serialize_pem())), @"lb.toml:7:1: error: DIR/site.key has a private key that does not belong to DIR/site.pem");
+        insta::assert_snapshot!(said_of(Some(&certificate(&key, 2021)), pem), @"lb.toml:7:1: warning: DIR/site.pem has a certificate that has expired");
         let broken = "-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n";
-        insta::assert_snapshot!(said_of(Some(broken), pem), @"");
+        insta::assert_snapshot!(said_of(Some(broken), pem), @"lb.toml:7:1: error: DIR/site.pem is not PEM: base64 decode error: InvalidCharacter(33)");
         let nonsense = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
-        insta::assert_snapshot!(said_of(Some(nonsense), pem), @"");
+        insta::assert_snapshot!(said_of(Some(nonsense), pem), @"lb.toml:7:1: error: DIR/site.pem has a certificate that cannot be read: invalid peer certificate: BadEncoding");
         let nonsense = "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n";
-        insta::assert_snapshot!(said_of(good, Some(nonsense)), @"");
+        insta::assert_snapshot!(said_of(good, Some(nonsense)), @"lb.toml:7:1: error: DIR/site.key has a private key that cannot be used: unexpected error: failed to parse private key as RSA, ECDSA, or EdDSA");
     }
 }

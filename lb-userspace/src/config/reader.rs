@@ -364,7 +364,7 @@ impl<'a> Table<'a> {
 }
 
 /// `a`, `a or b`, `a, b or c`.
-fn enumerate(names: &[String], conjunction: &str) -> String {
+pub(super) fn enumerate(names: &[String], conjunction: &str) -> String {
     match names {
         [] => String::new(),
         [only] => only.clone(),

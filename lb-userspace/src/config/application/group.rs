@@ -6,7 +6,7 @@ use super::super::model::{
     Algorithm, CookieStickiness, HttpVersion, ProxySettings, RequestAlgorithm,
 };
 use super::super::protocol::AnyProtocol;
-use super::super::reader::{Table, Value, Wrong};
+use super::super::reader::{Table, Value, Wrong, enumerate};
 use super::action::STICKY_FOR;
 
 /// Keys of groups whose packets are forwarded as they are.
@@ -118,7 +118,7 @@ fn one_of<T: Copy>(
         let names: Vec<String> = known.iter().map(|(name, _)| format!("\"{name}\"")).collect();
         let message =
             format!("`algorithm = {}` has no meaning in {protocol} target group", value.quote());
-        value.error(message, format!("write {}, or leave it out", names.join(" or ")));
+        value.error(message, format!("write {}, or leave it out", enumerate(&names, "or")));
         return None;
     }
     value.choice(known, &[])

@@ -7,7 +7,7 @@ use super::super::reader::{Table, Value, Wrong};
 
 /// AWS's policies of TLS 1.2 and 1.3. Of their cipher suites, those with forward secrecy and
 /// authenticated encryption are spoken.
-const POLICIES: [TlsPolicy; 9] = [
+const POLICIES: [TlsPolicy; 10] = [
     policy("ELBSecurityPolicy-TLS13-1-2-2021-06", true, true),
     policy("ELBSecurityPolicy-TLS13-1-3-2021-06", false, true),
     policy("ELBSecurityPolicy-TLS13-1-2-Res-2021-06", true, true),
@@ -17,17 +17,17 @@ const POLICIES: [TlsPolicy; 9] = [
     policy("ELBSecurityPolicy-FS-1-2-Res-2019-08", true, false),
     policy("ELBSecurityPolicy-FS-1-2-2019-08", true, false),
     policy("ELBSecurityPolicy-TLS-1-2-2017-01", true, false),
+    policy("ELBSecurityPolicy-TLS-1-2-Ext-2018-06", true, false),
 ];
 const DEFAULT_POLICY: TlsPolicy = POLICIES[0];
 
 /// AWS's policies that clients of TLS 1.0 or 1.1 may use.
-const OLD_POLICIES: [&str; 7] = [
+const OLD_POLICIES: [&str; 6] = [
     "ELBSecurityPolicy-TLS13-1-1-2021-06",
     "ELBSecurityPolicy-TLS13-1-0-2021-06",
     "ELBSecurityPolicy-FS-1-1-2019-08",
     "ELBSecurityPolicy-FS-2018-06",
     "ELBSecurityPolicy-TLS-1-1-2017-01",
-    "ELBSecurityPolicy-TLS-1-2-Ext-2018-06",
     "ELBSecurityPolicy-2016-08",
 ];
 
@@ -75,10 +75,7 @@ pub(super) fn read(
 
 fn policy_of(value: Value<'_>) -> Option<TlsPolicy> {
     if OLD_POLICIES.iter().any(|old| value.is(old)) {
-        let message = format!(
-            "{} lets TLS 1.0 or 1.1 in, or encryption without authentication, which is not spoken here",
-            value.quote()
-        );
+        let message = format!("{} lets TLS 1.0 or 1.1 in, which is not spoken here", value.quote());
         value.error(
             message,
             format!("write \"{}\", or another of TLS 1.2 and 1.3", DEFAULT_POLICY.name),

@@ -50,8 +50,8 @@ fn replacement(value: Value<'_>, help: &str, expression: &Regex) -> Option<Strin
             let number: Option<usize> = digits.parse().ok();
             if number.is_none_or(|number| number > groups) {
                 let message = format!(
-                    "`replace` has \"${digits}\", but the regular expression has {groups} pairs \
-                     of parentheses"
+                    "`replace` has \"${digits}\", but the regular expression has {groups} \
+                     pair(s) of parentheses"
                 );
                 let help = match groups {
                     0 => "leave it out, or put ( ) around what it stands for".to_owned(),

@@ -147,7 +147,8 @@ const ONE_ERROR: &[(&str, &str)] = &[
     (
         "network_http_listener",
         "[load_balancer.web]\naddresses = [\"192.0.2.1\"]\n\
-         listener = [{ protocol = \"http\", target_group = \"web\" }]",
+         listener = [{ protocol = \"http\", target_group = \"web\" }]\n\
+         [target_group.web]\nprotocol = \"http\"",
     ),
     ("listener_without_action", listener!("port = 80")),
     (
