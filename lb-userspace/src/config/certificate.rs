@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
-use rustls::crypto::{CryptoProvider, ring};
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::{self, PemObject as _};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use rustls::server::ParsedCertificate;
@@ -23,7 +23,7 @@ pub(super) fn finding(
     place: &Diagnostic,
     now: UnixTime,
 ) -> Option<Diagnostic> {
-    let provider = ring::default_provider();
+    let provider = aws_lc_rs::default_provider();
     match certified_key(files, &provider) {
         Ok(certified) => {
             let Wrong { message, help } = untimely(files, &certified, &provider, now)?;

@@ -385,6 +385,18 @@ const ONE_ERROR: &[(&str, &str)] = &[
         group!("protocol_version = \"grpc\"\n[target_group.web.health_check]\nmatcher = \"200\""),
     ),
     (
+        "tcp_group_of_a_tls_listener_without_address",
+        concat!(
+            "[security_group.lb]\nmembers = [\"02:00:0a:00:02:01\"]\n\
+             ingress = [{ protocol = \"all\", sources = [\"::/0\"] }]\n[security_group.target]\n\
+             ingress = [{ protocol = \"tcp\", ports = \"80\", sources = [\"sg:lb\"] }]\n\
+             [target_group.raw]\nsecurity_group = \"target\"\ntargets = [\"10.0.2.11\"]\n",
+            "[load_balancer.relay]\naddresses = [\"192.0.2.1\"]\nsecurity_groups = [\"lb\"]\n\
+             [[load_balancer.relay.listener]]\nprotocol = \"tls\"\ntarget_group = \"raw\"\n\
+             certificates = [{ cert = \"/a.pem\", key = \"/a.key\" }]"
+        ),
+    ),
+    (
         "proxied_group_without_address",
         concat!(
             "[security_group.lb]\nmembers = [\"02:00:0a:00:02:01\"]\n\
