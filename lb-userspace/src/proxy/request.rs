@@ -107,14 +107,6 @@ fn count_own(served: &Served, worker: &Worker, code: u16) {
     }
 }
 
-/// Notes that a connection ended because what came over it is not HTTP.
-pub fn note_unreadable(connection: &Connection, error: &hyper::Error) {
-    tracing::debug!(client = %connection.peer, %error, "connection failed");
-    if error.is_parse() {
-        note_refused(connection, ElbError::BadRequest);
-    }
-}
-
 /// Notes that a client was told of an error that is of no request in particular.
 pub fn note_refused(connection: &Connection, error: ElbError) {
     count_own(&connection.listener.current.load(), &connection.worker, error.code());
