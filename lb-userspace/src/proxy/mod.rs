@@ -4,7 +4,12 @@
 //! It knows the configuration's types and [`Routes`], nothing of state, health and the agent.
 
 pub mod counters;
+pub mod headers;
+pub mod host;
+pub mod redirect;
+pub mod rewrite;
 pub mod routes;
+pub mod rules;
 
 use std::fmt;
 use std::io;
