@@ -3,6 +3,7 @@
 //!
 //! It knows the configuration's types and [`Routes`], nothing of state, health and the agent.
 
+pub mod balance;
 pub mod counters;
 pub mod headers;
 pub mod host;
