@@ -4,6 +4,7 @@
 //! It knows the configuration's types and [`Routes`], nothing of state, health and the agent.
 
 pub mod balance;
+pub mod cookies;
 pub mod counters;
 pub mod headers;
 pub mod host;
