@@ -18,6 +18,7 @@ use tokio_rustls::TlsAcceptor;
 use super::BUFFER;
 use super::counters::Metric;
 use super::errors::ElbError;
+use super::exchange;
 use super::io::{Activity, Waiting, Watched};
 use super::request;
 use super::table::{Listener, Served};
@@ -223,7 +224,7 @@ where
         tracing::debug!(client = %connection.peer, %error, "connection failed");
         let stream = served.into_parts().io.into_inner();
         if let Some(error) = stream.refusal() {
-            request::note_refused(&connection, error);
+            exchange::note_refused(&connection, error);
             let _ = timeout(FAREWELL, read_to_end(stream)).await;
         }
         return;
@@ -286,7 +287,7 @@ async fn refuse<S>(connection: &Connection, mut stream: S, error: ElbError)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    request::note_refused(connection, error);
+    exchange::note_refused(connection, error);
     let farewell = async {
         stream.write_all(&error.bytes()).await?;
         stream.shutdown().await?;

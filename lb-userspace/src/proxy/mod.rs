@@ -3,19 +3,24 @@
 //!
 //! It knows the configuration's types and [`Routes`], nothing of state, health and the agent.
 
+pub mod balance;
 mod body;
 mod connection;
+pub mod cookies;
 pub mod counters;
 mod errors;
+mod exchange;
+mod forward;
 pub mod headers;
 pub mod host;
 mod io;
 mod listener;
-mod request;
 pub mod redirect;
+mod request;
 pub mod rewrite;
 pub mod routes;
 pub mod rules;
+mod select;
 mod table;
 mod tls;
 mod tunnel;
@@ -126,9 +131,8 @@ impl Proxy {
             .or_insert_with(|| table.maker.load_balancer())
             .clone();
         let current = before.as_ref().map(|it| it.current.load_full());
-        let is_same = |it: &Served| {
-            it.route == *route && Arc::ptr_eq(&it.load_balancer, &load_balancer)
-        };
+        let is_same =
+            |it: &Served| it.route == *route && Arc::ptr_eq(&it.load_balancer, &load_balancer);
         if current.as_deref().is_some_and(is_same)
             && let Some(before) = before
         {
@@ -138,7 +142,10 @@ impl Proxy {
             Ok(tls) => tls,
             Err(reason) => return Err((reason, before)),
         };
-        let served = Served { route: route.clone(), tls, load_balancer };
+        let served = match Served::new(route, tls, load_balancer) {
+            Ok(served) => served,
+            Err(error) => return Err((error.to_string(), before)),
+        };
         let protocol = |it: &Served| it.route.listener.protocol;
         if let Some(before) = before {
             if current.as_deref().map(protocol) == Some(protocol(&served)) {
@@ -196,9 +203,7 @@ impl Proxy {
         let mut counters = Counters::default();
         let table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         for (name, load_balancer) in &table.load_balancers {
-            counters
-                .load_balancers
-                .insert(name.clone(), load_balancer.counters.load_balancer());
+            counters.load_balancers.insert(name.clone(), load_balancer.counters.load_balancer());
         }
         self.groups.load().count(&mut counters);
         counters

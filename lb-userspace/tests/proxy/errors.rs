@@ -6,7 +6,9 @@ use lb_userspace::config::model::HttpVersion;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::sleep;
 
-use crate::harness::{Client, HELLO, Site, answers, ask, count, free, origin, read_head, wait_count};
+use crate::harness::{
+    Client, HELLO, Site, answers, ask, count, free, origin, read_head, wait_count,
+};
 
 const SHORT: Duration = Duration::from_millis(300);
 

@@ -188,9 +188,8 @@ async fn echo(is_http2: bool) -> SocketAddr {
             let http2 = server::conn::http2::Builder::new(TokioExecutor::new());
             let _ = http2.serve_connection(io, service_fn(echo)).await;
         } else {
-            let _ = server::conn::http1::Builder::new()
-                .serve_connection(io, service_fn(echo))
-                .await;
+            let _ =
+                server::conn::http1::Builder::new().serve_connection(io, service_fn(echo)).await;
         }
     })
     .await

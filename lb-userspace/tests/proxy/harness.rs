@@ -101,8 +101,7 @@ impl Site {
             zone: None,
             state: TargetState::InService,
         });
-        let group =
-            GroupRoute { settings, slow_start: Duration::ZERO, targets: targets.collect() };
+        let group = GroupRoute { settings, slow_start: Duration::ZERO, targets: targets.collect() };
         self.groups.insert(name.into(), group);
     }
 
