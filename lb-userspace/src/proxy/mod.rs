@@ -94,7 +94,7 @@ impl Proxy {
     /// What does not work is in the answer, and tried again by the next call; the rest is served.
     pub fn apply(&self, routes: Routes) -> Vec<Problem> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        let groups = self.groups.load().follow(&routes.groups, &mut table.maker);
+        let groups = self.groups.load().follow(&routes, &mut table.maker);
         self.groups.store(Arc::new(groups));
         let mut problems = Vec::new();
         let mut before = std::mem::take(&mut table.listeners);

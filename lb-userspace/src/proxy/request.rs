@@ -20,7 +20,7 @@ use super::io::InProgress;
 use super::redirect::{FixedResponse, Origin, Redirect};
 use super::rewrite::RewriteFailed;
 use super::rules::{Action, Decision, RequestView};
-use super::select;
+use super::select::{self, Keep};
 
 /// Answers a request.
 pub async fn serve(
@@ -93,18 +93,21 @@ async fn answer(
             Ok(fixed_response(fixed))
         }
         Action::Forward(forward) => {
-            let chosen = select::choose(connection, &served, decision, forward)?;
-            forward::check_version(&request, chosen.group.settings.version)?;
+            let fields = request.headers();
+            let chosen = select::choose(connection, &served, decision, forward, fields)?;
+            let group = &*chosen.group;
+            forward::check_version(&request, group.settings.version)?;
             let target = chosen.target.ok_or(ElbError::ServiceUnavailable)?;
+            let address = target.address;
+            let keep = Keep::new(connection, forward, group, fields);
             let host = host_for_target(&host, &parsed, decision, exchange)?;
-            let route = Route {
-                served: &served,
-                group: &chosen.group,
-                target,
-                host: &host,
-                path: path_for_target(&request, decision)?,
-            };
-            forward::forward(connection, exchange, route, request).await
+            let path = path_for_target(&request, decision)?;
+            let route = Route { served: &served, group, target, host: &host, path };
+            let mut response = forward::forward(connection, exchange, route, request).await?;
+            if let Some(keep) = keep {
+                keep.put(&served, forward, group, address, response.headers_mut());
+            }
+            Ok(response)
         }
     }
 }
