@@ -3,9 +3,11 @@
 //!
 //! It knows the configuration's types and [`Routes`], nothing of state, health and the agent.
 
+pub mod access_log;
 pub mod balance;
 pub mod cookies;
 pub mod counters;
+pub mod desync;
 pub mod headers;
 pub mod host;
 pub mod redirect;
