@@ -3,11 +3,13 @@
 //!
 //! It knows the configuration's types and [`Routes`], nothing of state, health and the agent.
 
+pub mod access_log;
 pub mod balance;
 mod body;
 mod connection;
 pub mod cookies;
 pub mod counters;
+pub mod desync;
 mod errors;
 mod exchange;
 mod forward;

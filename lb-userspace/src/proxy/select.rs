@@ -52,7 +52,12 @@ pub fn choose(
 }
 
 /// The next group in turn, and its next target in turn. `place` is the decision's.
-pub fn in_turn(groups: &Groups, served: &Served, place: usize, forward: &Forward) -> Option<Chosen> {
+pub fn in_turn(
+    groups: &Groups,
+    served: &Served,
+    place: usize,
+    forward: &Forward,
+) -> Option<Chosen> {
     let group = next_group(groups, served, place, forward)?.clone();
     let target = group.pick(served.route.preferred_zone());
     Some(Chosen { group, target })

@@ -9,7 +9,9 @@ use lb_userspace::proxy::routes::TargetState;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::Notify;
 
-use crate::harness::{Client, HELLO, LIMIT, Site, answers, ask, count, origin, read_head, wait_count};
+use crate::harness::{
+    Client, HELLO, LIMIT, Site, answers, ask, count, origin, read_head, wait_count,
+};
 
 const GET: &str = "GET / HTTP/1.1\r\nHost: a\r\n\r\n";
 

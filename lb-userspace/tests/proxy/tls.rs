@@ -210,7 +210,8 @@ async fn certificates_are_read_again_and_connections_stay() {
 #[tokio::test]
 async fn a_certificate_that_cannot_be_read_is_a_problem_of_its_listener_only() {
     let (mut site, address) = Site::new(&[answers(HELLO).await]);
-    let nowhere = CertificateFiles { certificate: "/nowhere.pem".into(), key: "/nowhere.key".into() };
+    let nowhere =
+        CertificateFiles { certificate: "/nowhere.pem".into(), key: "/nowhere.key".into() };
     let broken = site.listener(ProxyProtocol::Https, Some(listener(vec![nowhere])));
     let proxy = lb_userspace::proxy::Proxy::start(1).unwrap();
     let problems = proxy.apply(site.routes());
