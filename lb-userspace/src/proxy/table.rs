@@ -10,6 +10,7 @@ use std::sync::atomic::AtomicU32;
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
+use super::access_log::AccessLog;
 use super::balance::{self, Balancer, Candidate, Cycle, InProgress, Load, Turn};
 use super::cookies::Cookies;
 use super::counters::{Counters, GroupCounters, Shards};
@@ -52,6 +53,8 @@ pub struct Served {
     pub load_balancer: Arc<LoadBalancer>,
     /// Its rules.
     pub rules: Rules,
+    /// Where requests are noted.
+    pub log: Option<Arc<AccessLog>>,
     /// Which of a decision's groups is next, by the decision's place.
     pub turns: Vec<GroupTurn>,
 }
@@ -74,6 +77,7 @@ impl Served {
         route: &ListenerRoute,
         tls: Option<ListenerConfig>,
         load_balancer: Arc<LoadBalancer>,
+        log: Option<Arc<AccessLog>>,
     ) -> Result<Self, CompileError> {
         let rules = Rules::compile(&route.listener)?;
         let turn = |decision: &Decision| {
@@ -83,7 +87,7 @@ impl Served {
             GroupTurn { cycle: Cycle::new(&weights), turn: Turn::default() }
         };
         let turns = rules.decisions().map(turn).collect();
-        Ok(Self { route: route.clone(), tls, load_balancer, rules, turns })
+        Ok(Self { route: route.clone(), tls, load_balancer, rules, log, turns })
     }
 }
 
@@ -161,8 +165,6 @@ pub struct Target {
     pub id: u64,
     /// Where it is.
     pub address: SocketAddr,
-    /// Its group's name.
-    pub group: Arc<str>,
     /// How it is spoken to.
     pub settings: ProxySettings,
     /// Requests in progress, and how they end.
@@ -250,7 +252,7 @@ impl Group {
             route: route_of_target.clone(),
             target: match known.get(&route_of_target.address) {
                 Some(&target) => target.clone(),
-                None => maker.target(name, route_of_target.address, &route.settings),
+                None => maker.target(route_of_target.address, &route.settings),
             },
         });
         let targets: Vec<_> = targets.collect();
@@ -322,17 +324,11 @@ impl Maker {
         Self { workers, next_id: 0 }
     }
 
-    fn target(
-        &mut self,
-        group: &Arc<str>,
-        address: SocketAddr,
-        settings: &ProxySettings,
-    ) -> Arc<Target> {
+    fn target(&mut self, address: SocketAddr, settings: &ProxySettings) -> Arc<Target> {
         self.next_id += 1;
         Arc::new(Target {
             id: self.next_id,
             address,
-            group: group.clone(),
             settings: settings.clone(),
             load: Arc::default(),
             counters: Shards::new(self.workers),
