@@ -14,8 +14,6 @@ pub enum ElbError {
     MethodNotAllowed,
     /// 408: the client did not send the rest of its request in time.
     RequestTimeout,
-    /// 413: the body is larger than allowed.
-    PayloadTooLarge,
     /// 414: the request line is longer than allowed.
     UriTooLong,
     /// 460: the client closed the connection before it had an answer. Nobody sees the answer.
@@ -37,13 +35,23 @@ pub enum ElbError {
 }
 
 impl ElbError {
+    /// Why a request's head cannot be read.
+    pub fn of_head(head: &[u8]) -> Self {
+        let mut lines = head.split(|&byte| byte == b'\n').skip(1);
+        let is_unknown_coding = |line: &[u8]| {
+            let Some(colon) = line.iter().position(|&byte| byte == b':') else { return false };
+            line[..colon].eq_ignore_ascii_case(b"transfer-encoding")
+                && !line[colon + 1..].trim_ascii().eq_ignore_ascii_case(b"chunked")
+        };
+        if lines.any(is_unknown_coding) { Self::NotImplemented } else { Self::BadRequest }
+    }
+
     /// The status code, and what it is called.
     pub fn status(self) -> (u16, &'static str) {
         match self {
             Self::BadRequest => (400, "Bad Request"),
             Self::MethodNotAllowed => (405, "Method Not Allowed"),
             Self::RequestTimeout => (408, "Request Time-out"),
-            Self::PayloadTooLarge => (413, "Request Entity Too Large"),
             Self::UriTooLong => (414, "Request-URI Too Large"),
             Self::ClientClosed => (460, "Client Closed Request"),
             Self::TooManyForwardedAddresses => (463, "Too Many Forwarded Addresses"),
@@ -65,11 +73,7 @@ impl ElbError {
     pub fn ends_connection(self) -> bool {
         matches!(
             self,
-            Self::BadRequest
-                | Self::RequestTimeout
-                | Self::PayloadTooLarge
-                | Self::UriTooLong
-                | Self::NotImplemented
+            Self::BadRequest | Self::RequestTimeout | Self::UriTooLong | Self::NotImplemented
         )
     }
 
