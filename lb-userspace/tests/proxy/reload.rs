@@ -7,7 +7,7 @@ use std::time::Duration;
 use lb_userspace::config::model::ProxyProtocol;
 use lb_userspace::proxy::routes::TargetState;
 use tokio::io::AsyncWriteExt;
-use tokio::sync::Notify;
+use tokio::sync::Semaphore;
 
 use crate::harness::{
     Client, HELLO, LIMIT, Site, answers, ask, count, origin, read_head, wait_count,
@@ -16,14 +16,14 @@ use crate::harness::{
 const GET: &str = "GET / HTTP/1.1\r\nHost: a\r\n\r\n";
 
 /// A server that answers when it is told to.
-async fn held() -> (SocketAddr, Arc<Notify>) {
-    let go = Arc::new(Notify::new());
+async fn held() -> (SocketAddr, Arc<Semaphore>) {
+    let go = Arc::new(Semaphore::new(0));
     let told = go.clone();
     let address = origin(move |mut stream| {
         let told = told.clone();
         async move {
             while read_head(&mut stream).await.is_some() {
-                told.notified().await;
+                told.acquire().await.unwrap().forget();
                 if stream.write_all(HELLO.as_bytes()).await.is_err() {
                     return;
                 }
@@ -44,7 +44,7 @@ async fn a_listener_that_ends_lets_requests_end_and_leaves_others_alone() {
     let mut idle = Client::connect(removed).await;
     idle.send(GET).await;
     wait_count(&proxy, "RequestCount", 2).await;
-    go.notify_waiters();
+    go.add_permits(2);
     assert_eq!(idle.answer().await.status(), 200);
     assert_eq!(in_progress.answer().await.status(), 200);
     let mut other = Client::connect(stays).await;
@@ -55,7 +55,7 @@ async fn a_listener_that_ends_lets_requests_end_and_leaves_others_alone() {
     site.listeners.remove(&removed);
     assert_eq!(proxy.apply(site.routes()), []);
     assert!(idle.is_closed().await);
-    go.notify_waiters();
+    go.add_permits(2);
     let answer = in_progress.answer().await;
     assert_eq!(answer.status(), 200);
     assert_eq!(answer.field("connection"), Some("close"));
@@ -65,7 +65,7 @@ async fn a_listener_that_ends_lets_requests_end_and_leaves_others_alone() {
     assert!(tokio::net::TcpStream::connect(removed).await.is_err());
     other.send(GET).await;
     wait_count(&proxy, "RequestCount", 5).await;
-    go.notify_waiters();
+    go.add_permits(1);
     assert_eq!(other.answer().await.status(), 200);
 }
 
@@ -90,7 +90,7 @@ async fn a_target_that_is_removed_drains_and_then_ends() {
     for _ in 0..4 {
         assert_eq!(ask(address, GET).await.status(), 200);
     }
-    go.notify_one();
+    go.add_permits(1);
     assert_eq!(first.answer().await.status(), 200);
 
     // It is over.
@@ -128,7 +128,7 @@ async fn the_end_waits_for_requests() {
     let end = tokio::spawn(proxy.end(LIMIT));
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert!(!end.is_finished());
-    go.notify_waiters();
+    go.add_permits(1);
     assert_eq!(client.answer().await.status(), 200);
     tokio::time::timeout(LIMIT / 2, end).await.unwrap().unwrap();
 }
