@@ -166,7 +166,10 @@ impl Writer {
 
 /// All logs: one for each file, however many load balancers write to it.
 #[derive(Debug, Default)]
-pub struct AccessLogs(Mutex<BTreeMap<LogSink, (Weak<AccessLog>, JoinHandle<()>)>>);
+pub struct AccessLogs(Mutex<BTreeMap<LogSink, Running>>);
+
+/// A log for as long as somebody uses it, and its writer.
+type Running = (Weak<AccessLog>, JoinHandle<()>);
 
 impl AccessLogs {
     /// The log of a sink, opened if it is not. It is closed when its last user drops it.

@@ -54,6 +54,9 @@ impl HeaderNames {
     }
 }
 
+/// The lines of a field, in lower case.
+type Lines<'a> = Vec<Cow<'a, [u8]>>;
+
 /// A request with what has been found out about it.
 pub(super) struct Evaluation<'a> {
     request: &'a RequestView<'a>,
@@ -61,7 +64,7 @@ pub(super) struct Evaluation<'a> {
     host: Cow<'a, [u8]>,
     query: OnceCell<Cow<'a, [u8]>>,
     /// The values of [`HeaderNames`].
-    fields: Box<[OnceCell<Vec<Cow<'a, [u8]>>>]>,
+    fields: Box<[OnceCell<Lines<'a>>]>,
 }
 
 impl<'a> Evaluation<'a> {

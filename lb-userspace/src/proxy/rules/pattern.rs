@@ -44,7 +44,7 @@ enum Shape {
     /// `*abc`.
     Suffix(Box<[u8]>),
     /// The rest.
-    General(General),
+    General(Box<General>),
 }
 
 /// `first * middle * middle * last`; one piece alone has no star around it.
@@ -59,7 +59,7 @@ struct General {
 /// Bytes between two stars.
 #[derive(Debug, Clone)]
 enum Piece {
-    Literal(memmem::Finder<'static>),
+    Literal(Box<memmem::Finder<'static>>),
     /// `None` is a `?`.
     WithAny(Box<[Option<u8>]>),
 }
@@ -76,11 +76,11 @@ impl Wildcard {
             _ => {
                 let last = (pieces.len() > 1).then(|| pieces.pop()).flatten();
                 let mut pieces = pieces.into_iter().map(Piece::new);
-                Shape::General(General {
+                Shape::General(Box::new(General {
                     first: pieces.next().unwrap_or_else(|| Piece::new(Vec::new())),
                     middle: pieces.collect(),
                     last: last.map(Piece::new),
-                })
+                }))
             }
         };
         Self(shape)
@@ -179,7 +179,7 @@ impl General {
 impl Piece {
     fn new(bytes: Vec<Option<u8>>) -> Self {
         if bytes.iter().all(Option::is_some) {
-            Self::Literal(memmem::Finder::new(&literal(&bytes)).into_owned())
+            Self::Literal(Box::new(memmem::Finder::new(&literal(&bytes)).into_owned()))
         } else {
             Self::WithAny(bytes.into())
         }
