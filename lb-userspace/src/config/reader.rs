@@ -12,6 +12,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::diagnostic::{Report, Span};
+use super::model::CertificateFiles;
 
 /// A value that a string did not give: what is wrong with it, and what would be right.
 pub(super) struct Wrong {
@@ -68,9 +69,19 @@ impl<'a> Value<'a> {
         self.report.warning_unless_local(self.span(), address, message, help);
     }
 
+    /// Notes that the value names a certificate.
+    pub(super) fn is_certificate(&self, files: CertificateFiles) {
+        self.report.certificate(&self.span(), files);
+    }
+
     /// Whether the value is a string; other forms may be allowed in its place.
     pub(super) fn is_string(&self) -> bool {
         self.node.get_ref().is_str()
+    }
+
+    /// Whether the value is this string.
+    pub(super) fn is(&self, text: &str) -> bool {
+        self.node.get_ref().as_str() == Some(text)
     }
 
     /// Whether the value is a table; other forms may be allowed in its place.
@@ -226,6 +237,8 @@ pub(super) struct Table<'a> {
     entries: BTreeMap<&'a str, (Span, Value<'a>)>,
     /// Keys that were asked for, so that an unknown one can be answered with them.
     accepted: Vec<&'static str>,
+    /// Keys that are known, but have no meaning here.
+    meaningless: Vec<&'static str>,
 }
 
 impl<'a> Table<'a> {
@@ -242,7 +255,7 @@ impl<'a> Table<'a> {
                 (name, (key.span(), Value { report, key: name, in_list: false, node }))
             })
             .collect();
-        Self { report, name, span, entries, accepted: Vec::new() }
+        Self { report, name, span, entries, accepted: Vec::new(), meaningless: Vec::new() }
     }
 
     pub(super) fn name(&self) -> &str {
@@ -282,6 +295,23 @@ impl<'a> Table<'a> {
         }
     }
 
+    /// Refuses keys that are others' in this place, such as "in an http listener".
+    pub(super) fn meaningless(&mut self, keys: &[&'static str], place: &str, help: &str) {
+        for key in keys {
+            if let Some((span, _)) = self.entries.remove(*key) {
+                self.report.error(span, format!("`{key}` has no meaning {place}"), help);
+            }
+        }
+        self.meaningless.extend(keys);
+    }
+
+    /// Passes over keys of which nobody can say whether they belong here.
+    pub(super) fn ignore(&mut self, keys: &[&str]) {
+        for key in keys {
+            self.entries.remove(*key);
+        }
+    }
+
     /// The sections `[key.NAME]`, in the file's order.
     pub(super) fn sections(&mut self, key: &'static str) -> Vec<Section<'a>> {
         let form = format!("write a section [{key}.NAME]");
@@ -309,10 +339,12 @@ impl<'a> Table<'a> {
 
     /// Refuses every key that nobody asked for.
     pub(super) fn finish(self) {
-        let keys: Vec<String> = self.accepted.iter().map(|key| format!("`{key}`")).collect();
+        let mut accepted = self.accepted;
+        accepted.retain(|key| !self.meaningless.contains(key));
+        let keys: Vec<String> = accepted.iter().map(|key| format!("`{key}`")).collect();
         let keys = enumerate(&keys, "and");
         for (key, (span, _)) in &self.entries {
-            let help = did_you_mean(key, &self.accepted) + &format!("{} takes {keys}", self.name);
+            let help = did_you_mean(key, &accepted) + &format!("{} takes {keys}", self.name);
             self.report.error(span.clone(), format!("unknown key `{key}` in {}", self.name), help);
         }
     }
@@ -332,7 +364,7 @@ impl<'a> Table<'a> {
 }
 
 /// `a`, `a or b`, `a, b or c`.
-fn enumerate(names: &[String], conjunction: &str) -> String {
+pub(super) fn enumerate(names: &[String], conjunction: &str) -> String {
     match names {
         [] => String::new(),
         [only] => only.clone(),

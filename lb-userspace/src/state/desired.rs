@@ -300,7 +300,7 @@ impl State {
         }
         let names = self.registered.keys();
         let is_counted =
-            |name: &&Arc<str>| self.used.contains(&***name) && !uncounted.contains(&***name);
+            |name: &&Arc<str>| self.forwarded.contains(&***name) && !uncounted.contains(&***name);
         self.counted = names.filter(is_counted).cloned().collect();
         self.put_ways_back(ways_back, desired);
         self.put_target_admissions(desired, &mut classes);

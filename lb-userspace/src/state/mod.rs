@@ -65,6 +65,8 @@ pub struct State {
     known: BTreeSet<TargetKey>,
     /// Groups that a listener names.
     used: BTreeSet<String>,
+    /// Those of listeners whose packets are forwarded.
+    forwarded: BTreeSet<String>,
     /// What each listener does.
     actions: BTreeMap<ListenerKey, Action>,
     ring_size: u32,
@@ -107,6 +109,7 @@ impl State {
             registered: BTreeMap::new(),
             known: BTreeSet::new(),
             used: BTreeSet::new(),
+            forwarded: BTreeSet::new(),
             actions: BTreeMap::new(),
             ring_size,
             health: BTreeMap::new(),
@@ -158,7 +161,11 @@ impl State {
         self.known = self.registered.values().flatten().map(|(key, _)| key.clone()).collect();
         let listeners = || listener_keys(&self.config);
         let groups = listeners().flat_map(|(_, listener, ..)| &listener.target_groups);
-        self.used = groups.map(|group| group.name.clone()).collect();
+        self.forwarded = groups.map(|group| group.name.clone()).collect();
+        let proxied = self.config.load_balancers.values().flat_map(|balancer| &balancer.proxied);
+        let groups = proxied.flat_map(config::ProxyListener::target_groups);
+        let groups = groups.map(|group| &group.name).chain(&self.forwarded);
+        self.used = groups.cloned().collect();
         let action = |(key, listener, _, balancer): (ListenerKey, _, _, &LoadBalancer)| {
             let action = Action::new(listener, !balancer.cross_zone, key.address.is_ipv4());
             (key, action)
@@ -339,6 +346,11 @@ impl State {
     pub fn pinned(&self) -> BTreeMap<u32, BTreeSet<u32>> {
         let pinned = self.rings.iter().map(|(number, ring)| (number, ring.pinned()));
         pinned.filter(|(_, slots)| !slots.is_empty()).collect()
+    }
+
+    /// Whether some pinned slots have not been looked at by a walk.
+    pub fn has_unexplored_slots(&self) -> bool {
+        self.rings.iter().any(|(_, ring)| ring.is_unexplored())
     }
 
     /// What a walk that began at `begun` has found of the slots of rings, unless they have been
