@@ -200,10 +200,8 @@ impl Body for ResponseBody {
                 frame
             }
         };
-        if let Some(exchange) = &mut this.exchange {
-            if let Some(Ok(frame)) = &frame {
-                exchange.sent(frame.data_ref().map_or(0, Bytes::len));
-            }
+        if let (Some(exchange), Some(Ok(frame))) = (&mut this.exchange, &frame) {
+            exchange.sent(frame.data_ref().map_or(0, Bytes::len));
         }
         Poll::Ready(frame)
     }

@@ -77,6 +77,8 @@ pub struct Tls {
     pub server_name: Option<String>,
     /// The protocol that was agreed on.
     pub alpn: Option<String>,
+    /// How long the handshake took.
+    pub handshake: Duration,
 }
 
 /// Serves a connection until it ends.
@@ -106,12 +108,13 @@ pub async fn serve(
     match (&served.tls, served.route.listener.protocol) {
         (None, _) => plain(connection, &attributes, stream).await,
         (Some(tls), protocol) => {
+            let began = Instant::now();
             let acceptor = TlsAcceptor::from(tls.server.clone());
             let Ok(Ok(stream)) = timeout(HANDSHAKE, acceptor.accept(stream)).await else {
                 counters.counters.count(worker.index, Metric::ClientTlsErrors);
                 return;
             };
-            connection.tls = Some(Tls::of(stream.get_ref().1));
+            connection.tls = Some(Tls::of(stream.get_ref().1, began.elapsed()));
             if protocol == ProxyProtocol::Tls {
                 tunnel::serve(connection, &served, stream).await;
             } else if connection.tls.as_ref().is_some_and(|tls| tls.alpn.as_deref() == Some("h2")) {
@@ -121,11 +124,12 @@ pub async fn serve(
             }
         }
     }
-    counters.counters.add(worker.index, Metric::ProcessedBytes, activity.take_bytes());
+    let (read, written) = activity.bytes();
+    counters.counters.add(worker.index, Metric::ProcessedBytes, read + written);
 }
 
 impl Tls {
-    fn of(session: &rustls::ServerConnection) -> Self {
+    fn of(session: &rustls::ServerConnection, handshake: Duration) -> Self {
         let version = match session.protocol_version() {
             Some(rustls::ProtocolVersion::TLSv1_2) => "TLSv1.2",
             _ => "TLSv1.3",
@@ -137,6 +141,7 @@ impl Tls {
             cipher_suite: suite.map(cipher_suite_name).unwrap_or_default(),
             server_name: session.server_name().map(str::to_owned),
             alpn: session.alpn_protocol().map(text),
+            handshake,
         }
     }
 }

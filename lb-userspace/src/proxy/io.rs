@@ -85,9 +85,9 @@ impl Activity {
         self.written.fetch_add(bytes as u64, Relaxed);
     }
 
-    /// Bytes that came and went, since the last call.
-    pub fn take_bytes(&self) -> u64 {
-        self.read.swap(0, Relaxed) + self.written.swap(0, Relaxed)
+    /// Bytes that came, and bytes that went.
+    pub fn bytes(&self) -> (u64, u64) {
+        (self.read.load(Relaxed), self.written.load(Relaxed))
     }
 
     /// Whether a request came, ever.

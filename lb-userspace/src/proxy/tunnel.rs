@@ -1,17 +1,18 @@
 //! Connections whose bytes go both ways as they are: upgraded ones, and those of `tls` listeners.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes};
 use tokio::net::TcpStream;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tokio_rustls::server::TlsStream;
 
 use bytes::Bytes;
 
+use super::access_log::TlsEntry;
 use super::connection::Connection;
 use super::counters::Metric;
 use super::exchange::Exchange;
@@ -68,8 +69,38 @@ where
     }
 }
 
-/// Serves a connection to a `tls` listener.
+/// Serves a connection to a `tls` listener, and notes it.
 pub async fn serve(connection: Connection, served: &Arc<Served>, client: TlsStream<TcpStream>) {
+    let created = SystemTime::now();
+    let began = Instant::now();
+    forward(&connection, served, client).await;
+    let (Some(log), Some(tls)) = (&served.log, &connection.tls) else { return };
+    let (received_bytes, sent_bytes) = connection.activity.bytes();
+    let version = tls.version.replace('.', "").to_ascii_lowercase();
+    let entry = TlsEntry {
+        time: SystemTime::now(),
+        load_balancer: &served.route.load_balancer,
+        listener: &connection.listener.address.to_string(),
+        client: connection.peer,
+        destination: connection.local,
+        connection_time: tls.handshake + began.elapsed(),
+        handshake_time: Some(tls.handshake),
+        received_bytes,
+        sent_bytes,
+        alert: None,
+        certificate: None,
+        cipher: Some(&tls.cipher_suite),
+        version: Some(&version),
+        domain_name: tls.server_name.as_deref(),
+        client_protocol: tls.alpn.as_deref(),
+        target_protocol: None,
+        client_protocols: &[],
+        created: created.checked_sub(tls.handshake).unwrap_or(created),
+    };
+    log.write(entry.line());
+}
+
+async fn forward(connection: &Connection, served: &Arc<Served>, client: TlsStream<TcpStream>) {
     let worker = &connection.worker;
     served.load_balancer.counters.count(worker.index, Metric::NewTlsFlows);
     let Action::Forward(forward) = &served.route.listener.default_action else { return };

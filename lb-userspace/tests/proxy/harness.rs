@@ -43,7 +43,7 @@ where
 /// A server that answers each request with these bytes, on connections that stay.
 pub async fn answers(answer: &'static str) -> SocketAddr {
     origin(move |mut stream| async move {
-        while let Some(_) = read_head(&mut stream).await {
+        while read_head(&mut stream).await.is_some() {
             if stream.write_all(answer.as_bytes()).await.is_err() {
                 return;
             }

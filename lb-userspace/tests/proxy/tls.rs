@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lb_userspace::config::model::{
-    CertificateFiles, ListenerTls, ProxyProtocol, TargetProtocol, TlsPolicy,
+    CertificateFiles, ListenerTls, LogSink, ProxyProtocol, TargetProtocol, TlsPolicy,
 };
 use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256, PKCS_ED25519};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -281,6 +281,8 @@ async fn tls_listener_tells_targets_the_clients_address() {
     settings.protocol = TargetProtocol::Tcp;
     settings.proxy_protocol_v2 = true;
     let address = site.listener(ProxyProtocol::Tls, Some(tls));
+    let log = directory.path().join("tls.log");
+    let site = site.attributes(|it| it.access_log = Some(LogSink::File(log.clone())));
     let proxy = site.start();
     let mut stream =
         handshake(address, "a.test", &["x-own"], &ALL, &rustls::version::TLS13).await.unwrap();
@@ -297,8 +299,16 @@ async fn tls_listener_tells_targets_the_clients_address() {
     stream.read_exact(&mut echo).await.unwrap();
     assert_eq!(echo, *b"anything");
     assert_eq!(count(&proxy, "NewFlowCount_TLS"), 1);
+    let client = stream.get_ref().0.local_addr().unwrap();
     drop(stream);
     wait_count(&proxy, "ActiveConnectionCount", 0).await;
+    proxy.end(Duration::from_secs(5)).await;
+    let log = fs::read_to_string(log).unwrap();
+    let fields: Vec<_> = log.split(' ').collect();
+    assert_eq!(fields[..2], ["tls", "2.0"], "{log}");
+    assert_eq!(fields[5..7], [client.to_string(), address.to_string()]);
+    assert_eq!(fields[9..11], ["8", "36"], "{log}");
+    assert!(log.contains(" tlsv13 - a.test x-own "), "{log}");
 }
 
 #[tokio::test]

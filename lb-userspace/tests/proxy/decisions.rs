@@ -1,0 +1,124 @@
+//! What rules, stickiness, desync mitigation and the access log do to requests on their way.
+
+use std::fs;
+use std::sync::Arc;
+use std::time::Duration;
+
+use lb_userspace::config::model::{
+    Action, Condition, CookieStickiness, DesyncMitigation, FixedResponse, LogSink, Pattern,
+    Redirect, Rule, Transforms,
+};
+
+use crate::harness::{Client, HELLO, Site, answers, ask, count};
+
+fn rule(priority: u16, path: &str, action: Action) -> Rule {
+    Rule {
+        priority,
+        conditions: vec![Condition::PathPattern(vec![Pattern::Wildcard(path.to_owned())])],
+        transforms: Transforms::default(),
+        action,
+    }
+}
+
+#[tokio::test]
+async fn rules_redirect_and_answer() {
+    let (mut site, address) = Site::new(&[answers(HELLO).await]);
+    let redirect = Redirect {
+        protocol: "#{protocol}".to_owned(),
+        host: "#{host}".to_owned(),
+        port: "443".to_owned(),
+        path: "/new/#{path}".to_owned(),
+        query: "#{query}".to_owned(),
+        status: 301,
+    };
+    let fixed = FixedResponse {
+        status: 418,
+        content_type: "text/plain".to_owned(),
+        body: "later".to_owned(),
+    };
+    let route = site.listeners.get_mut(&address).unwrap();
+    let mut listener = (*route.listener).clone();
+    listener.rules = vec![
+        rule(10, "/old/*", Action::Redirect(redirect)),
+        rule(20, "/fixed", Action::FixedResponse(fixed)),
+    ];
+    route.listener = Arc::new(listener);
+    let proxy = site.start();
+    let mut client = Client::connect(address).await;
+    let answer = client.get("/old/a?b").await;
+    assert_eq!(answer.status(), 301);
+    assert_eq!(answer.field("location"), Some("http://site.test:443/new/old/a?b"));
+    let answer = client.get("/fixed").await;
+    assert_eq!((answer.status(), answer.body.as_slice()), (418, b"later".as_slice()));
+    assert_eq!(answer.field("content-type"), Some("text/plain"));
+    assert_eq!(client.get("/").await.body, b"hello");
+    assert_eq!(count(&proxy, "HTTP_Redirect_Count"), 1);
+    assert_eq!(count(&proxy, "HTTP_Fixed_Response_Count"), 1);
+    assert_eq!(count(&proxy, "RequestCount"), 1);
+}
+
+#[tokio::test]
+async fn a_cookie_keeps_a_client_with_a_target() {
+    let other = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nother";
+    let (mut site, address) = Site::new(&[answers(HELLO).await, answers(other).await]);
+    let stickiness = CookieStickiness::LbCookie { duration: Duration::from_secs(60) };
+    site.groups.get_mut("web").unwrap().settings.stickiness = Some(stickiness);
+    let proxy = site.start();
+    let mut client = Client::connect(address).await;
+    let first = client.get("/").await;
+    let cookie = first.field("set-cookie").unwrap().split(';').next().unwrap().to_owned();
+    assert!(cookie.starts_with("AWSALB="), "{cookie}");
+    let request = format!("GET / HTTP/1.1\r\nHost: a\r\nCookie: {cookie}\r\n\r\n");
+    for _ in 0..5 {
+        assert_eq!(ask(address, &request).await.body, first.body);
+    }
+    // A reload changes nothing about it; and without the cookie it is the next one's turn.
+    assert_eq!(proxy.apply(site.routes()), []);
+    assert_eq!(ask(address, &request).await.body, first.body);
+    let (one, two) = (client.get("/").await, client.get("/").await);
+    assert_ne!(one.body, two.body);
+}
+
+#[tokio::test]
+async fn ambiguous_requests_are_alone_or_refused() {
+    let ambiguous = "GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\nx";
+    for (mode, status, connection) in [
+        (DesyncMitigation::Monitor, 200, None),
+        (DesyncMitigation::Defensive, 200, Some("close")),
+        (DesyncMitigation::Strictest, 400, Some("close")),
+    ] {
+        let (site, address) = Site::new(&[answers(HELLO).await]);
+        let proxy = site.attributes(|it| it.desync_mitigation = mode).start();
+        let answer = ask(address, ambiguous).await;
+        assert_eq!((answer.status(), answer.field("connection")), (status, connection), "{mode:?}");
+        assert_eq!(count(&proxy, "DesyncMitigationMode_NonCompliant_Request_Count"), 1);
+    }
+}
+
+#[tokio::test]
+async fn requests_are_logged() {
+    let directory = tempfile::TempDir::new().unwrap();
+    let path = directory.path().join("access.log");
+    let target = answers(HELLO).await;
+    let (site, address) = Site::new(&[target]);
+    let site = site.attributes(|it| it.access_log = Some(LogSink::File(path.clone())));
+    let proxy = site.start();
+    let mut client = Client::connect(address).await;
+    assert_eq!(client.get("/a?b").await.status(), 200);
+    client.send("TRACE /c HTTP/1.1\r\nHost: a\r\n\r\n").await;
+    assert_eq!(client.answer().await.status(), 405);
+    let local = client.stream.local_addr().unwrap();
+    drop(client);
+    proxy.end(Duration::from_secs(5)).await;
+    let log = fs::read_to_string(path).unwrap();
+    let lines: Vec<_> = log.lines().collect();
+    assert_eq!(lines.len(), 2, "{log}");
+    let fields: Vec<_> = lines[0].split(' ').collect();
+    assert_eq!(fields[0], "http");
+    assert_eq!(fields[2..5], ["site", &local.to_string(), &target.to_string()]);
+    assert_eq!(fields[8..10], ["200", "200"]);
+    assert_eq!(fields[11], "5");
+    let request = format!("\"GET http://site.test:{}/a?b HTTP/1.1\"", address.port());
+    assert!(lines[0].contains(&request), "{}", lines[0]);
+    assert!(lines[1].contains(" - -1 -1 -1 405 - "), "{}", lines[1]);
+}
