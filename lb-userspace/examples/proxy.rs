@@ -1,7 +1,6 @@
 //! The proxy alone, without XDP and agent, as `cargo xtask bench http` measures it: an http
 //! listener, and an https one where there is a certificate, in front of one target.
 
-use std::collections::BTreeMap;
 use std::error::Error;
 use std::net::SocketAddr;
 use std::path::PathBuf;
