@@ -11,6 +11,7 @@ pub mod config;
 pub mod dataplane;
 pub mod health;
 pub mod netlink;
+pub mod proxy;
 pub mod reconcile;
 pub mod state;
 pub mod target;
