@@ -328,9 +328,10 @@ impl Agent {
     /// Replies of NAT leave by the kernel's routes, which wants forwarding switched on.
     fn check_forwarding(&mut self) {
         let config = self.state.config();
-        let routes = config
-            .target_groups
-            .values()
+        let forwarded = self.state.forwarded_groups();
+        let routes = forwarded
+            .iter()
+            .filter_map(|name| config.target_groups.get(name))
             .any(|group| matches!(group.forwarding, Forwarding::Nat | Forwarding::Snat));
         let mut problems = Vec::new();
         let families = [

@@ -5,6 +5,7 @@ mod actions;
 mod admission;
 mod desired;
 mod own_macs;
+mod proxied;
 mod registry;
 mod rings;
 mod selection;
@@ -65,6 +66,9 @@ pub struct State {
     known: BTreeSet<TargetKey>,
     /// Groups that a listener names.
     used: BTreeSet<String>,
+    /// Those of [`Self::used`] that packets are forwarded to; the proxy opens connections to the
+    /// others.
+    forwarded: BTreeSet<String>,
     /// What each listener does.
     actions: BTreeMap<ListenerKey, Action>,
     ring_size: u32,
@@ -107,6 +111,7 @@ impl State {
             registered: BTreeMap::new(),
             known: BTreeSet::new(),
             used: BTreeSet::new(),
+            forwarded: BTreeSet::new(),
             actions: BTreeMap::new(),
             ring_size,
             health: BTreeMap::new(),
@@ -158,7 +163,9 @@ impl State {
         self.known = self.registered.values().flatten().map(|(key, _)| key.clone()).collect();
         let listeners = || listener_keys(&self.config);
         let groups = listeners().flat_map(|(_, listener, ..)| &listener.target_groups);
-        self.used = groups.map(|group| group.name.clone()).collect();
+        self.forwarded = groups.map(|group| group.name.clone()).collect();
+        let proxied = proxied::named_groups(&self.config).map(str::to_owned);
+        self.used = self.forwarded.iter().cloned().chain(proxied).collect();
         let action = |(key, listener, _, balancer): (ListenerKey, _, _, &LoadBalancer)| {
             let action = Action::new(listener, !balancer.cross_zone, key.address.is_ipv4());
             (key, action)
