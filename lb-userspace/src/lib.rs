@@ -5,6 +5,7 @@
 //! that a machine can have, with a data plane of its own.
 
 pub mod agent;
+mod any_certificate;
 pub mod api;
 pub mod cli;
 pub mod config;

@@ -78,3 +78,10 @@ pub enum TargetState {
     /// No new requests; those in progress end.
     OutOfService,
 }
+
+impl ListenerRoute {
+    /// The zone whose targets are preferred, if one is.
+    pub fn preferred_zone(&self) -> Option<&str> {
+        if self.cross_zone { None } else { self.zone.as_deref() }
+    }
+}

@@ -1,0 +1,237 @@
+//! Bodies on their way through: never copied, watched for their end.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+use tokio::time::Instant;
+
+use super::io::InProgress;
+use super::request::Exchange;
+use super::upstream::Lease;
+
+/// How far a request's body has come.
+#[derive(Debug)]
+pub struct Progress {
+    began: Instant,
+    last: AtomicU64,
+    ended: AtomicBool,
+    failed: AtomicBool,
+    awaited: AtomicBool,
+    bytes: AtomicU64,
+}
+
+impl Progress {
+    fn new() -> Self {
+        Self {
+            began: Instant::now(),
+            last: AtomicU64::new(0),
+            ended: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
+            awaited: AtomicBool::new(false),
+            bytes: AtomicU64::new(0),
+        }
+    }
+
+    fn note(&self) {
+        let now = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.last.store(now, Relaxed);
+    }
+
+    /// When something of it last came, or it began.
+    pub fn last(&self) -> Instant {
+        self.began + Duration::from_millis(self.last.load(Relaxed))
+    }
+
+    /// Whether all of it came.
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(Relaxed)
+    }
+
+    /// Whether the target waits for more of it, which the client does not send.
+    pub fn is_awaited(&self) -> bool {
+        self.awaited.load(Relaxed)
+    }
+
+    /// Whether the client did not send what it began.
+    pub fn has_failed(&self) -> bool {
+        self.failed.load(Relaxed)
+    }
+
+    /// Bytes of it so far.
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(Relaxed)
+    }
+}
+
+/// The body of a request to a target.
+#[derive(Debug)]
+pub enum RequestBody {
+    /// None.
+    Empty,
+    /// As the client sends it.
+    Client {
+        /// What the client sends.
+        incoming: Incoming,
+        /// How far it has come.
+        progress: Arc<Progress>,
+    },
+}
+
+impl RequestBody {
+    /// What the client sends.
+    pub fn new(incoming: Incoming) -> (Self, Option<Arc<Progress>>) {
+        if incoming.is_end_stream() {
+            return (Self::Empty, None);
+        }
+        let progress = Arc::new(Progress::new());
+        (Self::Client { incoming, progress: progress.clone() }, Some(progress))
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let Self::Client { incoming, progress } = self.get_mut() else {
+            return Poll::Ready(None);
+        };
+        let frame = Pin::new(&mut *incoming).poll_frame(cx);
+        progress.awaited.store(frame.is_pending(), Relaxed);
+        let frame = ready!(frame);
+        progress.note();
+        match &frame {
+            None => progress.ended.store(true, Relaxed),
+            Some(Ok(frame)) => {
+                let bytes = frame.data_ref().map_or(0, Bytes::len);
+                progress.bytes.fetch_add(bytes as u64, Relaxed);
+                if incoming.is_end_stream() {
+                    progress.ended.store(true, Relaxed);
+                }
+            }
+            Some(Err(_)) => progress.failed.store(true, Relaxed),
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Empty => true,
+            Self::Client { incoming, .. } => incoming.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Empty => SizeHint::with_exact(0),
+            Self::Client { incoming, .. } => incoming.size_hint(),
+        }
+    }
+}
+
+/// The body of an answer to a client.
+#[derive(Debug)]
+pub struct ResponseBody {
+    content: Content,
+    /// What is known of the request, until the answer has ended.
+    exchange: Option<Box<Exchange>>,
+    in_progress: Option<InProgress>,
+}
+
+#[derive(Debug)]
+enum Content {
+    /// Ours.
+    Own(Bytes),
+    /// A target's, with the connection that it comes over.
+    Target { incoming: Incoming, lease: Option<Lease> },
+}
+
+impl ResponseBody {
+    /// Of our own.
+    pub fn full(bytes: impl Into<Bytes>) -> Self {
+        Self { content: Content::Own(bytes.into()), exchange: None, in_progress: None }
+    }
+
+    /// As a target sends it. The connection is free again when it has ended.
+    pub fn target(incoming: Incoming, lease: Lease) -> Self {
+        let mut lease = Some(lease);
+        if incoming.is_end_stream()
+            && let Some(lease) = lease.take()
+        {
+            lease.give_back();
+        }
+        Self { content: Content::Target { incoming, lease }, exchange: None, in_progress: None }
+    }
+
+    /// With what is to be noted when it has ended.
+    pub fn with(mut self, exchange: Box<Exchange>, in_progress: InProgress) -> Self {
+        self.exchange = Some(exchange);
+        self.in_progress = Some(in_progress);
+        self
+    }
+}
+
+impl Content {
+    fn end(&mut self) {
+        if let Self::Target { lease, .. } = self
+            && let Some(lease) = lease.take()
+        {
+            lease.give_back();
+        }
+    }
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let this = &mut *self;
+        let frame = match &mut this.content {
+            Content::Own(bytes) if bytes.is_empty() => None,
+            Content::Own(bytes) => Some(Ok(Frame::data(std::mem::take(bytes)))),
+            Content::Target { incoming, .. } => {
+                let frame = ready!(Pin::new(&mut *incoming).poll_frame(cx));
+                if frame.is_none() || incoming.is_end_stream() {
+                    this.content.end();
+                }
+                frame
+            }
+        };
+        if let Some(exchange) = &mut this.exchange {
+            match &frame {
+                Some(Ok(frame)) => {
+                    exchange.sent(frame.data_ref().map_or(0, Bytes::len));
+                }
+                Some(Err(_)) => exchange.cut(),
+                None => {}
+            }
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.content {
+            Content::Own(bytes) => bytes.is_empty(),
+            Content::Target { incoming, .. } => incoming.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.content {
+            Content::Own(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Content::Target { incoming, .. } => incoming.size_hint(),
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! Answers of the load balancer's own when a request cannot be served, with AWS's status codes.
+
+use hyper::header::{CONTENT_TYPE, HeaderValue, SERVER};
+use hyper::{Response, StatusCode};
+
+use super::body::ResponseBody;
+
+/// Why the load balancer answers by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ElbError {
+    /// 400: the request is not HTTP, or larger than allowed.
+    BadRequest,
+    /// 405: the method is TRACE.
+    MethodNotAllowed,
+    /// 408: the client did not send the rest of its request in time.
+    RequestTimeout,
+    /// 413: the body is larger than allowed.
+    PayloadTooLarge,
+    /// 414: the request line is longer than allowed.
+    UriTooLong,
+    /// 460: the client closed the connection before it had an answer. Nobody sees the answer.
+    ClientClosed,
+    /// 463: `X-Forwarded-For` has more addresses than allowed.
+    TooManyForwardedAddresses,
+    /// 464: the target group's version of HTTP cannot carry the request.
+    IncompatibleVersion,
+    /// 500: an error of the load balancer.
+    Internal,
+    /// 501: the transfer coding is not known.
+    NotImplemented,
+    /// 502: a target closed its connection or gave an answer that is not HTTP.
+    BadGateway,
+    /// 503: there is no target that could take the request, or no capacity.
+    ServiceUnavailable,
+    /// 504: a target did not answer, or not connect, in time.
+    GatewayTimeout,
+}
+
+impl ElbError {
+    /// The status code, and what it is called.
+    pub fn status(self) -> (u16, &'static str) {
+        match self {
+            Self::BadRequest => (400, "Bad Request"),
+            Self::MethodNotAllowed => (405, "Method Not Allowed"),
+            Self::RequestTimeout => (408, "Request Time-out"),
+            Self::PayloadTooLarge => (413, "Request Entity Too Large"),
+            Self::UriTooLong => (414, "Request-URI Too Large"),
+            Self::ClientClosed => (460, "Client Closed Request"),
+            Self::TooManyForwardedAddresses => (463, "Too Many Forwarded Addresses"),
+            Self::IncompatibleVersion => (464, "Incompatible Protocol Version"),
+            Self::Internal => (500, "Internal Server Error"),
+            Self::NotImplemented => (501, "Not Implemented"),
+            Self::BadGateway => (502, "Bad Gateway"),
+            Self::ServiceUnavailable => (503, "Service Temporarily Unavailable"),
+            Self::GatewayTimeout => (504, "Gateway Time-out"),
+        }
+    }
+
+    /// The status code.
+    pub fn code(self) -> u16 {
+        self.status().0
+    }
+
+    /// Whether what is left of the request's connection cannot be understood, so that it ends.
+    pub fn ends_connection(self) -> bool {
+        matches!(
+            self,
+            Self::BadRequest
+                | Self::RequestTimeout
+                | Self::PayloadTooLarge
+                | Self::UriTooLong
+                | Self::NotImplemented
+        )
+    }
+
+    fn page(self) -> String {
+        let (code, name) = self.status();
+        format!(
+            "<html>\r\n<head><title>{code} {name}</title></head>\r\n<body>\r\n\
+             <center><h1>{code} {name}</h1></center>\r\n</body>\r\n</html>\r\n"
+        )
+    }
+
+    /// The answer.
+    pub fn response(self) -> Response<ResponseBody> {
+        let mut response = Response::new(ResponseBody::full(self.page()));
+        *response.status_mut() =
+            StatusCode::from_u16(self.code()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let headers = response.headers_mut();
+        headers.insert(SERVER, HeaderValue::from_static(SERVER_NAME));
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/html"));
+        response
+    }
+
+    /// The answer as HTTP/1.1 writes it, at the end of a connection that has no other.
+    pub fn bytes(self) -> Vec<u8> {
+        let (code, name) = self.status();
+        let page = self.page();
+        let length = page.len();
+        format!(
+            "HTTP/1.1 {code} {name}\r\nServer: {SERVER_NAME}\r\nContent-Type: text/html\r\n\
+             Content-Length: {length}\r\nConnection: close\r\n\r\n{page}"
+        )
+        .into_bytes()
+    }
+}
+
+/// What the load balancer's own answers say they come from.
+pub const SERVER_NAME: &str = "lb";
