@@ -7,11 +7,15 @@
 
 mod address;
 mod agent;
+mod application;
 mod diagnostic;
+mod dns;
 mod file;
+mod forward;
 mod health_check;
 mod load_balancer;
 pub mod model;
+mod protocol;
 mod reader;
 mod references;
 mod security_group;
@@ -111,12 +115,12 @@ fn read_sections<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
             .into_iter()
             .map(|section| (section.name, load_balancer::read(section.table)))
             .collect(),
+        dns: root.subtable("dns", "[dns]".to_owned()).and_then(dns::read),
     };
-    root.not_supported_yet(&["dns"]);
     root.finish();
     references::check(report, &sections);
     snat::check(&sections.target_groups, &sections.load_balancers);
-    let Sections { security_groups, target_groups, load_balancers, .. } = sections;
+    let Sections { security_groups, target_groups, load_balancers, dns, .. } = sections;
     Config {
         agent,
         security_groups: owned(
@@ -126,7 +130,7 @@ fn read_sections<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
         load_balancers: owned(
             load_balancers.into_iter().map(|(name, draft)| (name, draft.into_load_balancer())),
         ),
-        dns: None,
+        dns: dns.map(Into::into),
     }
 }
 

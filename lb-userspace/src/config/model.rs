@@ -314,6 +314,8 @@ pub enum ProbeKind {
     Http(HttpProbe),
     /// A GET request over HTTPS; the certificate is not verified, as on AWS.
     Https(HttpProbe),
+    /// A unary gRPC call with an empty message.
+    Grpc(GrpcProbe),
 }
 
 /// The request of an HTTP or HTTPS health check.
@@ -323,6 +325,19 @@ pub struct HttpProbe {
     pub path: String,
     /// Status codes that pass, 200 to 599.
     pub matcher: Vec<RangeInclusive<u16>>,
+    /// Whether HTTP/2 is spoken, in plain text with prior knowledge.
+    pub http2: bool,
+}
+
+/// The call of a gRPC health check.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GrpcProbe {
+    /// `/PACKAGE.SERVICE/METHOD`.
+    pub path: String,
+    /// gRPC status codes that pass, 0 to 99.
+    pub matcher: Vec<RangeInclusive<u16>>,
+    /// Whether the call goes through TLS; the certificate is not verified, as on AWS.
+    pub tls: bool,
 }
 
 /// What a load balancer is.

@@ -73,6 +73,11 @@ impl<'a> Value<'a> {
         self.node.get_ref().is_str()
     }
 
+    /// Whether the value is this string.
+    pub(super) fn is(&self, text: &str) -> bool {
+        self.node.get_ref().as_str() == Some(text)
+    }
+
     /// Whether the value is a table; other forms may be allowed in its place.
     pub(super) fn is_table(&self) -> bool {
         self.node.get_ref().is_table()
@@ -226,6 +231,8 @@ pub(super) struct Table<'a> {
     entries: BTreeMap<&'a str, (Span, Value<'a>)>,
     /// Keys that were asked for, so that an unknown one can be answered with them.
     accepted: Vec<&'static str>,
+    /// Keys that are known, but have no meaning here.
+    meaningless: Vec<&'static str>,
 }
 
 impl<'a> Table<'a> {
@@ -242,7 +249,7 @@ impl<'a> Table<'a> {
                 (name, (key.span(), Value { report, key: name, in_list: false, node }))
             })
             .collect();
-        Self { report, name, span, entries, accepted: Vec::new() }
+        Self { report, name, span, entries, accepted: Vec::new(), meaningless: Vec::new() }
     }
 
     pub(super) fn name(&self) -> &str {
@@ -282,6 +289,23 @@ impl<'a> Table<'a> {
         }
     }
 
+    /// Refuses keys that are others' in this place, such as "in an http listener".
+    pub(super) fn meaningless(&mut self, keys: &[&'static str], place: &str, help: &str) {
+        for key in keys {
+            if let Some((span, _)) = self.entries.remove(*key) {
+                self.report.error(span, format!("`{key}` has no meaning {place}"), help);
+            }
+        }
+        self.meaningless.extend(keys);
+    }
+
+    /// Passes over keys of which nobody can say whether they belong here.
+    pub(super) fn ignore(&mut self, keys: &[&str]) {
+        for key in keys {
+            self.entries.remove(*key);
+        }
+    }
+
     /// The sections `[key.NAME]`, in the file's order.
     pub(super) fn sections(&mut self, key: &'static str) -> Vec<Section<'a>> {
         let form = format!("write a section [{key}.NAME]");
@@ -309,10 +333,12 @@ impl<'a> Table<'a> {
 
     /// Refuses every key that nobody asked for.
     pub(super) fn finish(self) {
-        let keys: Vec<String> = self.accepted.iter().map(|key| format!("`{key}`")).collect();
+        let mut accepted = self.accepted;
+        accepted.retain(|key| !self.meaningless.contains(key));
+        let keys: Vec<String> = accepted.iter().map(|key| format!("`{key}`")).collect();
         let keys = enumerate(&keys, "and");
         for (key, (span, _)) in &self.entries {
-            let help = did_you_mean(key, &self.accepted) + &format!("{} takes {keys}", self.name);
+            let help = did_you_mean(key, &accepted) + &format!("{} takes {keys}", self.name);
             self.report.error(span.clone(), format!("unknown key `{key}` in {}", self.name), help);
         }
     }

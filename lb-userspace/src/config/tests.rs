@@ -20,6 +20,9 @@ const COMPLETE: &str = include_str!("tests/complete.toml");
 /// The example of the configuration contract, without what is not supported yet.
 const CONTRACT: &str = include_str!("tests/contract.toml");
 
+/// Every key of what the proxy serves.
+const APPLICATION: &str = include_str!("tests/application.toml");
+
 /// How the warnings of a usable file read.
 fn warnings(text: &str) -> String {
     let parsed = parse("lb.toml", text).unwrap();
@@ -50,6 +53,13 @@ fn every_key_is_read() {
     let parsed = parse("lb.toml", COMPLETE).unwrap_or_else(|errors| panic!("{errors}"));
     assert_eq!(parsed.warnings, []);
     insta::assert_debug_snapshot!("complete", parsed.config);
+}
+
+#[test]
+fn every_key_of_the_proxy_is_read() {
+    let parsed = parse("lb.toml", APPLICATION).unwrap_or_else(|errors| panic!("{errors}"));
+    assert_eq!(parsed.warnings, []);
+    insta::assert_debug_snapshot!("application", parsed.config);
 }
 
 #[test]
@@ -457,9 +467,9 @@ proptest! {
     #[test]
     fn mutated_files_never_panic(
         edits in prop::collection::vec(edit(), 1..6),
-        complete in any::<bool>(),
+        file in prop::sample::select(vec![COMPLETE, CONTRACT, APPLICATION]),
     ) {
-        let mut text: Vec<char> = if complete { COMPLETE } else { CONTRACT }.chars().collect();
+        let mut text: Vec<char> = file.chars().collect();
         for edit in &edits {
             apply(&mut text, edit);
         }

@@ -9,8 +9,8 @@ use rustls::crypto::aws_lc_rs;
 use crate::any_certificate::AnyCertificate;
 
 /// The client side of an HTTPS health check. No session is resumed, so that every check proves
-/// that the target can do a whole handshake.
-pub(super) fn client_config() -> Arc<ClientConfig> {
+/// that the target can do a whole handshake. `alpn` is what is spoken inside; empty: HTTP/1.1.
+pub(super) fn client_config(alpn: &[&[u8]]) -> Arc<ClientConfig> {
     // The provider is named here and not taken from the process: nobody has to install one first,
     // and a second one among the dependencies does no harm.
     let provider = Arc::new(aws_lc_rs::default_provider());
@@ -21,5 +21,6 @@ pub(super) fn client_config() -> Arc<ClientConfig> {
         .with_custom_certificate_verifier(Arc::new(AnyCertificate))
         .with_no_client_auth();
     config.resumption = Resumption::disabled();
+    config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     Arc::new(config)
 }

@@ -164,8 +164,10 @@ impl State {
         let listeners = || listener_keys(&self.config);
         let groups = listeners().flat_map(|(_, listener, ..)| &listener.target_groups);
         self.forwarded = groups.map(|group| group.name.clone()).collect();
-        let proxied = proxied::named_groups(&self.config).map(str::to_owned);
-        self.used = self.forwarded.iter().cloned().chain(proxied).collect();
+        let proxied = self.config.load_balancers.values().flat_map(|balancer| &balancer.proxied);
+        let groups = proxied.flat_map(config::ProxyListener::target_groups);
+        let groups = groups.map(|group| &group.name).chain(&self.forwarded);
+        self.used = groups.cloned().collect();
         let action = |(key, listener, _, balancer): (ListenerKey, _, _, &LoadBalancer)| {
             let action = Action::new(listener, !balancer.cross_zone, key.address.is_ipv4());
             (key, action)

@@ -9,7 +9,7 @@ use lb_common::flow::TCP;
 use lb_common::tables::{Endpoint, EndpointKey, Listener};
 use lb_common::wire::{Address, Be16};
 
-use crate::config::{Action, Config, LoadBalancer, Protocol, ProxyListener};
+use crate::config::{Config, LoadBalancer, Protocol, ProxyListener};
 use crate::reconcile::{Desired, Prefix};
 
 use super::desired::{Admission, Classes, admission};
@@ -27,20 +27,6 @@ pub fn proxied_keys(
             })
         })
     })
-}
-
-/// The target groups that the proxy forwards to; some of them more than once.
-pub fn named_groups(config: &Config) -> impl Iterator<Item = &str> {
-    let listeners = config.load_balancers.values().flat_map(|balancer| &balancer.proxied);
-    let actions = listeners.flat_map(|listener| {
-        let rules = listener.rules.iter().map(|rule| &rule.action);
-        rules.chain([&listener.default_action])
-    });
-    let forwards = actions.filter_map(|action| match action {
-        Action::Forward(forward) => Some(forward),
-        Action::Redirect(_) | Action::FixedResponse(_) => None,
-    });
-    forwards.flat_map(|forward| forward.target_groups.iter().map(|group| group.name.as_str()))
 }
 
 impl State {

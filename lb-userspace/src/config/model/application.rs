@@ -26,6 +26,17 @@ pub struct ProxyListener {
     pub rules: Vec<Rule>,
 }
 
+impl ProxyListener {
+    /// The groups that it forwards to, each as often as it is named.
+    pub fn target_groups(&self) -> impl Iterator<Item = &WeightedTargetGroup> {
+        let actions = self.rules.iter().map(|rule| &rule.action);
+        std::iter::once(&self.default_action).chain(actions).flat_map(|action| match action {
+            Action::Forward(forward) => forward.target_groups.as_slice(),
+            Action::Redirect(_) | Action::FixedResponse(_) => &[],
+        })
+    }
+}
+
 /// What the clients of a [`ProxyListener`] speak.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ProxyProtocol {
