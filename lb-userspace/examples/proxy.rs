@@ -13,10 +13,10 @@ use lb_userspace::config::model::{
     Action, Attributes, CertificateFiles, Forward, HttpVersion, ListenerTls, ProxyListener,
     ProxyProtocol, ProxySettings, TargetProtocol, TlsPolicy, WeightedTargetGroup,
 };
+use lb_userspace::proxy::Proxy;
 use lb_userspace::proxy::routes::{
     FULL_SHARE, GroupRoute, ListenerRoute, Routes, TargetRoute, TargetState,
 };
-use lb_userspace::proxy::Proxy;
 
 const GRACE: Duration = Duration::from_secs(1);
 

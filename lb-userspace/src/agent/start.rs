@@ -125,6 +125,7 @@ impl Agent {
             watchman: Default::default(),
             last_walk: Instant::now(),
             snat_walks: super::snat::Walks::default(),
+            serving: super::serve::Serving::new(),
             is_ready: false,
         };
         let events = Events {

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use rustls::client::Resumption;
 use rustls::ClientConfig;
+use rustls::client::Resumption;
 use rustls::crypto::aws_lc_rs;
 
 use crate::any_certificate::AnyCertificate;

@@ -121,9 +121,8 @@ impl Proxy {
             .or_insert_with(|| table.maker.load_balancer())
             .clone();
         let current = before.as_ref().map(|it| it.current.load_full());
-        let is_same = |it: &Served| {
-            it.route == *route && Arc::ptr_eq(&it.load_balancer, &load_balancer)
-        };
+        let is_same =
+            |it: &Served| it.route == *route && Arc::ptr_eq(&it.load_balancer, &load_balancer);
         if current.as_deref().is_some_and(is_same)
             && let Some(before) = before
         {
@@ -191,9 +190,7 @@ impl Proxy {
         let mut counters = Counters::default();
         let table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         for (name, load_balancer) in &table.load_balancers {
-            counters
-                .load_balancers
-                .insert(name.clone(), load_balancer.counters.load_balancer());
+            counters.load_balancers.insert(name.clone(), load_balancer.counters.load_balancer());
         }
         self.groups.load().count(&mut counters);
         counters

@@ -33,10 +33,7 @@ impl Certificates {
     ///
     /// # Errors
     /// If one of them cannot be read, or is not what it should be.
-    pub fn load(
-        files: &[CertificateFiles],
-        provider: Arc<CryptoProvider>,
-    ) -> Result<Self, String> {
+    pub fn load(files: &[CertificateFiles], provider: Arc<CryptoProvider>) -> Result<Self, String> {
         // Before the files: what changes in between is seen by the next look.
         let seen = Mutex::new(stamps(files));
         let index = ArcSwap::from_pointee(Index::load(files, &provider)?);
@@ -114,11 +111,7 @@ impl Index {
         Ok(index)
     }
 
-    fn choose(
-        &self,
-        name: Option<&str>,
-        schemes: &[SignatureScheme],
-    ) -> Option<Arc<CertifiedKey>> {
+    fn choose(&self, name: Option<&str>, schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
         let is_usable = |it: &&Arc<CertifiedKey>| it.key.choose_scheme(schemes).is_some();
         let name = name.map(str::to_ascii_lowercase).unwrap_or_default();
         let parent = name.find('.').map_or("", |dot| &name[dot..]);

@@ -71,7 +71,11 @@ impl Connector {
     }
 
     /// A connection for HTTP.
-    pub async fn http(&self, pool: &Arc<Pool>, target: &Arc<Target>) -> Result<Lease, ConnectError> {
+    pub async fn http(
+        &self,
+        pool: &Arc<Pool>,
+        target: &Arc<Target>,
+    ) -> Result<Lease, ConnectError> {
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         let config = match target.settings.version {
             HttpVersion::Http1 => &self.http1,

@@ -47,7 +47,8 @@ mod tests {
     #[test]
     fn version_4() {
         let bytes = header("192.0.2.1:1000".parse().unwrap(), "192.0.2.2:443".parse().unwrap());
-        let expected = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\xc0\0\x02\x01\xc0\0\x02\x02\x03\xe8\x01\xbb";
+        let expected =
+            b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\xc0\0\x02\x01\xc0\0\x02\x02\x03\xe8\x01\xbb";
         assert_eq!(bytes, expected);
     }
 
