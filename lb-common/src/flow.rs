@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::tables::EndpointKey;
+use crate::tables::{EndpointKey, Target};
 use crate::wire::{Address, Be16};
 
 /// IP protocol number of TCP.
@@ -49,6 +49,31 @@ pub struct FlowKey {
 }
 
 impl FlowKey {
+    /// The flow as the other end's packets show it.
+    #[inline(always)]
+    pub fn reversed(&self) -> Self {
+        Self {
+            source: self.destination,
+            destination: self.source,
+            source_port: self.destination_port,
+            destination_port: self.source_port,
+            ..*self
+        }
+    }
+
+    /// The flow as a target's packets show it that answers to this address and port.
+    #[inline(always)]
+    pub fn of_replies(target: &Target, address: Address, port: Be16, protocol: u8) -> Self {
+        Self {
+            source: target.address,
+            destination: address,
+            source_port: target.port,
+            destination_port: port,
+            protocol,
+            zero: [0; 3],
+        }
+    }
+
     /// Source and destination port in one word, in an order that is the same on every machine.
     #[inline(always)]
     fn ports(&self) -> u32 {

@@ -31,12 +31,6 @@ pub fn lb_balancer(ctx: XdpContext) -> u32 {
     end(&ctx, &maps, next)
 }
 
-/// Asks what is remembered of a flow, and sends the packet to its target.
-#[xdp]
-pub fn lb_recall(ctx: XdpContext) -> u32 {
-    later(&ctx, Stage::Recall)
-}
-
 /// Refuses a packet so that the client hears of it.
 #[xdp]
 pub fn lb_answer(ctx: XdpContext) -> u32 {

@@ -134,7 +134,6 @@ impl<'a> Maps<'a> {
     pub fn hand_over(&self, ctx: &XdpContext, stage: Stage, next: Next) -> u32 {
         self.first().with_step(|step| step.prepare(next));
         match stage {
-            Stage::Recall => jump::<{ Stage::Recall as u32 }>(ctx),
             Stage::Answer => jump::<{ Stage::Answer as u32 }>(ctx),
             Stage::Encapsulate => jump::<{ Stage::Encapsulate as u32 }>(ctx),
             Stage::SnatRequest => jump::<{ Stage::SnatRequest as u32 }>(ctx),
@@ -233,10 +232,8 @@ pub struct Lazy<'a> {
 
 impl Handover for Lazy<'_> {
     #[inline(always)]
-    fn with_step(&mut self, f: impl FnOnce(&mut Step)) {
-        if let Some(step) = self.maps.step() {
-            f(step);
-        }
+    fn step(&mut self) -> Option<&mut Step> {
+        self.maps.step()
     }
 }
 

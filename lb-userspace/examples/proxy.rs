@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use clap::Parser;
 use lb_userspace::config::model::{
-    Action, Attributes, CertificateFiles, Forward, HttpVersion, ListenerTls, ProxyListener,
-    ProxyProtocol, ProxySettings, TargetProtocol, TlsPolicy, WeightedTargetGroup,
+    Action, Attributes, CertificateFiles, Condition, Forward, HttpVersion, ListenerTls, Pattern,
+    ProxyListener, ProxyProtocol, ProxySettings, Rule, TargetProtocol, TlsPolicy, Transforms,
+    WeightedTargetGroup,
 };
 use lb_userspace::proxy::Proxy;
 use lb_userspace::proxy::routes::{
@@ -41,6 +42,9 @@ struct Arguments {
     /// Whether the target speaks HTTP/2.
     #[arg(long)]
     http2: bool,
+    /// Rules of each listener before its default action, each with a target group of its own.
+    #[arg(long, default_value_t = 0)]
+    rules: u16,
     /// Threads.
     #[arg(long, default_value_t = 1)]
     workers: usize,
@@ -66,7 +70,10 @@ impl Arguments {
         let group = GroupRoute { settings, slow_start: Duration::ZERO, targets: vec![target] };
         Routes {
             listeners: [plain].into_iter().chain(tls).collect(),
-            groups: BTreeMap::from([("target".into(), group)]),
+            groups: (1..=self.rules)
+                .map(|n| (rule_group(n).into(), group.clone()))
+                .chain([("target".into(), group.clone())])
+                .collect(),
             cookie_key: [0; 32],
         }
     }
@@ -76,9 +83,13 @@ impl Arguments {
         address: SocketAddr,
         certificate: Option<CertificateFiles>,
     ) -> (SocketAddr, ListenerRoute) {
-        let forward = Forward {
-            target_groups: vec![WeightedTargetGroup { name: "target".to_owned(), weight: 1 }],
-            stickiness: None,
+        let rule = |priority| Rule {
+            priority,
+            conditions: vec![Condition::PathPattern(vec![Pattern::Wildcard(format!(
+                "/rule-{priority}/*"
+            ))])],
+            transforms: Transforms::default(),
+            action: forward(rule_group(priority)),
         };
         let listener = ProxyListener {
             protocol: match certificate {
@@ -95,8 +106,8 @@ impl Arguments {
                 },
                 alpn: Vec::new(),
             }),
-            default_action: Action::Forward(forward),
-            rules: Vec::new(),
+            default_action: forward("target".to_owned()),
+            rules: (1..=self.rules).map(rule).collect(),
         };
         let route = ListenerRoute {
             load_balancer: "bench".into(),
@@ -107,6 +118,16 @@ impl Arguments {
         };
         (address, route)
     }
+}
+
+/// The group that only one rule forwards to.
+fn rule_group(n: u16) -> String {
+    format!("rule-{n}")
+}
+
+fn forward(group: String) -> Action {
+    let target_groups = vec![WeightedTargetGroup { name: group, weight: 1 }];
+    Action::Forward(Forward { target_groups, stickiness: None })
 }
 
 #[tokio::main(flavor = "current_thread")]

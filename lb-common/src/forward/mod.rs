@@ -154,6 +154,9 @@ fn begin_ip<I: Answer, F: Frame, T: Tables>(
     } else {
         to_listener::<ANY, I, F, T>(frame, tables, step)
     };
+    if Next::is_recall(next) {
+        return recall::<I, F, T>(frame, tables, step);
+    }
     if !Found::is_packed(next) {
         return Next::from(next);
     }
@@ -173,8 +176,6 @@ pub fn go_on<F: Frame, T: Tables>(
     step: &mut Step,
 ) -> Next {
     Next::from(match (stage, step.place.is_v4()) {
-        (Stage::Recall, true) => return recall::<V4, F, T>(frame, tables, step),
-        (Stage::Recall, false) => return recall::<V6, F, T>(frame, tables, step),
         (Stage::Answer, true) => reject::answer::<V4, F, T>(frame, tables, step),
         (Stage::Answer, false) => reject::answer::<V6, F, T>(frame, tables, step),
         (Stage::Encapsulate, true) => encapsulate::<V4, F, T>(frame, tables, step),
@@ -242,7 +243,14 @@ fn to_listener<const SHAPE: bool, I: Answer, F: Frame, T: Tables>(
 
 /// Recalls a packet's flow and sends it to its target.
 #[inline(always)]
-fn recall<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &mut Step) -> Next {
+fn recall<I: Answer, F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    step: &mut impl Handover,
+) -> Next {
+    let Some(step) = step.step() else {
+        return Next::from(Next::with(Next::DROP, DropReason::TableInconsistent as u32));
+    };
     let next = Next::from(select::recall::<I, F, T>(frame, tables, step));
     if !next.is_undecided() {
         return next;

@@ -1,6 +1,6 @@
 //! A packet from a target, and a client that talks to a target's own address.
 
-use crate::flow::{FlowKey, MAX_IDLE, REFRESH, ReturnFlow, ReturnTable};
+use crate::flow::{MAX_IDLE, REFRESH, ReturnFlow, ReturnTable};
 use crate::tables::{Endpoint, NO_LISTENER, OPEN, Tables};
 use crate::verdict::{DropReason, Verdict};
 
@@ -120,14 +120,7 @@ pub fn to_target<I: Ip, F: Frame, T: Tables>(
         return Next::with(Next::DROP, DropReason::SecurityGroupDenied as u32);
     }
     if target != 0 {
-        let reply = FlowKey {
-            source: key.destination,
-            destination: key.source,
-            source_port: key.destination_port,
-            destination_port: key.source_port,
-            ..key
-        };
-        tables.note_direct_flow(target, &reply);
+        tables.note_direct_flow(target, &key.reversed());
     }
     pass
 }

@@ -444,14 +444,7 @@ fn is_in_use<T: Tables>(tables: &T, key: &FlowKey, flow: &ReturnFlow, now: u64) 
 /// The flow as a target's replies show it.
 #[inline(always)]
 fn reply_key(key: &FlowKey, target: &Target) -> FlowKey {
-    FlowKey {
-        source: target.address,
-        destination: key.source,
-        source_port: target.port,
-        destination_port: key.source_port,
-        protocol: key.protocol,
-        zero: [0; 3],
-    }
+    FlowKey::of_replies(target, key.source, key.source_port, key.protocol)
 }
 
 #[cfg(test)]

@@ -18,26 +18,23 @@ use super::{Outcome, Stop};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Stage {
-    /// Asks what is remembered of a flow, remembers it if it must, and sends the packet there.
-    Recall = 0,
     /// Refuses a packet so that the client hears of it.
-    Answer = 1,
+    Answer = 0,
     /// Sends a packet to its target through a tunnel.
-    Encapsulate = 2,
+    Encapsulate = 1,
     /// Sends a packet to its target from an address and a port of this machine.
-    SnatRequest = 3,
+    SnatRequest = 2,
     /// Looks for a source port that no flow has.
-    SnatSearch = 4,
+    SnatSearch = 3,
     /// Gives a new flow the port that was found, and sends its first packet.
-    SnatOpen = 5,
+    SnatOpen = 4,
     /// Sends a target's packet to the client whose flow has its destination port.
-    SnatReply = 6,
+    SnatReply = 5,
 }
 
 impl Stage {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 7] = [
-        Self::Recall,
+    pub const ALL: [Self; 6] = [
         Self::Answer,
         Self::Encapsulate,
         Self::SnatRequest,
@@ -49,7 +46,6 @@ impl Stage {
     /// The name of its program.
     pub const fn program(self) -> &'static str {
         match self {
-            Self::Recall => "lb_recall",
             Self::Answer => "lb_answer",
             Self::Encapsulate => "lb_encapsulate",
             Self::SnatRequest => "lb_snat_request",
@@ -75,11 +71,12 @@ impl Next {
     pub(super) const TRANSMIT: u32 = 2;
     const REDIRECT: u32 = 3;
     pub(super) const DROP: u32 = 4;
+    /// The first stage goes on with what is remembered of the flow.
+    const RECALL: u32 = Self::STAGES - 1;
     /// The first of the stages.
     const STAGES: u32 = 8;
     pub(super) const ANSWER: u32 = Self::STAGES + Stage::Answer as u32;
     const ENCAPSULATE: u32 = Self::STAGES + Stage::Encapsulate as u32;
-    const RECALL: u32 = Self::STAGES + Stage::Recall as u32;
     const SNAT_REQUEST: u32 = Self::STAGES + Stage::SnatRequest as u32;
     pub(super) const SNAT_SEARCH: u32 = Self::STAGES + Stage::SnatSearch as u32;
     pub(super) const SNAT_OPEN: u32 = Self::STAGES + Stage::SnatOpen as u32;
@@ -95,11 +92,16 @@ impl Next {
         self.action == Self::UNDECIDED
     }
 
+    /// Whether a function has returned that the flow must be recalled.
+    #[inline(always)]
+    pub(super) fn is_recall(next: u64) -> bool {
+        next as u32 == Self::RECALL
+    }
+
     /// The stage that comes next, if any.
     #[inline(always)]
     pub fn stage(self) -> Option<Stage> {
         match self.action {
-            Self::RECALL => Some(Stage::Recall),
             Self::ANSWER => Some(Stage::Answer),
             Self::ENCAPSULATE => Some(Stage::Encapsulate),
             Self::SNAT_REQUEST => Some(Stage::SnatRequest),
@@ -182,14 +184,22 @@ pub struct Selected {
 
 /// Where the [`Step`] is. The first stage looks for it only if the packet needs one.
 pub trait Handover {
-    /// Reads or writes the step.
-    fn with_step(&mut self, write: impl FnOnce(&mut Step));
+    /// The step; the kernel's is there, though the verifier does not know it.
+    fn step(&mut self) -> Option<&mut Step>;
+
+    /// Writes the step.
+    #[inline(always)]
+    fn with_step(&mut self, write: impl FnOnce(&mut Step)) {
+        if let Some(step) = self.step() {
+            write(step);
+        }
+    }
 }
 
 impl Handover for Step {
     #[inline(always)]
-    fn with_step(&mut self, write: impl FnOnce(&mut Step)) {
-        write(self);
+    fn step(&mut self) -> Option<&mut Step> {
+        Some(self)
     }
 }
 
@@ -222,7 +232,7 @@ pub(super) fn conclude(step: &mut impl Handover, outcome: Outcome, place: Place)
         Err(Stop::SnatReply(otherwise)) => Next::with(Next::SNAT_REPLY, otherwise),
     };
     // Not in the arms: the compiler would keep what some of them have not set.
-    if next as u32 >= Next::STAGES {
+    if next as u32 >= Next::RECALL {
         step.with_step(|step| step.place = place);
     }
     next

@@ -49,10 +49,15 @@ const TICK: Duration = Duration::from_secs(1);
 /// How long the health events of one burst are gathered before the tables follow: short beside the
 /// shortest check, long beside a change of all rings.
 const GATHER: Duration = Duration::from_millis(20);
-/// Time between two walks over the flow table, while slots wait for one.
+/// Time between two walks over the flow table, while exceptions keep slots from settling.
 const WALK: Duration = Duration::from_secs(30);
 /// The same while flows are counted for `targets`.
 const COUNT: Duration = Duration::from_secs(10);
+/// The same while there are pinned slots that no walk has looked at: packets of theirs are looked up
+/// in every table.
+const SOON: Duration = Duration::from_secs(1);
+/// Part of the time that walks may take: one in so many.
+const WALKS_SHARE: u32 = 20;
 
 /// Runs the agent until it is told to end.
 ///
@@ -109,10 +114,11 @@ struct Agent {
     api: JoinHandle<()>,
 
     /// When it began, and what it will have found.
-    walk: Option<(Instant, JoinHandle<Findings>)>,
+    walk: Option<(Instant, JoinHandle<(Findings, Duration)>)>,
     flow_tables: [FlowTableUsage; FlowTable::ALL.len()],
     watchman: flows::Watchman,
     last_walk: Instant,
+    last_walk_took: Duration,
     snat_walks: snat::Walks,
     serving: serve::Serving,
     is_ready: bool,
@@ -240,7 +246,8 @@ impl Agent {
         }
         if let Some((begun, walk)) = self.walk.take_if(|(_, walk)| walk.is_finished()) {
             match walk.await {
-                Ok(findings) => {
+                Ok((findings, took)) => {
+                    self.last_walk_took = took;
                     self.settle(&findings, begun);
                     self.state.set_flows(findings.flows);
                     let mut corrections = findings.corrections;
@@ -253,8 +260,7 @@ impl Agent {
                 Err(error) => error!("the walk over the flow table ended early: {error}"),
             }
         }
-        let pause = if self.state.counts_flows() { COUNT } else { WALK };
-        if self.walk.is_none() && now.duration_since(self.last_walk) >= pause {
+        if self.walk.is_none() && now.duration_since(self.last_walk) >= self.walks_pause() {
             self.last_walk = now;
             self.start_walk();
         }
@@ -262,6 +268,18 @@ impl Agent {
         if !self.serving.problems().is_empty() {
             self.serving.follow(&self.state);
         }
+    }
+
+    /// Time between the beginnings of two walks.
+    fn walks_pause(&self) -> Duration {
+        let pause = if self.state.has_unexplored_slots() {
+            SOON
+        } else if self.state.counts_flows() {
+            COUNT
+        } else {
+            WALK
+        };
+        pause.max(self.last_walk_took * WALKS_SHARE)
     }
 
     /// What a walk has found of pinned slots: first the map, then the slots that go by it.
@@ -291,7 +309,10 @@ impl Agent {
                     ring_size: self.ring_size,
                     pinned,
                 };
-                let walk = tokio::task::spawn_blocking(move || flows::walk(walk, flows));
+                let walk = tokio::task::spawn_blocking(move || {
+                    let findings = flows::walk(walk, flows);
+                    (findings, begun.elapsed())
+                });
                 self.walk = Some((begun, walk));
             }
             Err(error) => error!("no walk over the flow table: {error:#}"),

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use lb_common::flow::HashKeys;
@@ -124,6 +124,7 @@ impl Agent {
             flow_tables: Default::default(),
             watchman: Default::default(),
             last_walk: Instant::now(),
+            last_walk_took: Duration::ZERO,
             snat_walks: super::snat::Walks::default(),
             serving: super::serve::Serving::new(),
             is_ready: false,

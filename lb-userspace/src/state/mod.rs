@@ -361,6 +361,11 @@ impl State {
         pinned.filter(|(_, slots)| !slots.is_empty()).collect()
     }
 
+    /// Whether some pinned slots have not been looked at by a walk.
+    pub fn has_unexplored_slots(&self) -> bool {
+        self.rings.iter().any(|(_, ring)| ring.is_unexplored())
+    }
+
     /// What a walk that began at `begun` has found of the slots of rings, unless they have been
     /// changed since.
     pub fn settle(&mut self, findings: &Findings, begun: Instant) {

@@ -127,6 +127,11 @@ impl Ring {
         (0..).zip(self.slots.iter()).filter(pinned).map(|(index, _)| index).collect()
     }
 
+    /// Whether there are pinned slots whose exceptions nobody has looked for.
+    pub fn is_unexplored(&self) -> bool {
+        self.slots.iter().any(|slot| slot.state() == SlotState::Pinned && !slot.is_mapped())
+    }
+
     /// Flows that were tracked up to now may be where the hash would not send them: no slot is
     /// settled until a walk has looked.
     pub fn unsettle(&mut self, now: Instant) {
@@ -272,7 +277,9 @@ mod tests {
         assert_eq!(states(&ring), BTreeSet::from(["pinned"]));
         let pinned = ring.pinned();
         assert_eq!(pinned.len(), 251);
+        assert!(ring.is_unexplored());
         ring.settle(&pinned);
+        assert!(!ring.is_unexplored());
         assert_eq!(*ring.slots, *vec![Slot::settled(2); 251]);
     }
 
@@ -347,6 +354,7 @@ mod tests {
         ring.map(&all);
         let pinned = Slot::new(2, 1, SlotState::Pinned);
         assert_eq!(*ring.slots, *vec![pinned.mapped(); 251]);
+        assert!(!ring.is_unexplored());
         assert_eq!((pinned.mapped().previous(), pinned.mapped().state()), (1, SlotState::Pinned));
         assert!(!ring.tick(start + 400 * SECOND) && ring.pinned().len() == 251);
         ring.change(candidates(&[1]), start + 400 * SECOND);

@@ -13,7 +13,6 @@ use crate::snat::{SnatFlow, SnatReturn, Stamp};
 use crate::tables::{Endpoint, EndpointKey, Tables, Target};
 use crate::verdict::DropReason;
 use crate::wire::checksum::Sum;
-use crate::wire::ipv4::TtlProtocolChecksum;
 use crate::wire::{Address, Be16, Ipv4, Ipv6};
 
 use super::ip::{ANY, Ip, V4, V6};
@@ -119,21 +118,8 @@ fn renew<T: Tables>(
         return true;
     }
     let stamp = Stamp::new(now, state);
-    let reply = reply_key(target, flow.address, flow.port, key.protocol);
+    let reply = FlowKey::of_replies(target, flow.address, flow.port, key.protocol);
     tables.stamp_snat_return(&reply, stamp) && tables.stamp_snat(key, stamp)
-}
-
-/// The flow as the target's packets show it.
-#[inline(always)]
-fn reply_key(target: &Target, address: Address, port: Be16, protocol: u8) -> FlowKey {
-    FlowKey {
-        source: target.address,
-        destination: address,
-        source_port: target.port,
-        destination_port: port,
-        protocol,
-        zero: [0; 3],
-    }
 }
 
 /// Whether a packet can go to the target, for all that is known.
@@ -362,16 +348,14 @@ impl Readdress for V4 {
         ends: &Ends,
     ) -> Result<(), DropReason> {
         let (source, destination) = (ends.source.low32(), ends.destination.low32());
-        let before = header.ttl;
-        let mut words = TtlProtocolChecksum { ttl: before.ttl.wrapping_sub(1), ..before };
-        // The TTL shares its 16-bit word with the protocol.
-        let word = |ttl: u8| Be16::new((ttl as u16) << 8 | before.protocol as u16);
-        words.checksum = Sum::of(before.checksum)
-            .replace16(word(before.ttl), word(words.ttl))
+        let mut ttl = header.ttl;
+        ttl.ttl = ttl.ttl.wrapping_sub(1);
+        ttl.checksum = Sum::of(ttl.checksum)
+            .decrement_upper()
             .replace32(header.source, source)
             .replace32(header.destination, destination)
             .checksum();
-        frame.write(l3 + Ipv4::TTL_AT, words).ok_or(DropReason::Malformed)?;
+        frame.write(l3 + Ipv4::TTL_AT, ttl).ok_or(DropReason::Malformed)?;
         frame.write(l3 + Ipv4::SOURCE_AT, source).ok_or(DropReason::Malformed)?;
         frame.write(l3 + Ipv4::DESTINATION_AT, destination).ok_or(DropReason::Malformed)
     }

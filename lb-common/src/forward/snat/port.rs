@@ -14,7 +14,7 @@ use super::super::ip::Ip;
 use super::super::parse::Place;
 use super::super::select::serving;
 use super::super::{Frame, Next, Selected, Step};
-use super::{Ends, Readdress, lead, reply_key, send_request};
+use super::{Ends, Readdress, lead, send_request};
 
 /// Looks for a port for a new flow. Needs nothing of the packet, so that the verifier follows the
 /// search once and not for every shape of packet.
@@ -162,7 +162,7 @@ fn enter<T: Tables>(
         target: index,
         pool: source.pool,
     };
-    let reply = reply_key(target, address, port, key.protocol);
+    let reply = FlowKey::of_replies(target, address, port, key.protocol);
     let entered = tables.enter_snat_return(&reply, &back);
     if entered != Entered::New {
         return entered as u32;

@@ -349,8 +349,8 @@ fn rows() -> Vec<Row> {
     rows.extend(ours("nat, TCP, IPv4, every flow tracked", &tracked, &[one, some, many]));
     for (name, at) in [
         ("nat, TCP, IPv4, every slot learning", LEARNING),
-        ("nat, TCP, IPv4, every slot pinned", PINNED),
-        ("nat, TCP, IPv4, every slot pinned and mapped", MAPPED),
+        ("nat, TCP, IPv4, every slot pinned", MAPPED),
+        ("nat, TCP, IPv4, every slot pinned, before a walk", PINNED),
     ] {
         rows.extend(ours(name, &to(at), &[one, some, many]));
     }
