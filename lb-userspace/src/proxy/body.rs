@@ -10,8 +10,8 @@ use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::time::Instant;
 
+use super::exchange::Exchange;
 use super::io::InProgress;
-use super::request::Exchange;
 use super::upstream::Lease;
 
 /// How far a request's body has come.

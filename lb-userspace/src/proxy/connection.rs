@@ -18,6 +18,7 @@ use tokio_rustls::TlsAcceptor;
 use super::BUFFER;
 use super::counters::Metric;
 use super::errors::ElbError;
+use super::exchange;
 use super::io::{Activity, Waiting, Watched};
 use super::request;
 use super::table::{Listener, Served};
@@ -220,7 +221,12 @@ where
         }
     };
     if let Err(error) = &ended {
-        request::note_unreadable(&connection, error);
+        tracing::debug!(client = %connection.peer, %error, "connection failed");
+        let stream = served.into_parts().io.into_inner();
+        if let Some(error) = stream.refusal() {
+            exchange::note_refused(&connection, error);
+            let _ = timeout(FAREWELL, read_to_end(stream)).await;
+        }
         return;
     }
     let upgrade = connection.upgrade.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -281,16 +287,21 @@ async fn refuse<S>(connection: &Connection, mut stream: S, error: ElbError)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    request::note_refused(connection, error);
+    exchange::note_refused(connection, error);
     let farewell = async {
         stream.write_all(&error.bytes()).await?;
         stream.shutdown().await?;
-        // Closing with bytes unread would take the answer away from the client.
-        let mut rest = [0; 4096];
-        while stream.read(&mut rest).await? > 0 {}
-        io::Result::Ok(())
+        read_to_end(stream).await
     };
     let _ = timeout(FAREWELL, farewell).await;
+}
+
+/// Reads what a client still sends: closing with bytes unread would take away from it what it was
+/// told.
+async fn read_to_end(mut stream: impl AsyncRead + Unpin) -> io::Result<()> {
+    let mut rest = [0; 4096];
+    while stream.read(&mut rest).await? > 0 {}
+    Ok(())
 }
 
 /// Sees when a client takes too long. One timer for a connection, moved when it fires and not with

@@ -37,6 +37,17 @@ pub enum ElbError {
 }
 
 impl ElbError {
+    /// Why a request's head cannot be read.
+    pub fn of_head(head: &[u8]) -> Self {
+        let mut lines = head.split(|&byte| byte == b'\n').skip(1);
+        let is_unknown_coding = |line: &[u8]| {
+            let Some(colon) = line.iter().position(|&byte| byte == b':') else { return false };
+            line[..colon].eq_ignore_ascii_case(b"transfer-encoding")
+                && !line[colon + 1..].trim_ascii().eq_ignore_ascii_case(b"chunked")
+        };
+        if lines.any(is_unknown_coding) { Self::NotImplemented } else { Self::BadRequest }
+    }
+
     /// The status code, and what it is called.
     pub fn status(self) -> (u16, &'static str) {
         match self {

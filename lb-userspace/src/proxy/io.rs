@@ -11,6 +11,12 @@ use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 
+use super::connection::MAX_HEAD;
+use super::errors::ElbError;
+
+/// Bytes of the HTTP library's own answers, at most.
+const LONGEST_REFUSAL: usize = 256;
+
 /// What happened on a client's connection. Atomics, because hyper wants to send tasks to other
 /// threads; it is one thread that uses it.
 #[derive(Debug)]
@@ -151,6 +157,16 @@ pub struct Watched<S> {
     /// Read before the rest.
     first: Bytes,
     activity: Arc<Activity>,
+    /// What has come of a request's head, so that an error in it can be named.
+    head: Vec<u8>,
+    refusal: Option<Refusal>,
+}
+
+/// What a client is told instead of what the HTTP library would say.
+#[derive(Debug)]
+struct Refusal {
+    error: ElbError,
+    left: Bytes,
 }
 
 impl<S> Watched<S> {
@@ -159,7 +175,38 @@ impl<S> Watched<S> {
         if !first.is_empty() {
             activity.note_read(first.len());
         }
-        Self { stream, first, activity }
+        Self { stream, first, activity, head: Vec::new(), refusal: None }
+    }
+
+    /// What the client was told, if its request could not be read.
+    pub fn refusal(&self) -> Option<ElbError> {
+        self.refusal.as_ref().map(|it| it.error)
+    }
+
+    fn note_head(&mut self, bytes: &[u8]) {
+        if self.activity.requests.load(Relaxed) > 0 {
+            self.head.clear();
+        } else if self.head.len() < MAX_HEAD {
+            self.head.extend_from_slice(bytes);
+        }
+    }
+
+    /// The HTTP library answers by itself where a head cannot be read. That answer is told from
+    /// others by its place, before any request of the head that has begun, and by being whole.
+    fn is_refused(&self, bytes: &[u8]) -> bool {
+        const STATUS: [&[u8]; 3] = [b"HTTP/1.1 400 ", b"HTTP/1.1 414 ", b"HTTP/1.1 431 "];
+        self.refusal.is_none()
+            && STATUS.iter().any(|status| bytes.starts_with(status))
+            && bytes.ends_with(b"\r\n\r\n")
+            && bytes.len() < LONGEST_REFUSAL
+            && self.activity.requests.load(Relaxed) == 0
+            && self.activity.head_began.load(Relaxed) > 0
+    }
+
+    fn refuse(&mut self, bytes: &[u8]) {
+        let is_long = bytes.starts_with(b"HTTP/1.1 414 ");
+        let error = if is_long { ElbError::UriTooLong } else { ElbError::of_head(&self.head) };
+        self.refusal = Some(Refusal { error, left: error.bytes().into() });
     }
 
     /// Reads `bytes` before everything else.
@@ -180,8 +227,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
     ) -> Poll<io::Result<()>> {
         if !self.first.is_empty() {
             let n = self.first.len().min(buf.remaining());
-            buf.put_slice(&self.first[..n]);
-            self.first.advance(n);
+            let first = self.first.split_to(n);
+            buf.put_slice(&first);
+            self.note_head(&first);
             return Poll::Ready(Ok(()));
         }
         let before = buf.filled().len();
@@ -189,6 +237,19 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
         let read = buf.filled().len() - before;
         if read > 0 {
             self.activity.note_read(read);
+            self.note_head(&buf.filled()[before..]);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> Watched<S> {
+    fn poll_refusal(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Some(refusal) = &mut self.refusal else { return Poll::Ready(Ok(())) };
+        while !refusal.left.is_empty() {
+            let n = ready!(Pin::new(&mut self.stream).poll_write(cx, &refusal.left))?;
+            refusal.left.advance(n);
+            self.activity.note_written(n);
         }
         Poll::Ready(Ok(()))
     }
@@ -200,6 +261,13 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        if self.is_refused(bytes) {
+            self.refuse(bytes);
+        }
+        if self.refusal.is_some() {
+            ready!(self.poll_refusal(cx))?;
+            return Poll::Ready(Ok(bytes.len()));
+        }
         let written = ready!(Pin::new(&mut self.stream).poll_write(cx, bytes))?;
         self.activity.note_written(written);
         Poll::Ready(Ok(written))
@@ -210,6 +278,15 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
         cx: &mut Context<'_>,
         bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        if let [bytes] = bytes
+            && self.is_refused(bytes)
+        {
+            self.refuse(bytes);
+        }
+        if self.refusal.is_some() {
+            ready!(self.poll_refusal(cx))?;
+            return Poll::Ready(Ok(bytes.iter().map(|it| it.len()).sum()));
+        }
         let written = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, bytes))?;
         self.activity.note_written(written);
         Poll::Ready(Ok(written))

@@ -3,14 +3,24 @@
 //!
 //! It knows the configuration's types and [`Routes`], nothing of state, health and the agent.
 
+pub mod balance;
 mod body;
 mod connection;
+pub mod cookies;
 pub mod counters;
 mod errors;
+mod exchange;
+mod forward;
+pub mod headers;
+pub mod host;
 mod io;
 mod listener;
+pub mod redirect;
 mod request;
+pub mod rewrite;
 pub mod routes;
+pub mod rules;
+mod select;
 mod table;
 mod tls;
 mod tunnel;
@@ -132,7 +142,10 @@ impl Proxy {
             Ok(tls) => tls,
             Err(reason) => return Err((reason, before)),
         };
-        let served = Served { route: route.clone(), tls, load_balancer };
+        let served = match Served::new(route, tls, load_balancer) {
+            Ok(served) => served,
+            Err(error) => return Err((error.to_string(), before)),
+        };
         let protocol = |it: &Served| it.route.listener.protocol;
         if let Some(before) = before {
             if current.as_deref().map(protocol) == Some(protocol(&served)) {

@@ -1,18 +1,21 @@
 //! What is served now: [`Routes`](super::Routes) as the worker threads use them. What a change
 //! leaves as it was is the same object after it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
+use std::ops::Not;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::AtomicU32;
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
+use super::balance::{self, Balancer, Candidate, Cycle, InProgress, Load, Turn};
 use super::counters::{Counters, GroupCounters, Shards};
 use super::routes::{GroupRoute, ListenerRoute, TargetRoute, TargetState};
+use super::rules::{Action, CompileError, Decision, Rules};
 use super::tls::ListenerConfig;
-use crate::config::model::ProxySettings;
+use crate::config::model::{ProxySettings, RequestAlgorithm};
 
 /// A listener, for as long as it is served at its address, whatever changes about it.
 #[derive(Debug)]
@@ -46,6 +49,41 @@ pub struct Served {
     pub tls: Option<ListenerConfig>,
     /// Its load balancer.
     pub load_balancer: Arc<LoadBalancer>,
+    /// Its rules.
+    pub rules: Rules,
+    /// Which of a decision's groups is next, by the decision's place.
+    pub turns: Vec<GroupTurn>,
+}
+
+/// Which of several groups is next.
+#[derive(Debug, Default)]
+pub struct GroupTurn {
+    /// Their order.
+    pub cycle: Cycle,
+    /// Where it is.
+    pub turn: Turn,
+}
+
+impl Served {
+    /// Compiles what a listener should do.
+    ///
+    /// # Errors
+    /// If its rules do not compile.
+    pub fn new(
+        route: &ListenerRoute,
+        tls: Option<ListenerConfig>,
+        load_balancer: Arc<LoadBalancer>,
+    ) -> Result<Self, CompileError> {
+        let rules = Rules::compile(&route.listener)?;
+        let turn = |decision: &Decision| {
+            let Action::Forward(forward) = &decision.action else { return GroupTurn::default() };
+            let weights: Vec<_> =
+                forward.target_groups.iter().map(|it| u32::from(it.weight)).collect();
+            GroupTurn { cycle: Cycle::new(&weights), turn: Turn::default() }
+        };
+        let turns = rules.decisions().map(turn).collect();
+        Ok(Self { route: route.clone(), tls, load_balancer, rules, turns })
+    }
 }
 
 /// A load balancer, for as long as it has a listener.
@@ -70,8 +108,36 @@ pub struct Group {
     pub settings: ProxySettings,
     /// Its targets, with what holds for them now.
     pub targets: Vec<Registered>,
-    /// Where round robin is; goes on over changes.
-    pub turn: Arc<AtomicU64>,
+    /// Chooses among all that are in service.
+    all: Choice,
+    /// Chooses among those of a zone that are in service, for zones that have one.
+    near: HashMap<Arc<str>, Choice>,
+    /// Where the turn is; goes on over changes.
+    turn: Arc<Turn>,
+}
+
+/// Chooses among some targets.
+#[derive(Debug)]
+struct Choice {
+    targets: Vec<Arc<Target>>,
+    balancer: Balancer,
+}
+
+impl Choice {
+    fn new<'a>(settings: &ProxySettings, registered: impl Iterator<Item = &'a Registered>) -> Self {
+        let (targets, candidates) = registered
+            .filter(|it| it.route.state == TargetState::InService)
+            .map(|it| {
+                let weight = it.route.weight * it.route.share;
+                (it.target.clone(), Candidate { load: it.target.load.clone(), weight })
+            })
+            .unzip();
+        Self { targets, balancer: Balancer::new(settings.algorithm, candidates) }
+    }
+
+    fn pick(&self, turn: &Turn) -> Option<Arc<Target>> {
+        self.targets.get(self.balancer.pick(turn)?).cloned()
+    }
 }
 
 /// A target with what holds for it at some time.
@@ -94,8 +160,8 @@ pub struct Target {
     pub group: Arc<str>,
     /// How it is spoken to.
     pub settings: ProxySettings,
-    /// Requests in progress.
-    pub outstanding: AtomicU32,
+    /// Requests in progress, and how they end.
+    pub load: Arc<Load>,
     /// What is counted for it.
     pub counters: Shards,
     /// Turns true when it is no longer in the routes: connections to it end.
@@ -106,6 +172,11 @@ impl Groups {
     /// The group of that name.
     pub fn get(&self, name: &str) -> Option<&Arc<Group>> {
         self.0.get(name)
+    }
+
+    /// Looks at how requests ended of late.
+    pub fn mitigate(&self) {
+        self.0.values().for_each(|group| group.mitigate());
     }
 
     /// What follows: `routes`, with the targets of `self` that are still there.
@@ -169,26 +240,36 @@ impl Group {
                 None => maker.target(name, route_of_target.address, &route.settings),
             },
         });
+        let targets: Vec<_> = targets.collect();
+        let zones: HashSet<_> = targets.iter().filter_map(|it| it.route.zone.clone()).collect();
+        let near = zones.into_iter().filter_map(|zone| {
+            let is_near = |it: &&Registered| it.route.zone.as_ref().is_none_or(|it| *it == zone);
+            let choice = Choice::new(&route.settings, targets.iter().filter(is_near));
+            choice.targets.is_empty().not().then_some((zone, choice))
+        });
         Self {
             name: name.clone(),
             settings: route.settings.clone(),
-            targets: targets.collect(),
+            near: near.collect(),
+            all: Choice::new(&route.settings, targets.iter()),
+            targets,
             turn: before.map(|it| it.turn.clone()).unwrap_or_default(),
         }
     }
 
-    /// Those that take new requests; of `zone` where one is there and there is such a zone.
-    pub fn in_service(&self, zone: Option<&str>) -> Vec<&Registered> {
-        let all = || {
-            self.targets
-                .iter()
-                .filter(|it| it.route.state == TargetState::InService && it.route.weight > 0)
-        };
-        let Some(zone) = zone else { return all().collect() };
-        let is_near =
-            |it: &&Registered| it.route.zone.as_deref().is_none_or(|target| target == zone);
-        let near: Vec<_> = all().filter(is_near).collect();
-        if near.is_empty() { all().collect() } else { near }
+    /// The target that gets the next request; of `zone` where one is there.
+    pub fn pick(&self, zone: Option<&str>) -> Option<Arc<Target>> {
+        zone.and_then(|zone| self.near.get(zone)?.pick(&self.turn))
+            .or_else(|| self.all.pick(&self.turn))
+    }
+
+    /// Looks at how requests ended of late, where targets that fail get less.
+    pub fn mitigate(&self) {
+        let algorithm = RequestAlgorithm::WeightedRandom { anomaly_mitigation: true };
+        if self.settings.algorithm == algorithm {
+            let loads: Vec<_> = self.all.targets.iter().map(|it| it.load.clone()).collect();
+            balance::mitigate(&loads);
+        }
     }
 }
 
@@ -232,7 +313,7 @@ impl Maker {
             address,
             group: group.clone(),
             settings: settings.clone(),
-            outstanding: AtomicU32::new(0),
+            load: Arc::default(),
             counters: Shards::new(self.workers),
             gone: watch::Sender::new(false),
         })
@@ -249,23 +330,21 @@ impl Maker {
 
 /// A request in progress at a target.
 #[derive(Debug)]
-pub struct Outstanding(Arc<Target>);
+pub struct Outstanding {
+    target: Arc<Target>,
+    /// Ends it when it is dropped.
+    _in_progress: InProgress,
+}
 
 impl Outstanding {
     /// It begins.
     pub fn begin(target: Arc<Target>) -> Self {
-        target.outstanding.fetch_add(1, Relaxed);
-        Self(target)
+        let in_progress = target.load.begin();
+        Self { target, _in_progress: in_progress }
     }
 
     /// Where.
     pub fn target(&self) -> &Arc<Target> {
-        &self.0
-    }
-}
-
-impl Drop for Outstanding {
-    fn drop(&mut self) {
-        self.0.outstanding.fetch_sub(1, Relaxed);
+        &self.target
     }
 }

@@ -14,8 +14,9 @@ use bytes::Bytes;
 
 use super::connection::Connection;
 use super::counters::Metric;
+use super::exchange::Exchange;
 use super::io::{Activity, Watched};
-use super::request::Exchange;
+use super::select;
 use super::table::{Outstanding, Served};
 use super::upstream::TargetStream;
 use crate::config::model::Action;
@@ -75,10 +76,8 @@ pub async fn serve(connection: Connection, served: &Arc<Served>, client: TlsStre
     let worker = &connection.worker;
     served.load_balancer.counters.count(worker.index, Metric::NewTlsFlows);
     let Action::Forward(forward) = &served.route.listener.default_action else { return };
-    let groups = worker.groups.load();
-    let zone = served.route.preferred_zone();
-    let Some(target) = super::request::pick(&groups, forward, zone) else { return };
-    drop(groups);
+    let chosen = select::in_turn(&worker.groups.load(), served, 0, forward);
+    let Some(target) = chosen.and_then(|it| it.target) else { return };
     let outstanding = Outstanding::begin(target);
     let ends = (connection.peer, connection.local);
     let Ok(target) = worker.connector.raw(outstanding.target(), ends).await else { return };

@@ -19,6 +19,9 @@ use super::upstream::{Connector, Pool};
 /// Between two looks at idle connections.
 const SWEEP: Duration = Duration::from_secs(5);
 
+/// Between two looks at how requests end.
+const MITIGATION: Duration = Duration::from_secs(10);
+
 /// A thread, as its tasks see it.
 #[derive(Debug)]
 pub struct Worker {
@@ -92,6 +95,8 @@ async fn run(
 ) {
     let mut sweep = interval(SWEEP);
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut mitigation = interval(MITIGATION);
+    mitigation.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             socket = sockets.recv() => match socket {
@@ -99,6 +104,7 @@ async fn run(
                 None => return,
             },
             _ = sweep.tick() => worker.pool.sweep(Instant::now()),
+            _ = mitigation.tick(), if worker.index == 0 => worker.groups.load().mitigate(),
         }
     }
 }

@@ -1,0 +1,114 @@
+//! What is noted of a request.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::StatusCode;
+
+use super::connection::Connection;
+use super::counters::Metric;
+use super::errors::ElbError;
+use super::table::{Outstanding, Served};
+use super::worker::Worker;
+
+/// What is known of a request, to be noted when its answer has ended.
+#[derive(Debug)]
+pub struct Exchange {
+    /// The thread that serves it.
+    pub worker: Arc<Worker>,
+    /// What held for its listener when it came.
+    pub served: Arc<Served>,
+    /// Where it went.
+    pub outstanding: Option<Outstanding>,
+    sent_bytes: u64,
+    status: u16,
+    is_cut: bool,
+}
+
+impl Exchange {
+    /// One begins.
+    pub fn begin(connection: &Connection) -> Box<Self> {
+        Box::new(Self {
+            worker: connection.worker.clone(),
+            served: connection.listener.current.load_full(),
+            outstanding: None,
+            sent_bytes: 0,
+            status: 0,
+            is_cut: false,
+        })
+    }
+
+    /// So many bytes of the answer's body went on.
+    pub fn sent(&mut self, bytes: usize) {
+        self.sent_bytes += bytes as u64;
+    }
+
+    /// The target did not finish its answer.
+    pub fn cut(&mut self) {
+        self.is_cut = true;
+    }
+
+    /// Counts for the load balancer.
+    pub fn count(&self, metric: Metric) {
+        self.served.load_balancer.counters.count(self.worker.index, metric);
+    }
+
+    /// The load balancer answers by itself.
+    pub fn own_answer(&mut self, code: u16) {
+        self.status = code;
+        count_own(&self.served, &self.worker, code);
+    }
+
+    /// The target answered, so long after it had the request.
+    pub fn target_answered(&mut self, status: StatusCode, time: Duration) {
+        self.status = status.as_u16();
+        let metric = match self.status {
+            200..300 => Metric::Target2xx,
+            300..400 => Metric::Target3xx,
+            400..500 => Metric::Target4xx,
+            500..600 => Metric::Target5xx,
+            _ => return,
+        };
+        let index = self.worker.index;
+        let of_target = self.outstanding.as_ref().map(|it| &it.target().counters);
+        for counters in of_target.into_iter().chain([&self.served.load_balancer.counters]) {
+            counters.count(index, metric);
+            counters.response_time(index, time);
+        }
+    }
+}
+
+fn count_own(served: &Served, worker: &Worker, code: u16) {
+    let counters = &served.load_balancer.counters;
+    let count = |metric| counters.count(worker.index, metric);
+    match code {
+        300..400 => count(Metric::Elb3xx),
+        400..500 => count(Metric::Elb4xx),
+        500..600 => count(Metric::Elb5xx),
+        _ => {}
+    }
+    match code {
+        500 => count(Metric::Elb500),
+        502 => count(Metric::Elb502),
+        503 => count(Metric::Elb503),
+        504 => count(Metric::Elb504),
+        _ => {}
+    }
+}
+
+/// Notes that a client was told of an error that is of no request in particular.
+pub fn note_refused(connection: &Connection, error: ElbError) {
+    count_own(&connection.listener.current.load(), &connection.worker, error.code());
+}
+
+/// A request that is being answered. A client that goes away leaves it behind unanswered.
+#[derive(Debug)]
+pub struct Unanswered(pub Option<Box<Exchange>>);
+
+impl Drop for Unanswered {
+    fn drop(&mut self) {
+        if let Some(exchange) = &mut self.0 {
+            exchange.own_answer(ElbError::ClientClosed.code());
+        }
+    }
+}
