@@ -1,3 +1,4 @@
+mod proxied;
 mod selection;
 
 use std::time::Duration;
