@@ -83,7 +83,8 @@ fn packets_are_admitted_and_passed() {
     world.state.set_owned(ADDRESSES.map(|it| it.parse().unwrap()).into());
     let desired = world.desired();
     let find = |port| {
-        desired.endpoints[&EndpointKey::new(Address::from([10, 0, 1, 100]), Be16::new(port), 6)]
+        desired.endpoints
+            [&EndpointKey::new(Address::from(IpAddr::from([10, 0, 1, 100])), Be16::new(port), 6)]
     };
     let (http, https) = (find(80), find(443));
     assert_eq!((http.kind(), https.kind()), (Endpoint::PROXIED, Endpoint::PROXIED));
@@ -91,7 +92,8 @@ fn packets_are_admitted_and_passed() {
     assert_ne!(http.listener, https.listener);
     assert!(desired.listeners.contains_key(&http.listener));
     // Later fragments may be for either listener.
-    let address = desired.endpoints[&EndpointKey::of_address(Address::from([10, 0, 1, 100]))];
+    let address =
+        desired.endpoints[&EndpointKey::of_address(Address::from(IpAddr::from([10, 0, 1, 100])))];
     assert_eq!(address.kind(), Endpoint::OWNED);
     assert!(address.kind & Endpoint::REASSEMBLED != 0);
     assert_eq!(desired.classes[&address.class].len(), 2, "who may come in by one of them");
@@ -101,7 +103,8 @@ fn packets_are_admitted_and_passed() {
 
     world.configure(&SITE.replace("security_groups = [\"site\"]", ""));
     let desired = world.desired();
-    let address = desired.endpoints[&EndpointKey::of_address(Address::from([10, 0, 1, 100]))];
+    let address =
+        desired.endpoints[&EndpointKey::of_address(Address::from(IpAddr::from([10, 0, 1, 100])))];
     assert_eq!((address.class, desired.classes.len()), (OPEN, 0));
     assert!(address.kind & Endpoint::REASSEMBLED != 0);
 }
