@@ -452,7 +452,7 @@ impl Agent {
     async fn end(mut self, signals: &mut Signals) {
         tell_service_manager(sd_notify::NotifyState::Stopping);
         tokio::select! {
-            () = self.serving.end() => {}
+            () = self.serving.end(self.state.addresses()) => {}
             _ = signals.terminate.recv() => {}
             _ = signals.interrupt.recv() => {}
         }

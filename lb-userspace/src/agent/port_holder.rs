@@ -1,15 +1,35 @@
-//! Who listens on a port, as far as the kernel tells (`/proc/net/tcp`, proc(5)).
+//! What the kernel tells of TCP sockets (`/proc/net/tcp`, proc(5)): who listens on a port, and
+//! whether all was sent.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// State of sockets that listen, in hexadecimal.
 const LISTEN: &str = "0A";
 
+const TABLES: [&str; 2] = ["/proc/self/net/tcp", "/proc/self/net/tcp6"];
+
+/// Whether a connection at one of these addresses, closed or not, has bytes that the other end has
+/// not acknowledged.
+pub fn has_unsent(addresses: &BTreeSet<IpAddr>) -> bool {
+    let tables = TABLES.iter().filter_map(|path| fs::read_to_string(path).ok());
+    tables.into_iter().any(|table| table.lines().skip(1).any(|line| is_unsent(line, addresses)))
+}
+
+fn is_unsent(line: &str, addresses: &BTreeSet<IpAddr>) -> bool {
+    let mut columns = line.split_ascii_whitespace();
+    let (local, state, queues) = (columns.nth(1), columns.nth(1), columns.next());
+    let address = local.and_then(|it| it.split_once(':')).and_then(|(address, _)| parse(address));
+    let unsent = queues.and_then(|it| it.split_once(':')).map_or("", |(sent, _)| sent);
+    state != Some(LISTEN)
+        && unsent.bytes().any(|digit| digit != b'0')
+        && address.is_some_and(|address| addresses.contains(&address))
+}
+
 /// The process, other than this one, that listens at an address and TCP port.
 pub fn holder(at: SocketAddr) -> Option<String> {
-    let tables = ["/proc/self/net/tcp", "/proc/self/net/tcp6"];
-    let inodes: Vec<String> = tables
+    let inodes: Vec<String> = TABLES
         .iter()
         .filter_map(|path| fs::read_to_string(path).ok())
         .flat_map(|table| inodes(&table, at))
@@ -89,6 +109,20 @@ mod tests {
         assert_eq!(of("10.0.0.1:81"), [""; 0]);
         let six = parse("B80D0120000000000000000001000000").unwrap();
         assert_eq!(six, "2001:db8::1".parse::<IpAddr>().unwrap());
+    }
+
+    #[cfg(target_endian = "little")]
+    #[test]
+    fn what_is_not_acknowledged_is_unsent() {
+        let line = |state: &str, queued: &str| {
+            format!("0: 6401000A:0050 0A01000A:A000 {state} {queued}:00000000 00:00000000 0 0 0 0")
+        };
+        let addresses = BTreeSet::from(["10.0.1.100".parse().unwrap()]);
+        assert!(is_unsent(&line("01", "00000010"), &addresses));
+        assert!(is_unsent(&line("04", "00A00000"), &addresses), "closed, but not over");
+        assert!(!is_unsent(&line("01", "00000000"), &addresses));
+        assert!(!is_unsent(&line(LISTEN, "00000080"), &addresses));
+        assert!(!is_unsent(&line("01", "00000010"), &BTreeSet::new()));
     }
 
     #[test]

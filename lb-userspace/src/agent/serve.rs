@@ -1,10 +1,12 @@
 //! What the agent serves itself, beside the kernel: the proxy, and the names of load balancers.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZero;
 use std::thread::available_parallelism;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use tokio::time::sleep;
 use tracing::{info, warn};
 
 use crate::api::snapshot::Snapshot;
@@ -13,10 +15,13 @@ use crate::proxy::Proxy;
 use crate::proxy::routes::Routes;
 use crate::state::State;
 
-use super::port_holder::holder;
+use super::port_holder::{has_unsent, holder};
 
 /// How long requests in progress may take when the agent ends.
 pub const GRACE: Duration = Duration::from_secs(20);
+
+/// Between two looks whether clients have everything.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// The proxy and the responder, each once it has something to do.
 pub struct Serving {
@@ -143,11 +148,15 @@ impl Serving {
         Ok(())
     }
 
-    /// Lets requests in progress end.
-    pub async fn end(self) {
+    /// Lets requests in progress end: until the clients at these addresses have what was sent.
+    pub async fn end(self, addresses: BTreeSet<IpAddr>) {
         drop(self.names);
-        if let Some(proxy) = self.proxy {
-            proxy.end(GRACE).await;
+        let Some(proxy) = self.proxy else { return };
+        let begun = Instant::now();
+        proxy.end(GRACE).await;
+        // The kernel has it still, and sends it for as long as the address is there.
+        while begun.elapsed() < GRACE && has_unsent(&addresses) {
+            sleep(PAUSE).await;
         }
     }
 }

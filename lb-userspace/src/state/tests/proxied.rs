@@ -48,7 +48,7 @@ target_group = "api"
 [[load_balancer.site.listener]]
 protocol = "http"
 port = 443
-redirect = { port = "80" }
+redirect = { port = "80", status = 301 }
 "#;
 
 const ADDRESSES: [&str; 3] = ["10.0.1.100", "10.0.1.101", "10.0.1.102"];
