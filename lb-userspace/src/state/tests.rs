@@ -1,4 +1,4 @@
-mod proxied;
+mod application;
 mod selection;
 
 use std::time::Duration;
