@@ -116,7 +116,6 @@ fn cookie_key(value: Value<'_>) -> Option<CookieKey> {
     let text = value.string(help)?;
     let key = hex_key(text);
     if key.is_none() {
-        // The value itself is a secret: it is not repeated in the message.
         value.error("`cookie_key` is not 64 hexadecimal digits", help);
     }
     key.map(CookieKey)

@@ -8,6 +8,7 @@
 mod address;
 mod agent;
 mod application;
+mod certificate;
 mod diagnostic;
 mod dns;
 mod file;
@@ -30,6 +31,7 @@ mod tunnel_sources;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use rustls::pki_types::UnixTime;
 use toml::de::DeTable;
 
 pub use agent::DEFAULT_API_SOCKET;
@@ -51,9 +53,22 @@ pub struct Parsed {
     pub warnings: Vec<Diagnostic>,
     /// Warnings that hold on a machine without this address.
     pub unless_local: Vec<(IpAddr, Diagnostic)>,
+    /// Where the file names certificates; [`Self::certificate_findings`] looks at them.
+    certificates: Vec<(CertificateFiles, Diagnostic)>,
 }
 
 impl Parsed {
+    /// What is wrong with the files of certificates, as they are now: errors where they cannot be
+    /// used, warnings where clients will not take them. A target has no use for them.
+    pub fn certificate_findings(&self) -> Vec<Diagnostic> {
+        if self.config.agent.role == Role::Target {
+            return Vec::new();
+        }
+        let now = UnixTime::now();
+        let certificates = self.certificates.iter();
+        certificates.filter_map(|(files, place)| certificate::finding(files, place, now)).collect()
+    }
+
     /// All warnings that hold on this machine, in its network namespace.
     pub fn warnings_here(&self) -> impl Iterator<Item = &Diagnostic> {
         let local: BTreeSet<IpAddr> =
@@ -91,7 +106,8 @@ pub fn parse(file_name: &str, text: &str) -> Result<Parsed, ConfigErrors> {
         Config::default()
     };
     let unless_local = report.take_unless_local();
-    Ok(Parsed { warnings: report.finish()?, unless_local, config })
+    let certificates = report.take_certificates();
+    Ok(Parsed { warnings: report.finish()?, unless_local, certificates, config })
 }
 
 /// Reads the whole file; worth nothing if it notes an error.

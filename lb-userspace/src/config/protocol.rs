@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::model::{LoadBalancerType, Protocol, ProxyProtocol, TargetProtocol};
-use super::reader::{Table, Value};
+use super::reader::{Table, Value, enumerate};
 
 /// Any of them, as the configuration file writes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -138,7 +138,8 @@ fn within(
     if others.iter().any(|(name, _)| value.is(name)) {
         let names: Vec<String> = known.iter().map(|(name, _)| format!("\"{name}\"")).collect();
         let message = format!("`protocol` cannot be {} here: {reason}", value.quote());
-        let help = format!("write {}, or {other_type} for the load balancer", names.join(" or "));
+        let help =
+            format!("write {}, or {other_type} for the load balancer", enumerate(&names, "or"));
         value.error(message, help);
         return None;
     }

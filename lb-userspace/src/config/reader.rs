@@ -12,6 +12,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::diagnostic::{Report, Span};
+use super::model::CertificateFiles;
 
 /// A value that a string did not give: what is wrong with it, and what would be right.
 pub(super) struct Wrong {
@@ -66,6 +67,11 @@ impl<'a> Value<'a> {
     /// See [`Report::warning_unless_local`].
     pub(super) fn warning_unless_local(&self, address: IpAddr, message: String, help: &str) {
         self.report.warning_unless_local(self.span(), address, message, help);
+    }
+
+    /// Notes that the value names a certificate.
+    pub(super) fn is_certificate(&self, files: CertificateFiles) {
+        self.report.certificate(&self.span(), files);
     }
 
     /// Whether the value is a string; other forms may be allowed in its place.
@@ -358,7 +364,7 @@ impl<'a> Table<'a> {
 }
 
 /// `a`, `a or b`, `a, b or c`.
-fn enumerate(names: &[String], conjunction: &str) -> String {
+pub(super) fn enumerate(names: &[String], conjunction: &str) -> String {
     match names {
         [] => String::new(),
         [only] => only.clone(),

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 
 use super::model::{Forwarding, Member};
+use super::protocol::AnyProtocol;
 use super::reader::Value;
 use super::references::{Sections, refuse_unknown};
 use super::security_group;
@@ -62,8 +63,10 @@ fn check_target_group(
         .filter(|(_, group)| in_front.as_ref().is_none_or(|groups| groups.contains(group)))
         .filter_map(|(_, group)| Some((*group, sections.security_groups.get(group)?)))
         .filter(|(_, group)| !group.group.members.is_empty());
-    for (group, members) in groups.map(|(name, draft)| (name, &draft.group.members)) {
-        let needed = if protocol.proxied().is_some() { PROXIED } else { needed(forwarding) };
+    let needs = needs(sections, name, protocol, forwarding);
+    let pairs = groups.flat_map(|group| needs.iter().map(move |needed| (group, needed)));
+    for ((group, draft), needed) in pairs {
+        let members = &draft.group.members;
         if members.iter().any(|member| needed.matches(*member)) {
             if !members.iter().any(|member| !matches!(member, Member::Tunnels(_))) {
                 warn_of_health_checks(value, group);
@@ -74,14 +77,37 @@ fn check_target_group(
         if in_front.is_some() || carried.references.len() == 1 {
             value.error(
                 format!(
-                    "target group \"{name}\" {}, so packets come {}: \"sg:{group}\" \
-                     lets none of them in",
+                    "target group \"{name}\" {}, so packets come {}: \"sg:{group}\" lets none of \
+                     them in",
                     needed.mode, needed.how
                 ),
                 format!("add {} to `members` of [security_group.{group}]", needed.what),
             );
         }
     }
+}
+
+/// By which ways packets come, as forwarded ones or in connections of the proxy.
+fn needs(
+    sections: &Sections<'_>,
+    name: &str,
+    protocol: AnyProtocol,
+    forwarding: Forwarding,
+) -> Vec<Needed> {
+    let load_balancers = || sections.load_balancers.iter().map(|(_, it)| it);
+    let mut forwarded = load_balancers().flat_map(|it| &it.listeners);
+    let mut proxied = load_balancers().flat_map(|it| &it.proxied);
+    let is_forwarded = forwarded.any(|it| it.target_groups.iter().any(|group| group.name == name));
+    let is_proxied = protocol.proxied().is_some()
+        || proxied.any(|it| it.groups.iter().any(|group| group.name == name));
+    let mut needs = Vec::new();
+    if is_forwarded || !is_proxied {
+        needs.push(needed(forwarding));
+    }
+    if is_proxied {
+        needs.push(PROXIED);
+    }
+    needs
 }
 
 fn warn_of_health_checks(value: Value<'_>, group: &str) {

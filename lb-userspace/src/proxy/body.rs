@@ -19,7 +19,6 @@ use super::upstream::Lease;
 pub struct Progress {
     began: Instant,
     last: AtomicU64,
-    ended: AtomicBool,
     failed: AtomicBool,
     awaited: AtomicBool,
     bytes: AtomicU64,
@@ -30,7 +29,6 @@ impl Progress {
         Self {
             began: Instant::now(),
             last: AtomicU64::new(0),
-            ended: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             awaited: AtomicBool::new(false),
             bytes: AtomicU64::new(0),
@@ -45,11 +43,6 @@ impl Progress {
     /// When something of it last came, or it began.
     pub fn last(&self) -> Instant {
         self.began + Duration::from_millis(self.last.load(Relaxed))
-    }
-
-    /// Whether all of it came.
-    pub fn has_ended(&self) -> bool {
-        self.ended.load(Relaxed)
     }
 
     /// Whether the target waits for more of it, which the client does not send.
@@ -109,13 +102,10 @@ impl Body for RequestBody {
         let frame = ready!(frame);
         progress.note();
         match &frame {
-            None => progress.ended.store(true, Relaxed),
+            None => {}
             Some(Ok(frame)) => {
                 let bytes = frame.data_ref().map_or(0, Bytes::len);
                 progress.bytes.fetch_add(bytes as u64, Relaxed);
-                if incoming.is_end_stream() {
-                    progress.ended.store(true, Relaxed);
-                }
             }
             Some(Err(_)) => progress.failed.store(true, Relaxed),
         }
@@ -160,8 +150,9 @@ impl ResponseBody {
         Self { content: Content::Own(bytes.into()), exchange: None, in_progress: None }
     }
 
-    /// As a target sends it. The connection is free again when it has ended.
-    pub fn target(incoming: Incoming, lease: Lease) -> Self {
+    /// As a target sends it. The connection is free again when it has ended, unless it `is_alone`.
+    pub fn target(incoming: Incoming, mut lease: Lease, is_alone: bool) -> Self {
+        lease.is_kept &= !is_alone;
         let mut lease = Some(lease);
         if incoming.is_end_stream()
             && let Some(lease) = lease.take()
@@ -210,12 +201,8 @@ impl Body for ResponseBody {
             }
         };
         if let Some(exchange) = &mut this.exchange {
-            match &frame {
-                Some(Ok(frame)) => {
-                    exchange.sent(frame.data_ref().map_or(0, Bytes::len));
-                }
-                Some(Err(_)) => exchange.cut(),
-                None => {}
+            if let Some(Ok(frame)) = &frame {
+                exchange.sent(frame.data_ref().map_or(0, Bytes::len));
             }
         }
         Poll::Ready(frame)

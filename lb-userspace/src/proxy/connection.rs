@@ -58,6 +58,8 @@ pub struct Connection {
     pub local: SocketAddr,
     /// For connections in TLS.
     pub tls: Option<Tls>,
+    /// Random, for access logs.
+    pub id: u64,
     /// What happens on it.
     pub activity: Arc<Activity>,
     /// Set by a request after whose answer the connection becomes a tunnel.
@@ -94,6 +96,7 @@ pub async fn serve(
         peer,
         local,
         tls: None,
+        id: rand::random(),
         activity: Activity::new(),
         upgrade: Mutex::new(None),
     };

@@ -14,8 +14,6 @@ pub enum ElbError {
     MethodNotAllowed,
     /// 408: the client did not send the rest of its request in time.
     RequestTimeout,
-    /// 413: the body is larger than allowed.
-    PayloadTooLarge,
     /// 414: the request line is longer than allowed.
     UriTooLong,
     /// 460: the client closed the connection before it had an answer. Nobody sees the answer.
@@ -54,7 +52,6 @@ impl ElbError {
             Self::BadRequest => (400, "Bad Request"),
             Self::MethodNotAllowed => (405, "Method Not Allowed"),
             Self::RequestTimeout => (408, "Request Time-out"),
-            Self::PayloadTooLarge => (413, "Request Entity Too Large"),
             Self::UriTooLong => (414, "Request-URI Too Large"),
             Self::ClientClosed => (460, "Client Closed Request"),
             Self::TooManyForwardedAddresses => (463, "Too Many Forwarded Addresses"),
@@ -76,11 +73,7 @@ impl ElbError {
     pub fn ends_connection(self) -> bool {
         matches!(
             self,
-            Self::BadRequest
-                | Self::RequestTimeout
-                | Self::PayloadTooLarge
-                | Self::UriTooLong
-                | Self::NotImplemented
+            Self::BadRequest | Self::RequestTimeout | Self::UriTooLong | Self::NotImplemented
         )
     }
 

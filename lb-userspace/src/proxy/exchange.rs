@@ -3,11 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use hyper::StatusCode;
+use hyper::body::Incoming;
+use hyper::{Request, StatusCode};
 
 use super::connection::Connection;
 use super::counters::Metric;
 use super::errors::ElbError;
+use super::note::Note;
 use super::table::{Outstanding, Served};
 use super::worker::Worker;
 
@@ -20,32 +22,32 @@ pub struct Exchange {
     pub served: Arc<Served>,
     /// Where it went.
     pub outstanding: Option<Outstanding>,
+    /// For the access log, if there is one.
+    pub note: Option<Box<Note>>,
+    /// Whether no other request may come over its connections.
+    pub is_alone: bool,
     sent_bytes: u64,
     status: u16,
-    is_cut: bool,
 }
 
 impl Exchange {
     /// One begins.
-    pub fn begin(connection: &Connection) -> Box<Self> {
+    pub fn begin(connection: &Connection, request: &Request<Incoming>) -> Box<Self> {
+        let served = connection.listener.current.load_full();
         Box::new(Self {
             worker: connection.worker.clone(),
-            served: connection.listener.current.load_full(),
+            note: served.log.is_some().then(|| Note::new(connection, request)),
+            is_alone: false,
+            served,
             outstanding: None,
             sent_bytes: 0,
             status: 0,
-            is_cut: false,
         })
     }
 
     /// So many bytes of the answer's body went on.
     pub fn sent(&mut self, bytes: usize) {
         self.sent_bytes += bytes as u64;
-    }
-
-    /// The target did not finish its answer.
-    pub fn cut(&mut self) {
-        self.is_cut = true;
     }
 
     /// Counts for the load balancer.
@@ -62,6 +64,9 @@ impl Exchange {
     /// The target answered, so long after it had the request.
     pub fn target_answered(&mut self, status: StatusCode, time: Duration) {
         self.status = status.as_u16();
+        if let Some(note) = &mut self.note {
+            note.target_status = Some(self.status);
+        }
         let metric = match self.status {
             200..300 => Metric::Target2xx,
             300..400 => Metric::Target3xx,
@@ -74,6 +79,14 @@ impl Exchange {
         for counters in of_target.into_iter().chain([&self.served.load_balancer.counters]) {
             counters.count(index, metric);
             counters.response_time(index, time);
+        }
+    }
+}
+
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        if let (Some(log), Some(note)) = (&self.served.log, &self.note) {
+            log.write(note.line(self, self.status, self.sent_bytes));
         }
     }
 }

@@ -71,19 +71,27 @@ pub async fn forward(
     exchange.outstanding = Some(Outstanding::begin(route.target.clone()));
 
     let switches = prepare(&mut request, connection, &route)?;
+    if let Some(note) = &mut exchange.note {
+        note.trace_id = request.headers().get(headers::TRACE_ID).cloned();
+        note.forwarded = Some(Instant::now());
+    }
     let (head, incoming) = request.into_parts();
     let (body, progress) = RequestBody::new(incoming);
     let request = Request::from_parts(head, body);
     let began = Instant::now();
     let waiting = Waiting { limit: route.served.route.attributes.idle_timeout, progress };
     let sent = send(worker, &route.target, request, &waiting).await;
+    if let Some(note) = &mut exchange.note {
+        note.received = waiting.progress.as_ref().map_or(0, |it| it.bytes());
+        note.answered = sent.is_ok().then(Instant::now);
+    }
     let is_success = sent.as_ref().is_ok_and(|(answer, _)| !answer.status().is_server_error());
     if !matches!(sent, Err(ElbError::BadRequest | ElbError::RequestTimeout)) {
         route.target.load.note(is_success);
     }
     let (response, lease) = sent?;
     exchange.target_answered(response.status(), began.elapsed());
-    take_over(response, lease, switches)
+    take_over(response, lease, switches, exchange.is_alone)
 }
 
 /// Makes the request one of ours: version, URI, and the fields that are of one connection only or
@@ -218,6 +226,7 @@ fn take_over(
     mut response: Response<Incoming>,
     lease: Lease,
     switches: bool,
+    is_alone: bool,
 ) -> Result<Response<ResponseBody>, ElbError> {
     let switch = if response.status() != StatusCode::SWITCHING_PROTOCOLS {
         None
@@ -230,7 +239,7 @@ fn take_over(
     let hop = headers::strip_hop_by_hop(&mut head.headers);
     head.version = Version::HTTP_11;
     let Some(switch) = switch else {
-        return Ok(Response::from_parts(head, ResponseBody::target(incoming, lease)));
+        return Ok(Response::from_parts(head, ResponseBody::target(incoming, lease, is_alone)));
     };
     if let Some(upgrade) = hop.upgrade {
         head.headers.insert(header::UPGRADE, upgrade);
@@ -245,9 +254,11 @@ fn take_over(
 pub struct Switch(OnUpgrade);
 
 impl Switch {
-    /// With what is to be noted of it; `None`: there is no target.
-    pub fn into_upgrade(self, mut exchange: Box<Exchange>) -> Option<Upgrade> {
-        let outstanding = exchange.outstanding.take()?;
-        Some(Upgrade { target: self.0, exchange, outstanding })
+    /// With what is to be noted of it.
+    pub fn into_upgrade(self, mut exchange: Box<Exchange>) -> Upgrade {
+        if let Some(note) = &mut exchange.note {
+            note.is_upgraded = true;
+        }
+        Upgrade { target: self.0, exchange }
     }
 }

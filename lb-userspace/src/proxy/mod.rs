@@ -3,11 +3,13 @@
 //!
 //! It knows the configuration's types and [`Routes`], nothing of state, health and the agent.
 
+pub mod access_log;
 pub mod balance;
 mod body;
 mod connection;
 pub mod cookies;
 pub mod counters;
+pub mod desync;
 mod errors;
 mod exchange;
 mod forward;
@@ -15,6 +17,7 @@ pub mod headers;
 pub mod host;
 mod io;
 mod listener;
+mod note;
 pub mod redirect;
 mod request;
 pub mod rewrite;
@@ -40,6 +43,7 @@ use tokio::time::timeout;
 pub use counters::Counters;
 pub use routes::Routes;
 
+use self::access_log::AccessLogs;
 use self::routes::ListenerRoute;
 use self::table::{Groups, Listener, LoadBalancer, Maker, Served};
 use self::tls::{ListenerConfig, Watch};
@@ -50,12 +54,16 @@ use crate::config::model::ProxyProtocol;
 /// throughput of large bodies.
 const BUFFER: usize = 256 * 1024;
 
+/// How long the end waits for access logs to be written.
+const LOGS: Duration = Duration::from_secs(2);
+
 /// The running proxy: worker threads of its own, which serve what [`Self::apply`] said last.
 #[derive(Debug)]
 pub struct Proxy {
     workers: Vec<WorkerHandle>,
     groups: Arc<ArcSwap<Groups>>,
     watch: Watch,
+    logs: AccessLogs,
     table: Mutex<Table>,
 }
 
@@ -84,6 +92,7 @@ impl Proxy {
             workers: (0..workers).map(start).collect::<Result<_, _>>()?,
             groups,
             watch: Watch::start()?,
+            logs: AccessLogs::default(),
             table: Mutex::new(table),
         })
     }
@@ -94,7 +103,7 @@ impl Proxy {
     /// What does not work is in the answer, and tried again by the next call; the rest is served.
     pub fn apply(&self, routes: Routes) -> Vec<Problem> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        let groups = self.groups.load().follow(&routes.groups, &mut table.maker);
+        let groups = self.groups.load().follow(&routes, &mut table.maker);
         self.groups.store(Arc::new(groups));
         let mut problems = Vec::new();
         let mut before = std::mem::take(&mut table.listeners);
@@ -142,7 +151,12 @@ impl Proxy {
             Ok(tls) => tls,
             Err(reason) => return Err((reason, before)),
         };
-        let served = match Served::new(route, tls, load_balancer) {
+        let sink = route.attributes.access_log.as_ref();
+        let log = match sink.map(|sink| self.logs.get(sink)).transpose() {
+            Ok(log) => log,
+            Err(error) => return Err((format!("access log: {error}"), before)),
+        };
+        let served = match Served::new(route, tls, load_balancer, log) {
             Ok(served) => served,
             Err(error) => return Err((error.to_string(), before)),
         };
@@ -210,7 +224,9 @@ impl Proxy {
     }
 
     /// Opens the access logs' files again, after they were renamed.
-    pub fn reopen_logs(&self) {}
+    pub fn reopen_logs(&self) {
+        self.logs.reopen();
+    }
 
     /// Accepts no connections any more, lets requests in progress end for at most so long, then
     /// ends the rest.
@@ -228,6 +244,10 @@ impl Proxy {
         let _ = timeout(grace, idle).await;
         for worker in self.workers {
             worker.end();
+        }
+        drop(table);
+        if !self.logs.finish(LOGS) {
+            tracing::warn!("access logs are not written to their end");
         }
     }
 }

@@ -11,6 +11,7 @@ use hyper::{Method, Request, Response, StatusCode, Version};
 use super::body::ResponseBody;
 use super::connection::Connection;
 use super::counters::Metric;
+use super::desync::{self, Handling};
 use super::errors::{ElbError, SERVER_NAME};
 use super::exchange::{Exchange, Unanswered};
 use super::forward::{self, Route, Switch};
@@ -20,7 +21,8 @@ use super::io::InProgress;
 use super::redirect::{FixedResponse, Origin, Redirect};
 use super::rewrite::RewriteFailed;
 use super::rules::{Action, Decision, RequestView};
-use super::select;
+use super::select::{self, Keep};
+use crate::config::model::HttpVersion;
 
 /// Answers a request.
 pub async fn serve(
@@ -29,7 +31,7 @@ pub async fn serve(
 ) -> Result<Response<ResponseBody>, Infallible> {
     let mut in_progress = InProgress::begin(&connection.activity);
     let is_http1 = request.version() <= Version::HTTP_11;
-    let mut unanswered = Unanswered(Some(Exchange::begin(&connection)));
+    let mut unanswered = Unanswered(Some(Exchange::begin(&connection, &request)));
     let answer = match &mut unanswered.0 {
         Some(exchange) => answer(&connection, exchange, request).await,
         None => Err(ElbError::Internal),
@@ -46,10 +48,13 @@ pub async fn serve(
     });
     in_progress.answered();
     let Some(exchange) = unanswered.0.take() else { return Ok(response) };
+    if exchange.is_alone && is_http1 {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         if let Some(upgrade) = response.extensions_mut().remove::<Switch>() {
             let mut slot = connection.upgrade.lock().unwrap_or_else(PoisonError::into_inner);
-            *slot = upgrade.into_upgrade(exchange);
+            *slot = Some(upgrade.into_upgrade(exchange));
         }
         return Ok(response);
     }
@@ -63,6 +68,7 @@ async fn answer(
 ) -> Result<Response<ResponseBody>, ElbError> {
     check(&request)?;
     let served = exchange.served.clone();
+    check_desync(exchange, &request)?;
     let host = host(&request, connection)?;
     let parsed = Host::parse(&host).ok_or(ElbError::BadRequest)?;
     let view = RequestView {
@@ -74,6 +80,14 @@ async fn answer(
         source: connection.peer.ip(),
     };
     let decision = served.rules.decide(&view);
+    if let Some(note) = &mut exchange.note {
+        note.rule_priority = Some(decision.priority);
+        note.action = Some(match decision.action {
+            Action::Forward(_) => "forward",
+            Action::Redirect(_) => "redirect",
+            Action::FixedResponse(_) => "fixed-response",
+        });
+    }
     match &decision.action {
         Action::Redirect(redirect) => {
             let origin = Origin {
@@ -85,7 +99,11 @@ async fn answer(
             };
             exchange.count(Metric::Redirects);
             exchange.own_answer(redirect.status.as_u16());
-            Ok(redirection(redirect, &origin))
+            let response = redirection(redirect, &origin);
+            if let Some(note) = &mut exchange.note {
+                note.redirect_url = response.headers().get(header::LOCATION).cloned();
+            }
+            Ok(response)
         }
         Action::FixedResponse(fixed) => {
             exchange.count(Metric::FixedResponses);
@@ -93,18 +111,29 @@ async fn answer(
             Ok(fixed_response(fixed))
         }
         Action::Forward(forward) => {
-            let chosen = select::choose(connection, &served, decision, forward)?;
-            forward::check_version(&request, chosen.group.settings.version)?;
+            let fields = request.headers();
+            let chosen = select::choose(connection, &served, decision, forward, fields)?;
+            let group = &*chosen.group;
+            forward::check_version(&request, group.settings.version)?;
             let target = chosen.target.ok_or(ElbError::ServiceUnavailable)?;
+            let address = target.address;
+            let keep = Keep::new(connection, forward, group, fields);
             let host = host_for_target(&host, &parsed, decision, exchange)?;
-            let route = Route {
-                served: &served,
-                group: &chosen.group,
-                target,
-                host: &host,
-                path: path_for_target(&request, decision)?,
-            };
-            forward::forward(connection, exchange, route, request).await
+            let path = path_for_target(&request, decision)?;
+            if let Some(note) = &mut exchange.note {
+                let is_grpc = group.settings.version == HttpVersion::Grpc;
+                note.group = Some((group.name.clone(), is_grpc));
+                let has_host = decision.host_header_rewrite.is_some();
+                let has_path = decision.url_rewrite.is_some();
+                note.transformed =
+                    (has_host.then(|| host.clone()), has_path.then(|| path.to_string()));
+            }
+            let route = Route { served: &served, group, target, host: &host, path };
+            let mut response = forward::forward(connection, exchange, route, request).await?;
+            if let Some(keep) = keep {
+                keep.put(&served, forward, group, address, response.headers_mut());
+            }
+            Ok(response)
         }
     }
 }
@@ -122,9 +151,30 @@ fn check(request: &Request<Incoming>) -> Result<(), ElbError> {
             Oversize::ForwardedFor => ElbError::TooManyForwardedAddresses,
         },
     )?;
-    let is_chunked = |it: &HeaderValue| it.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked");
+    // Twice `chunked` is for the desync mitigation.
+    let is_chunked = |it: &HeaderValue| {
+        let mut codings = it.as_bytes().split(|&byte| byte == b',').map(<[u8]>::trim_ascii);
+        codings.all(|it| it.eq_ignore_ascii_case(b"chunked"))
+    };
     if !request.headers().get_all(header::TRANSFER_ENCODING).iter().all(is_chunked) {
         return Err(ElbError::NotImplemented);
+    }
+    Ok(())
+}
+
+/// What servers may understand in different ways.
+fn check_desync(exchange: &mut Exchange, request: &Request<Incoming>) -> Result<(), ElbError> {
+    let Some(reason) = desync::classify(request.method(), request.headers()) else {
+        return Ok(());
+    };
+    exchange.count(Metric::DesyncNonCompliant);
+    if let Some(note) = &mut exchange.note {
+        note.classification = Some(reason);
+    }
+    match reason.class().handling(exchange.served.route.attributes.desync_mitigation) {
+        Handling::Forward => {}
+        Handling::ForwardAlone => exchange.is_alone = true,
+        Handling::Refuse => return Err(ElbError::BadRequest),
     }
     Ok(())
 }

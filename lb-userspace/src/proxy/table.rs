@@ -1,7 +1,7 @@
-//! What is served now: [`Routes`](super::Routes) as the worker threads use them. What a change
+//! What is served now: [`Routes`] as the worker threads use them. What a change
 //! leaves as it was is the same object after it.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::ops::Not;
 use std::sync::Arc;
@@ -10,9 +10,11 @@ use std::sync::atomic::AtomicU32;
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
+use super::access_log::AccessLog;
 use super::balance::{self, Balancer, Candidate, Cycle, InProgress, Load, Turn};
+use super::cookies::Cookies;
 use super::counters::{Counters, GroupCounters, Shards};
-use super::routes::{GroupRoute, ListenerRoute, TargetRoute, TargetState};
+use super::routes::{GroupRoute, ListenerRoute, Routes, TargetRoute, TargetState};
 use super::rules::{Action, CompileError, Decision, Rules};
 use super::tls::ListenerConfig;
 use crate::config::model::{ProxySettings, RequestAlgorithm};
@@ -51,6 +53,8 @@ pub struct Served {
     pub load_balancer: Arc<LoadBalancer>,
     /// Its rules.
     pub rules: Rules,
+    /// Where requests are noted.
+    pub log: Option<Arc<AccessLog>>,
     /// Which of a decision's groups is next, by the decision's place.
     pub turns: Vec<GroupTurn>,
 }
@@ -73,6 +77,7 @@ impl Served {
         route: &ListenerRoute,
         tls: Option<ListenerConfig>,
         load_balancer: Arc<LoadBalancer>,
+        log: Option<Arc<AccessLog>>,
     ) -> Result<Self, CompileError> {
         let rules = Rules::compile(&route.listener)?;
         let turn = |decision: &Decision| {
@@ -82,7 +87,7 @@ impl Served {
             GroupTurn { cycle: Cycle::new(&weights), turn: Turn::default() }
         };
         let turns = rules.decisions().map(turn).collect();
-        Ok(Self { route: route.clone(), tls, load_balancer, rules, turns })
+        Ok(Self { route: route.clone(), tls, load_balancer, rules, log, turns })
     }
 }
 
@@ -97,7 +102,11 @@ pub struct LoadBalancer {
 
 /// All target groups at some time.
 #[derive(Debug, Default)]
-pub struct Groups(HashMap<Arc<str>, Arc<Group>>);
+pub struct Groups {
+    by_name: HashMap<Arc<str>, Arc<Group>>,
+    /// Seals and opens stickiness cookies, with its key; `None`: nothing was served yet.
+    cookies: Option<([u8; 32], Arc<Cookies>)>,
+}
 
 /// A target group at some time.
 #[derive(Debug)]
@@ -156,8 +165,6 @@ pub struct Target {
     pub id: u64,
     /// Where it is.
     pub address: SocketAddr,
-    /// Its group's name.
-    pub group: Arc<str>,
     /// How it is spoken to.
     pub settings: ProxySettings,
     /// Requests in progress, and how they end.
@@ -171,31 +178,39 @@ pub struct Target {
 impl Groups {
     /// The group of that name.
     pub fn get(&self, name: &str) -> Option<&Arc<Group>> {
-        self.0.get(name)
+        self.by_name.get(name)
     }
 
     /// Looks at how requests ended of late.
     pub fn mitigate(&self) {
-        self.0.values().for_each(|group| group.mitigate());
+        self.by_name.values().for_each(|group| group.mitigate());
     }
 
-    /// What follows: `routes`, with the targets of `self` that are still there.
-    pub fn follow(&self, routes: &BTreeMap<Arc<str>, GroupRoute>, maker: &mut Maker) -> Self {
-        let next = routes
-            .iter()
-            .map(|(name, route)| {
-                let before = self.0.get(name);
-                (name.clone(), Arc::new(Group::follow(before.map(|it| &**it), name, route, maker)))
-            })
-            .collect();
-        let next = Self(next);
+    /// Seals and opens stickiness cookies.
+    pub fn cookies(&self) -> Option<&Arc<Cookies>> {
+        self.cookies.as_ref().map(|(_, cookies)| cookies)
+    }
+
+    /// What follows: that of `routes`, with the targets of `self` that are still there.
+    pub fn follow(&self, routes: &Routes, maker: &mut Maker) -> Self {
+        let follow = |(name, route): (&Arc<str>, &GroupRoute)| {
+            let before = self.by_name.get(name);
+            (name.clone(), Arc::new(Group::follow(before.map(|it| &**it), name, route, maker)))
+        };
+        let by_name = routes.groups.iter().map(follow).collect();
+        let key = routes.cookie_key;
+        let cookies = match &self.cookies {
+            Some((before, cookies)) if *before == key => cookies.clone(),
+            _ => Arc::new(Cookies::new(&key)),
+        };
+        let next = Self { by_name, cookies: Some((key, cookies)) };
         self.end_all_but(&next);
         next
     }
 
     /// Ends the connections to targets that `next` has not.
     fn end_all_but(&self, next: &Self) {
-        for (name, group) in &self.0 {
+        for (name, group) in &self.by_name {
             for before in &group.targets {
                 let stays = next.get(name).is_some_and(|group| {
                     group.targets.iter().any(|it| Arc::ptr_eq(&it.target, &before.target))
@@ -209,7 +224,7 @@ impl Groups {
 
     /// What has been counted for targets.
     pub fn count(&self, counters: &mut Counters) {
-        for (name, group) in &self.0 {
+        for (name, group) in &self.by_name {
             let targets = group
                 .targets
                 .iter()
@@ -237,7 +252,7 @@ impl Group {
             route: route_of_target.clone(),
             target: match known.get(&route_of_target.address) {
                 Some(&target) => target.clone(),
-                None => maker.target(name, route_of_target.address, &route.settings),
+                None => maker.target(route_of_target.address, &route.settings),
             },
         });
         let targets: Vec<_> = targets.collect();
@@ -261,6 +276,14 @@ impl Group {
     pub fn pick(&self, zone: Option<&str>) -> Option<Arc<Target>> {
         zone.and_then(|zone| self.near.get(zone)?.pick(&self.turn))
             .or_else(|| self.all.pick(&self.turn))
+    }
+
+    /// The target of a client that stays with it: it may still drain.
+    pub fn kept(&self, address: SocketAddr) -> Option<Arc<Target>> {
+        self.targets
+            .iter()
+            .find(|it| it.target.address == address && it.route.state != TargetState::OutOfService)
+            .map(|it| it.target.clone())
     }
 
     /// Looks at how requests ended of late, where targets that fail get less.
@@ -301,17 +324,11 @@ impl Maker {
         Self { workers, next_id: 0 }
     }
 
-    fn target(
-        &mut self,
-        group: &Arc<str>,
-        address: SocketAddr,
-        settings: &ProxySettings,
-    ) -> Arc<Target> {
+    fn target(&mut self, address: SocketAddr, settings: &ProxySettings) -> Arc<Target> {
         self.next_id += 1;
         Arc::new(Target {
             id: self.next_id,
             address,
-            group: group.clone(),
             settings: settings.clone(),
             load: Arc::default(),
             counters: Shards::new(self.workers),

@@ -34,8 +34,6 @@ pub struct Upgrade {
     pub target: OnUpgrade,
     /// What is to be noted at the end.
     pub exchange: Box<Exchange>,
-    /// The request in progress at the target.
-    pub outstanding: Outstanding,
 }
 
 impl Upgrade {
@@ -47,7 +45,6 @@ impl Upgrade {
         let Ok(target) = self.target.await else { return };
         pass(client, TokioIo::new(target), activity, idle).await;
         drop(self.exchange);
-        drop(self.outstanding);
     }
 }
 

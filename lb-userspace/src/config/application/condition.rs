@@ -15,6 +15,8 @@ pub(super) struct Draft {
     pub(super) given: usize,
 }
 
+type Read = fn(Value<'_>) -> Option<Condition>;
+
 pub(super) fn read(table: &mut Table<'_>) -> Draft {
     let mut draft = Draft { conditions: Vec::new(), given: 0 };
     let mut add = |given: bool, conditions: Vec<Condition>| {
@@ -27,7 +29,7 @@ pub(super) fn read(table: &mut Table<'_>) -> Draft {
     add(path.is_some(), path.and_then(path_pattern).into_iter().collect());
     let header = table.optional("http_header");
     add(header.is_some(), header.map(http_headers).unwrap_or_default());
-    let single: [(&'static str, fn(Value<'_>) -> Option<Condition>); 3] = [
+    let single: [(&'static str, Read); 3] = [
         ("http_request_method", http_request_method),
         ("query_string", query_string),
         ("source_ip", source_ip),
@@ -68,7 +70,7 @@ fn host_header(given: Either<'_>) -> Option<Condition> {
                 \"*.example.org\"]; * stands for any characters, ? for one";
     let is_host = |host: &str| {
         host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._*?[]:".contains(&b))
-            && !(host.contains(':') && !host.starts_with('['))
+            && (host.starts_with('[') || !host.contains(':'))
     };
     let patterns = match given {
         Either::Wildcards(value) => wildcards(value, help, is_host)?,

@@ -6,7 +6,7 @@ use super::super::model::{
     Algorithm, CookieStickiness, HttpVersion, ProxySettings, RequestAlgorithm,
 };
 use super::super::protocol::AnyProtocol;
-use super::super::reader::{Table, Value, Wrong};
+use super::super::reader::{Table, Value, Wrong, enumerate};
 use super::action::STICKY_FOR;
 
 /// Keys of groups whose packets are forwarded as they are.
@@ -64,6 +64,10 @@ pub(in super::super) fn algorithm<'a>(
     protocol: Option<AnyProtocol>,
 ) -> (Option<(Value<'a>, Algorithm)>, RequestAlgorithm) {
     let default = RequestAlgorithm::RoundRobin;
+    if !protocol.is_none_or(AnyProtocol::is_http) {
+        let help = "leave it out: it is for the weighted_random of http and https target groups";
+        table.meaningless(&["anomaly_mitigation"], "in this target group", help);
+    }
     let value = table.optional("algorithm");
     let anomaly = table.optional("anomaly_mitigation");
     let mitigates = anomaly.and_then(|value| value.boolean()).unwrap_or_default();
@@ -73,7 +77,6 @@ pub(in super::super) fn algorithm<'a>(
         ("least_outstanding_requests", RequestAlgorithm::LeastOutstandingRequests),
         ("weighted_random", RequestAlgorithm::WeightedRandom { anomaly_mitigation: mitigates }),
     ];
-    let is_http = protocol.is_some_and(AnyProtocol::is_http);
     let mut chosen = (None, default);
     if let (Some(value), Some(protocol)) = (value, protocol) {
         match protocol {
@@ -95,13 +98,10 @@ pub(in super::super) fn algorithm<'a>(
         }
     }
     let is_random = matches!(chosen.1, RequestAlgorithm::WeightedRandom { .. });
-    if let Some(anomaly) = anomaly
-        && protocol.is_some()
-        && (!is_http || mitigates && !is_random)
-    {
+    if let Some(anomaly) = anomaly.filter(|_| mitigates && !is_random && protocol.is_some()) {
         anomaly.error(
             "`anomaly_mitigation` has no meaning without algorithm = \"weighted_random\"",
-            "leave it out, or use that algorithm in an http or https target group",
+            "leave it out, or use that algorithm",
         );
     }
     chosen
@@ -118,7 +118,7 @@ fn one_of<T: Copy>(
         let names: Vec<String> = known.iter().map(|(name, _)| format!("\"{name}\"")).collect();
         let message =
             format!("`algorithm = {}` has no meaning in {protocol} target group", value.quote());
-        value.error(message, format!("write {}, or leave it out", names.join(" or ")));
+        value.error(message, format!("write {}, or leave it out", enumerate(&names, "or")));
         return None;
     }
     value.choice(known, &[])

@@ -1,8 +1,8 @@
 //! A listener whose connections end in the proxy.
 
 use super::super::forward::GroupDraft;
-use super::super::model::{CertificateFiles, ProxyListener, ProxyProtocol};
-use super::super::reader::{Table, Value};
+use super::super::model::{ProxyListener, ProxyProtocol};
+use super::super::reader::Table;
 use super::action::{self, Place};
 use super::{rule, tls};
 
@@ -24,7 +24,6 @@ pub(in super::super) struct Draft<'a> {
     pub(in super::super) port: Option<u16>,
     /// Those of its own action and of all rules.
     pub(in super::super) groups: Vec<GroupDraft<'a>>,
-    pub(in super::super) certificates: Vec<(Value<'a>, CertificateFiles)>,
     /// `None` where an error was found.
     pub(in super::super) listener: Option<ProxyListener>,
 }
@@ -50,7 +49,6 @@ pub(in super::super) fn read<'a>(
     let rules = table.optional("rule");
     let place = Place { groups_key: "forward", ..place };
     let rules = rules.map(|value| rule::read(value, place)).unwrap_or_default();
-    let (tls, certificates) = tls.map(|draft| (draft.tls, draft.certificates)).unzip();
     let complete = |port, default_action| ProxyListener {
         protocol,
         port,
@@ -62,7 +60,6 @@ pub(in super::super) fn read<'a>(
         protocol,
         port,
         groups: action.groups.into_iter().chain(rules.groups).collect(),
-        certificates: certificates.unwrap_or_default(),
         listener: port.zip(action.action).map(|(port, action)| complete(port, action)),
     }
 }

@@ -39,7 +39,10 @@ pub(super) fn read(value: Value<'_>, place: Place) -> Option<Redirect> {
     );
     let status = table.required("status", "add status = 301 (moved permanently) or 302 (found)");
     let status = status.and_then(|value| {
-        let status = value.integer(301..=302)?;
+        let status = value.integer(0..=999)?;
+        if !matches!(status, 301 | 302) {
+            value.refuse("write 301 (moved permanently) or 302 (found)");
+        }
         u16::try_from(status).ok()
     });
     table.finish();

@@ -7,7 +7,7 @@ use super::super::reader::{Table, Value, Wrong};
 
 /// AWS's policies of TLS 1.2 and 1.3. Of their cipher suites, those with forward secrecy and
 /// authenticated encryption are spoken.
-const POLICIES: [TlsPolicy; 9] = [
+const POLICIES: [TlsPolicy; 10] = [
     policy("ELBSecurityPolicy-TLS13-1-2-2021-06", true, true),
     policy("ELBSecurityPolicy-TLS13-1-3-2021-06", false, true),
     policy("ELBSecurityPolicy-TLS13-1-2-Res-2021-06", true, true),
@@ -17,17 +17,17 @@ const POLICIES: [TlsPolicy; 9] = [
     policy("ELBSecurityPolicy-FS-1-2-Res-2019-08", true, false),
     policy("ELBSecurityPolicy-FS-1-2-2019-08", true, false),
     policy("ELBSecurityPolicy-TLS-1-2-2017-01", true, false),
+    policy("ELBSecurityPolicy-TLS-1-2-Ext-2018-06", true, false),
 ];
 const DEFAULT_POLICY: TlsPolicy = POLICIES[0];
 
 /// AWS's policies that clients of TLS 1.0 or 1.1 may use.
-const OLD_POLICIES: [&str; 7] = [
+const OLD_POLICIES: [&str; 6] = [
     "ELBSecurityPolicy-TLS13-1-1-2021-06",
     "ELBSecurityPolicy-TLS13-1-0-2021-06",
     "ELBSecurityPolicy-FS-1-1-2019-08",
     "ELBSecurityPolicy-FS-2018-06",
     "ELBSecurityPolicy-TLS-1-1-2017-01",
-    "ELBSecurityPolicy-TLS-1-2-Ext-2018-06",
     "ELBSecurityPolicy-2016-08",
 ];
 
@@ -35,18 +35,12 @@ const fn policy(name: &'static str, tls12: bool, tls13: bool) -> TlsPolicy {
     TlsPolicy { name, tls12, tls13 }
 }
 
-/// What was read, and where the file has each certificate.
-pub(super) struct Draft<'a> {
-    pub(super) tls: ListenerTls,
-    pub(super) certificates: Vec<(Value<'a>, CertificateFiles)>,
-}
-
 /// Keys of TLS have no meaning in a listener of plain HTTP.
-pub(super) fn read<'a>(
-    table: &mut Table<'a>,
+pub(super) fn read(
+    table: &mut Table<'_>,
     protocol: ProxyProtocol,
     http2: bool,
-) -> Option<Draft<'a>> {
+) -> Option<ListenerTls> {
     if protocol != ProxyProtocol::Tls {
         table.meaningless(
             &["alpn_policy"],
@@ -72,19 +66,16 @@ pub(super) fn read<'a>(
         _ => &["http/1.1"],
     };
     let tls = ListenerTls {
-        certificates: certificates.iter().map(|(_, files)| files.clone()).collect(),
+        certificates,
         policy,
         alpn: alpn.iter().map(|&name| name.to_owned()).collect(),
     };
-    Some(Draft { tls, certificates })
+    Some(tls)
 }
 
 fn policy_of(value: Value<'_>) -> Option<TlsPolicy> {
     if OLD_POLICIES.iter().any(|old| value.is(old)) {
-        let message = format!(
-            "{} lets TLS 1.0 or 1.1 in, or encryption without authentication, which is not spoken here",
-            value.quote()
-        );
+        let message = format!("{} lets TLS 1.0 or 1.1 in, which is not spoken here", value.quote());
         value.error(
             message,
             format!("write \"{}\", or another of TLS 1.2 and 1.3", DEFAULT_POLICY.name),
@@ -109,18 +100,19 @@ fn alpn_of(value: Value<'_>) -> Option<&'static [&'static str]> {
 const HELP: &str = "write [{ cert = \"/etc/lb/site.pem\", key = \"/etc/lb/site.key\" }], files in \
                     PEM; the first is for clients that name no server";
 
-fn certificates<'a>(value: Value<'a>) -> Vec<(Value<'a>, CertificateFiles)> {
+fn certificates(value: Value<'_>) -> Vec<CertificateFiles> {
     let Some(items) = value.items(HELP) else { return Vec::new() };
     if items.is_empty() {
         value.error("`certificates` is [], so no client can connect", HELP);
     }
-    let mut certificates: Vec<(Value<'a>, CertificateFiles)> = Vec::new();
+    let mut certificates: Vec<CertificateFiles> = Vec::new();
     for item in items {
         let Some(files) = certificate(item) else { continue };
-        if certificates.iter().any(|(_, other)| *other == files) {
+        if certificates.contains(&files) {
             item.error("`certificates` has this one twice", "leave one out");
         }
-        certificates.push((item, files));
+        item.is_certificate(files.clone());
+        certificates.push(files);
     }
     certificates
 }

@@ -37,7 +37,7 @@ fn rewrite(value: Value<'_>, help: &str) -> Option<Rewrite> {
     Some(Rewrite { regex: expression.to_string(), replace })
 }
 
-/// Every `$` with a number names parentheses that are there.
+/// Every `$1` or `${1}` names parentheses that are there; `$$` is a dollar.
 fn replacement(value: Value<'_>, help: &str, expression: &Regex) -> Option<String> {
     value.parsed(help, |text| {
         let right = |c: char| !c.is_control() && !c.is_whitespace();
@@ -45,22 +45,42 @@ fn replacement(value: Value<'_>, help: &str, expression: &Regex) -> Option<Strin
             return Err(Wrong::new(value.refusal(), help));
         }
         let groups = expression.captures_len() - 1;
-        for part in text.split('$').skip(1) {
-            let digits: String = part.chars().take_while(char::is_ascii_digit).collect();
-            let number: Option<usize> = digits.parse().ok();
-            if number.is_none_or(|number| number > groups) {
-                let message = format!(
-                    "`replace` has \"${digits}\", but the regular expression has {groups} pairs \
-                     of parentheses"
-                );
-                let help = match groups {
-                    0 => "leave it out, or put ( ) around what it stands for".to_owned(),
-                    1 => "write $1 for what the parentheses matched".to_owned(),
-                    _ => format!("write $1 to ${groups} for what the parentheses matched"),
-                };
-                return Err(Wrong::new(message, help));
-            }
-        }
-        Ok(text.to_owned())
+        let unknown = references(text).find(|number| *number > groups);
+        let Some(number) = unknown else { return Ok(text.to_owned()) };
+        let message = format!(
+            "`replace` has ${number}, but the regular expression has {groups} pair(s) of \
+             parentheses"
+        );
+        let help = match groups {
+            0 => "leave it out, or put ( ) around what it stands for".to_owned(),
+            1 => "write $1 for what the parentheses matched".to_owned(),
+            _ => format!("write $1 to ${groups} for what the parentheses matched"),
+        };
+        Err(Wrong::new(message, help))
     })
+}
+
+/// The least numbers that `$` and `${ }` can stand for: with one pair of parentheses `$10` is `$1`
+/// and a 0.
+fn references(text: &str) -> impl Iterator<Item = usize> {
+    let without_dollars = text.replace("$$", "");
+    let parts: Vec<String> = without_dollars.split('$').skip(1).map(ToOwned::to_owned).collect();
+    parts.into_iter().filter_map(|part| match part.strip_prefix('{') {
+        Some(braced) => braced.split_once('}')?.0.parse().ok(),
+        None => part.get(..1)?.parse().ok(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_replacement_refers_to() {
+        let found = |text| references(text).collect::<Vec<_>>();
+        assert_eq!(found("/$1/$2x$10"), [1, 2, 1]);
+        assert_eq!(found("${1}0${12}"), [1, 12]);
+        assert!(found("$$1 $x ${y} $").is_empty());
+        assert_eq!(found("$$$3é"), [3]);
+    }
 }

@@ -10,9 +10,11 @@
 //! clients away from something.
 //!
 //! # Cost
-//! A decision among 100 rules takes 60 to 210 ns if the rules name hosts or first segments of
-//! paths, and one among 100 rules that do not, such as `*.a.example.com` or `*/a`, some 600 ns
-//! (release build; `cargo test --release -p lb-userspace -- --ignored --nocapture cost_of`).
+//! Rules are found by host, domain (`*.example.com`) and first segment of the path (`/api/*`): a
+//! decision among 100 such rules takes as long as one among 1, 0.1 to 0.2 us. Rules that have none of
+//! these are tried one by one, on the busy machine that this was measured on 0.06 us each for
+//! queries, 0.1 us for regular expressions and 0.2 us for `*word*` in paths and user agents. (Release
+//! build; `cargo test --release -p lb-userspace -- --ignored --nocapture cost_of`.)
 //!
 //! Every worker should have a clone of its own: regular expressions keep scratch memory, over
 //! which threads that share one would compete.

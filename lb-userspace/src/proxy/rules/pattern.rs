@@ -115,6 +115,18 @@ impl Wildcard {
             },
         }
     }
+
+    /// What every matching value ends with.
+    pub fn literal_suffix(&self) -> &[u8] {
+        match &self.0 {
+            Shape::Exact(bytes) | Shape::Suffix(bytes) => bytes,
+            Shape::Prefix(_) => &[],
+            Shape::General(general) => match general.last.as_ref().unwrap_or(&general.first) {
+                Piece::Literal(finder) => finder.needle(),
+                Piece::WithAny(_) => &[],
+            },
+        }
+    }
 }
 
 /// The pattern's bytes between its stars; a `?` is `None`.
@@ -305,10 +317,11 @@ mod tests {
         }
 
         #[test]
-        fn a_literal_prefix_is_one(pattern in r"[ab*?\\]{0,6}", value in r"[ab*?\\]{0,8}") {
+        fn literal_ends_are_some(pattern in r"[ab*?\\]{0,6}", value in r"[ab*?\\]{0,8}") {
             let wildcard = Wildcard::new(&pattern, false);
             if wildcard.matches(value.as_bytes()) {
                 prop_assert!(value.as_bytes().starts_with(wildcard.literal_prefix()));
+                prop_assert!(value.as_bytes().ends_with(wildcard.literal_suffix()));
             }
             if let Some(exact) = wildcard.exact() {
                 prop_assert_eq!(wildcard.matches(value.as_bytes()), exact == value.as_bytes());

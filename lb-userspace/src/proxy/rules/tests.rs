@@ -310,7 +310,10 @@ fn one_by_one(rules: &[model::Rule], request: &Request) -> u16 {
 }
 
 fn any_condition() -> impl Strategy<Value = Condition> {
-    let hosts = prop::sample::subsequence(vec!["a.b", "*.b", "c.d", "A.b", "*"], 1..3);
+    let hosts = prop::sample::subsequence(
+        vec!["a.b", "*.b", "c.d", "A.b", "*", "?.d", "a*.b", "*d", "*.a.b"],
+        1..3,
+    );
     let paths =
         prop::sample::subsequence(vec!["/", "/a", "/a/*", "/a/b", "/a*", "*/b", "/?/b", "b"], 1..4);
     prop_oneof![
@@ -325,7 +328,7 @@ proptest! {
     #[test]
     fn the_index_changes_nothing(
         conditions in prop::collection::vec(prop::collection::vec(any_condition(), 1..3), 0..8),
-        host in prop::sample::select(vec!["a.b", "x.b", "c.d", "e", ""]),
+        host in prop::sample::select(vec!["a.b", "x.b", "c.d", "e", "", ".b", "x.a.b", "x..b.", "cd"]),
         path in prop::sample::select(vec!["/", "/a", "/a/", "/a/b", "/ab", "/c/b", "b", "", "//b"]),
     ) {
         let mut rules: Vec<_> =

@@ -59,8 +59,8 @@ pub struct Lease {
     pool: Arc<Pool>,
     target: u64,
     sender: Sender,
-    /// Whether it served another request before.
-    pub is_reused: bool,
+    /// Whether another request may come over it.
+    pub is_kept: bool,
 }
 
 #[derive(Debug)]
@@ -97,6 +97,7 @@ impl Lease {
     /// The answer has ended: another request may have it.
     pub fn give_back(self) {
         if let Sender::Http1(sender) = self.sender
+            && self.is_kept
             && !sender.is_closed()
         {
             let mut idle = lock(&self.pool.idle);
@@ -115,7 +116,7 @@ impl Pool {
             HttpVersion::Http1 => self.take_idle(target.id)?,
             HttpVersion::Http2 | HttpVersion::Grpc => self.share(target.id)?,
         };
-        Some(Lease { pool: self.clone(), target: target.id, sender, is_reused: true })
+        Some(Lease { pool: self.clone(), target: target.id, sender, is_kept: true })
     }
 
     /// The one that was used last: the others may become old.
@@ -147,7 +148,7 @@ impl Pool {
         target: u64,
         sender: http1::SendRequest<RequestBody>,
     ) -> Lease {
-        Lease { pool: self.clone(), target, sender: Sender::Http1(sender), is_reused: false }
+        Lease { pool: self.clone(), target, sender: Sender::Http1(sender), is_kept: true }
     }
 
     fn lease_http2(
@@ -162,7 +163,7 @@ impl Pool {
             since: Instant::now(),
         });
         let sender = Sender::Http2(sender, users);
-        Lease { pool: self.clone(), target, sender, is_reused: false }
+        Lease { pool: self.clone(), target, sender, is_kept: true }
     }
 
     /// Closes what nobody used for long, and forgets what is closed.

@@ -39,6 +39,9 @@ impl Load {
         Self { name: "TLS, 1 MB", is_tls: true, ..LARGE },
     ];
 
+    /// Small answers, one after the other in one connection.
+    pub const ONE: Self = Self { connections: 1, ..SMALL };
+
     /// Puts this load on a proxy for so long.
     ///
     /// # Errors
@@ -47,20 +50,30 @@ impl Load {
         let (scheme, port) =
             if self.is_tls { ("https", proxy.tls_port()) } else { ("http", proxy.port()) };
         let mut wrk = Command::new("taskset");
-        wrk.args(["-c", &cpu.to_string(), "wrk", "--latency", "-t1"])
+        wrk.args(["-c", &cpu.to_string(), "wrk"]);
+        let url = format!("{scheme}://127.0.0.1:{port}{}", self.path);
+        let before = cpu_time(proxy.pid())?;
+        let measured = self.run(wrk, &url, length)?;
+        let cpu = cpu_time(proxy.pid())? - before;
+        Ok(Measured { cpu, ..measured })
+    }
+
+    /// Runs wrk with this load; nobody's CPU time is measured.
+    ///
+    /// # Errors
+    /// As [`Self::put_on`].
+    pub fn run(&self, mut wrk: Command, url: &str, length: Duration) -> Result<Measured> {
+        wrk.args(["--latency", "-t1"])
             .arg(format!("-c{}", self.connections))
             .arg(format!("-d{}s", length.as_secs()))
             .args(["-H", "Host: bench.example"]);
         if self.is_new {
             wrk.args(["-H", "Connection: close"]);
         }
-        wrk.arg(format!("{scheme}://127.0.0.1:{port}{}", self.path));
-        let before = cpu_time(proxy.pid())?;
-        let output = wrk.output().context("run wrk")?;
-        let cpu = cpu_time(proxy.pid())? - before;
+        let output = wrk.arg(url).output().context("run wrk")?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         ensure!(output.status.success(), "wrk: {text}{}", String::from_utf8_lossy(&output.stderr));
-        let measured = Measured::read(&text, cpu).with_context(|| format!("wrk said: {text}"))?;
+        let measured = Measured::read(&text).with_context(|| format!("wrk said: {text}"))?;
         let bytes = measured.bytes / measured.requests as f64;
         // wrk rounds to a hundredth of its unit; requests that have no answer yet count for a few.
         ensure!(bytes > self.body as f64 * 0.9, "answers have {bytes} bytes: {text}");
@@ -82,7 +95,7 @@ pub struct Measured {
 }
 
 impl Measured {
-    fn read(text: &str, cpu: Duration) -> Result<Self> {
+    fn read(text: &str) -> Result<Self> {
         if text.contains("Non-2xx") {
             bail!("some answers were errors");
         }
@@ -101,7 +114,8 @@ impl Measured {
         let requests = summary.next().context("no number")?.parse()?;
         let time = duration(summary.nth(2).context("no time")?.trim_end_matches(','))?;
         let bytes = bytes(summary.next().context("no bytes")?)?;
-        Ok(Self { requests, bytes, time, cpu, p50: percentile("50%")?, p99: percentile("99%")? })
+        let (p50, p99) = (percentile("50%")?, percentile("99%")?);
+        Ok(Self { requests, bytes, time, cpu: Duration::ZERO, p50, p99 })
     }
 
     /// Answers in a second.

@@ -4,6 +4,7 @@
 //! Each proxy has one thread on a CPU of its own; the load and the target share the other. The CPU
 //! time that the proxy's process took for each request counts: it says the same on a busy machine.
 
+mod latency;
 mod load;
 mod servers;
 
@@ -15,6 +16,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 
+use latency::Network;
 use load::{Load, Measured};
 use servers::{Proxy, Site};
 
@@ -36,6 +38,9 @@ pub struct HttpOptions {
     /// The proxy of lb alone: `cargo build --release --example proxy`
     #[arg(long, value_name = "PROGRAM", default_value = "target/release/examples/proxy")]
     proxy: PathBuf,
+    /// The agent, for the time that is added to a request: `cargo build --release --bin lb-userspace`
+    #[arg(long, value_name = "PROGRAM", default_value = "target/release/lb-userspace")]
+    agent: PathBuf,
     /// Where to write the figures
     #[arg(long, default_value = "target/bench/http.json")]
     json: PathBuf,
@@ -49,11 +54,15 @@ type Samples = BTreeMap<(usize, usize), Vec<Measured>>;
 /// # Errors
 /// If a proxy does not start or answers wrongly, or a program is missing.
 pub fn run(options: &HttpOptions) -> Result<()> {
-    ensure!(options.proxy.exists(), "there is no {}", options.proxy.display());
+    for program in [&options.proxy, &options.agent] {
+        ensure!(program.exists(), "there is no {}", program.display());
+    }
+    let network = Network::start(&options.agent)?;
     let site = Site::start(options.cpu, &options.proxy)?;
     let loads: Vec<Load> =
         Load::ALL.into_iter().filter(|load| load.name.contains(&options.only)).collect();
     let mut samples = Samples::new();
+    let mut latencies: [Vec<Measured>; 3] = Default::default();
     let length = Duration::from_secs(options.seconds);
     for round in 1..=options.rounds {
         eprint!("\rround {round} of {}", options.rounds);
@@ -65,10 +74,24 @@ pub fn run(options: &HttpOptions) -> Result<()> {
                 samples.entry((row, column)).or_default().push(measured);
             }
         }
+        for (way, latencies) in network.ways().iter().zip(&mut latencies) {
+            latencies.push(network.measure(way, length).context(way.name)?);
+        }
     }
     eprintln!("\r{:30}", "");
     print_table(&loads, site.proxies(), &samples, options);
+    print_latencies(&network, &latencies);
     write_json(&loads, site.proxies(), &samples, options)
+}
+
+/// One request at a time, through the whole of it: XDP, agent, namespaces.
+fn print_latencies(network: &Network, latencies: &[Vec<Measured>; 3]) {
+    let p50 = |samples: &[Measured]| middle(samples.iter().map(|it| it.p50.as_secs_f64() * 1e6));
+    println!("\n{:<28} {:>9} {:>9}", "one request at a time", "p50, us", "added, us");
+    let base = p50(&latencies[0]);
+    for (way, samples) in network.ways().iter().zip(latencies) {
+        println!("{:<28} {:>9.0} {:>9.0}", way.name, p50(samples), p50(samples) - base);
+    }
 }
 
 fn print_table(loads: &[Load], proxies: &[Proxy], samples: &Samples, options: &HttpOptions) {
@@ -103,7 +126,12 @@ fn print_table(loads: &[Load], proxies: &[Proxy], samples: &Samples, options: &H
 }
 
 fn median(samples: &Samples, at: (usize, usize), figure: impl Fn(&Measured) -> f64) -> f64 {
-    let mut figures: Vec<f64> = samples.get(&at).into_iter().flatten().map(figure).collect();
+    middle(samples.get(&at).into_iter().flatten().map(figure))
+}
+
+/// The median.
+fn middle(figures: impl Iterator<Item = f64>) -> f64 {
+    let mut figures: Vec<f64> = figures.collect();
     figures.sort_by(f64::total_cmp);
     figures.get(figures.len() / 2).copied().unwrap_or(f64::NAN)
 }

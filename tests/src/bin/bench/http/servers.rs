@@ -84,7 +84,7 @@ impl Site {
         fs::write(folder.path().join("large"), vec![b'x'; LARGE as usize])?;
         let target_port = free_port()?;
         let target = Place { cpu: load_cpu, ..place }
-            .nginx("target", &target_config(folder.path(), target_port))?;
+            .nginx("target", &target_config(folder.path(), ([127, 0, 0, 1], target_port).into()))?;
         answers(target_port)?;
         let proxies = vec![
             place.lb(proxy, target_port, 0, "lb")?,
@@ -198,14 +198,14 @@ impl Place<'_> {
 }
 
 /// Static answers without a log, connections kept.
-fn target_config(folder: &Path, port: u16) -> String {
+pub fn target_config(folder: &Path, address: SocketAddr) -> String {
     format!(
         "daemon off; worker_processes 1; pid target.pid; error_log target.error; user root;
 events {{ worker_connections 4096; }}
 http {{
     access_log off; keepalive_requests 1000000000; keepalive_timeout 3600; sendfile on; tcp_nopush on;
     server {{
-        listen 127.0.0.1:{port};
+        listen {address};
         location = / {{ return 200 'hello world\\n'; }}
         location = /large {{ root {}; }}
     }}
