@@ -288,6 +288,7 @@ fn tls(demo: &mut Demo) -> Result<()> {
 fn dark(demo: &mut Demo) -> Result<()> {
     demo.network.switch(Segment::ZoneB, false)?;
     shown("the switch of zone b is off");
+    demo.balancer.wait_until_all(TARGETS.len() / 2, "unhealthy")?;
     wait_for("zone b out of the answer", Duration::from_secs(20), || {
         Ok((demo.addresses()? == ADDRESSES[..1]).then_some(()))
     })?;
