@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use lb_common::tables::Endpoint;
+
 use super::super::State;
 use crate::config;
 use crate::health::HealthState;
