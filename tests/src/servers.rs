@@ -87,6 +87,30 @@ impl Server {
         })
     }
 
+    /// Serves each TCP connection with `serve`, until that ends or the server is dropped.
+    ///
+    /// # Errors
+    ///
+    /// If the address is taken or not the namespace's.
+    pub fn connections<F: Future<Output = ()> + Send + 'static>(
+        namespace: &Namespace,
+        address: SocketAddr,
+        serve: impl Fn(TcpStream) -> F + Send + 'static,
+    ) -> Result<Self> {
+        Self::start(namespace, address, async move |socket: TcpListener, served, stopped| {
+            let serve = |stream, mut stopped: watch::Receiver<()>| {
+                let serving = serve(stream);
+                async move {
+                    tokio::select! {
+                        () = serving => {}
+                        _ = stopped.changed() => {}
+                    }
+                }
+            };
+            accept(&socket, stopped, served, serve).await;
+        })
+    }
+
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
