@@ -80,7 +80,7 @@ pub async fn forward(
     let request = Request::from_parts(head, body);
     let began = Instant::now();
     let waiting = Waiting { limit: route.served.route.attributes.idle_timeout, progress };
-    let sent = send(worker, &route.target, request, &waiting).await;
+    let sent = send(worker, &route, request, &waiting).await;
     if let Some(note) = &mut exchange.note {
         note.received = waiting.progress.as_ref().map_or(0, |it| it.bytes());
         note.answered = sent.is_ok().then(Instant::now);
@@ -153,7 +153,7 @@ struct Waiting {
 /// goes over a new one, if it may be repeated.
 async fn send(
     worker: &Arc<Worker>,
-    target: &Arc<Target>,
+    Route { served, target, .. }: &Route<'_>,
     mut request: Request<RequestBody>,
     waiting: &Waiting,
 ) -> Result<(Response<Incoming>, Lease), ElbError> {
@@ -167,11 +167,12 @@ async fn send(
             },
         }
     }
-    let mut lease =
-        worker.connector.http(&worker.pool, target).await.map_err(|error| match error {
-            ConnectError::Timeout => ElbError::GatewayTimeout,
-            ConnectError::Refused => ElbError::BadGateway,
-        })?;
+    let balancer = &served.load_balancer.counters;
+    let opened = worker.connector.http(&worker.pool, target, balancer).await;
+    let mut lease = opened.map_err(|error| match error {
+        ConnectError::Timeout => ElbError::GatewayTimeout,
+        ConnectError::Refused => ElbError::BadGateway,
+    })?;
     match waiting.answer(lease.send(request)).await? {
         Ok(response) => Ok((response, lease)),
         Err(error) => Err(waiting.failure(&error.error)),

@@ -3,8 +3,8 @@
 use std::time::SystemTime;
 
 use hyper::body::Incoming;
-use hyper::header::{self, HeaderValue};
-use hyper::{Method, Request, Version};
+use hyper::header::{self, HeaderMap, HeaderValue};
+use hyper::{Method, Request, Response, Version};
 use tokio::time::Instant;
 
 use super::access_log::{Entry, RequestLine};
@@ -43,8 +43,12 @@ pub struct Note {
     pub group: Option<(std::sync::Arc<str>, bool)>,
     /// Host and URI that the target saw, where a rule changed them.
     pub transformed: (Option<String>, Option<String>),
+    /// Bytes of the request's head.
+    received_head: u64,
     /// Bytes of the request's body, as far as they came.
     pub received: u64,
+    /// Bytes of the answer's head.
+    sent_head: u64,
     /// Whether it became a tunnel.
     pub is_upgraded: bool,
 }
@@ -86,9 +90,18 @@ impl Note {
             classification: None,
             group: None,
             transformed: (None, None),
+            received_head: request_line(request) + fields(request.headers()),
             received: 0,
+            sent_head: 0,
             is_upgraded: false,
         })
+    }
+
+    /// The answer begins.
+    pub fn answering<B>(&mut self, response: &Response<B>) {
+        let reason = response.status().canonical_reason().unwrap_or_default();
+        let line = "HTTP/1.1 200 \r\n".len() + reason.len();
+        self.sent_head = line as u64 + fields(response.headers());
     }
 
     fn kind(&self) -> &'static str {
@@ -104,7 +117,7 @@ impl Note {
         }
     }
 
-    /// The line.
+    /// The line. `sent`: bytes of the answer's body.
     pub fn line(&self, exchange: &Exchange, status: u16, sent: u64) -> String {
         let ended = Instant::now();
         let route = &exchange.served.route;
@@ -122,8 +135,8 @@ impl Note {
             response_time: self.answered.map(|it| ended - it),
             status,
             target_status: self.target_status,
-            received_bytes: self.received,
-            sent_bytes: sent,
+            received_bytes: self.received_head + self.received,
+            sent_bytes: self.sent_head + sent,
             request: RequestLine {
                 method: self.method.as_str(),
                 scheme: if tls.is_some() { "https" } else { "http" },
@@ -156,4 +169,18 @@ impl Note {
         }
         .line()
     }
+}
+
+/// Bytes of a request's first line, as HTTP/1.1 has it.
+fn request_line(request: &Request<Incoming>) -> u64 {
+    let target = request.uri().path_and_query().map_or(1, |it| it.as_str().len());
+    (request.method().as_str().len() + target + "  HTTP/1.1\r\n".len()) as u64
+}
+
+/// Bytes of fields and of the line that ends them, as HTTP/1.1 has them.
+fn fields(fields: &HeaderMap) -> u64 {
+    let line = |(name, value): (&header::HeaderName, &HeaderValue)| {
+        name.as_str().len() + value.len() + ": \r\n".len()
+    };
+    (fields.iter().map(line).sum::<usize>() + "\r\n".len()) as u64
 }

@@ -102,13 +102,16 @@ pub async fn serve(connection: Connection, served: &Arc<Served>, client: TlsStre
 
 async fn forward(connection: &Connection, served: &Arc<Served>, client: TlsStream<TcpStream>) {
     let worker = &connection.worker;
-    served.load_balancer.counters.count(worker.index, Metric::NewTlsFlows);
+    let balancer = &served.load_balancer.counters;
+    balancer.count(worker.index, Metric::NewTlsFlows);
     let Action::Forward(forward) = &served.route.listener.default_action else { return };
     let chosen = select::in_turn(&worker.groups.load(), served, 0, forward);
     let Some(target) = chosen.and_then(|it| it.target) else { return };
     let outstanding = Outstanding::begin(target);
     let ends = (connection.peer, connection.local);
-    let Ok(target) = worker.connector.raw(outstanding.target(), ends).await else { return };
+    let Ok(target) = worker.connector.raw(outstanding.target(), balancer, ends).await else {
+        return;
+    };
     outstanding.target().counters.count(worker.index, Metric::NewTlsFlows);
     let activity = &connection.activity;
     let client = Watched::new(client, Bytes::new(), activity.clone());

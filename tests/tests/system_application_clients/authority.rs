@@ -6,7 +6,9 @@ use std::{
     sync::Arc,
 };
 
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, Issuer, KeyPair,
+};
 use rustls::{ClientConfig, RootCertStore, crypto::aws_lc_rs};
 use tempfile::TempDir;
 use tokio_rustls::TlsConnector;
@@ -23,6 +25,7 @@ impl Authority {
     pub fn new() -> Self {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.distinguished_name = called("authority");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let certificate = params.self_signed(&key).unwrap();
         let mut roots = RootCertStore::empty();
@@ -55,7 +58,8 @@ impl Authority {
     /// A certificate for one name, as an element of a listener's `certificates`.
     pub fn issue(&self, name: &str) -> String {
         let key = KeyPair::generate().unwrap();
-        let params = CertificateParams::new([name.to_owned()]).unwrap();
+        let mut params = CertificateParams::new([name.to_owned()]).unwrap();
+        params.distinguished_name = called(name);
         let certificate = params.signed_by(&key, &self.issuer).unwrap();
         let file =
             |suffix| self.folder.path().join(format!("{}.{suffix}", name.replace('*', "any")));
@@ -74,4 +78,11 @@ impl Authority {
             .with_no_client_auth();
         Arc::new(config).into()
     }
+}
+
+/// Issuers are told from what they issued by their names.
+fn called(name: &str) -> DistinguishedName {
+    let mut names = DistinguishedName::new();
+    names.push(DnType::CommonName, name);
+    names
 }

@@ -55,7 +55,8 @@ async fn chat(stream: TcpStream) {
     let mut socket = accept_hdr_async(stream, look).await.unwrap();
     socket.send(Message::text(client)).await.unwrap();
     while let Some(Ok(message)) = socket.next().await {
-        if message.is_close() || socket.send(message).await.is_err() {
+        // The farewell is answered by the library, while it is read for more.
+        if !message.is_close() && socket.send(message).await.is_err() {
             break;
         }
     }

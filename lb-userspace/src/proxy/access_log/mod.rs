@@ -81,9 +81,11 @@ impl AccessLog {
         self.shared.dropped.load(Relaxed) + self.shared.failed.load(Relaxed)
     }
 
-    /// Opens the file again before the next line, after it was renamed.
+    /// Opens the file again, after it was renamed: before the next line, or now if none waits.
     pub fn reopen(&self) {
         self.shared.reopen.store(true, Relaxed);
+        // Nothing to write wakes the writer; one whose queue is full is awake.
+        let _ = self.lines.try_send(String::new());
     }
 }
 

@@ -16,7 +16,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::super::BUFFER;
-use super::super::counters::Metric;
+use super::super::counters::{Metric, Shards};
 use super::super::table::Target;
 use super::super::tls;
 use super::{Lease, Pool, proxy_protocol};
@@ -70,11 +70,12 @@ impl Connector {
         }
     }
 
-    /// A connection for HTTP.
+    /// A connection for HTTP. `balancer`: the load balancer's counters.
     pub async fn http(
         &self,
         pool: &Arc<Pool>,
         target: &Arc<Target>,
+        balancer: &Shards,
     ) -> Result<Lease, ConnectError> {
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         let config = match target.settings.version {
@@ -82,12 +83,12 @@ impl Connector {
             HttpVersion::Http2 | HttpVersion::Grpc => &self.http2,
         };
         let opened = async {
-            match self.open(target, config, None).await? {
+            match self.open(target, balancer, config, None).await? {
                 TargetStream::Plain(stream) => handshake(stream, pool, target).await,
                 TargetStream::Tls(stream) => handshake(*stream, pool, target).await,
             }
         };
-        self.within(deadline, target, opened).await
+        self.within(deadline, target, balancer, opened).await
     }
 
     /// A connection for whatever is in it. `ends`: the client's address and the one it connected
@@ -95,17 +96,20 @@ impl Connector {
     pub async fn raw(
         &self,
         target: &Arc<Target>,
+        balancer: &Shards,
         ends: (SocketAddr, SocketAddr),
     ) -> Result<TargetStream, ConnectError> {
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         let ends = target.settings.proxy_protocol_v2.then_some(ends);
-        self.within(deadline, target, self.open(target, &self.any, ends)).await
+        let opened = self.open(target, balancer, &self.any, ends);
+        self.within(deadline, target, balancer, opened).await
     }
 
     async fn within<T>(
         &self,
         deadline: Instant,
         target: &Target,
+        balancer: &Shards,
         opening: impl Future<Output = io::Result<T>>,
     ) -> Result<T, ConnectError> {
         let opened = match timeout_at(deadline, opening).await {
@@ -117,13 +121,16 @@ impl Connector {
             }
             Err(_) => ConnectError::Timeout,
         };
-        target.counters.count(self.worker, Metric::TargetConnectionErrors);
+        for counters in [&target.counters, balancer] {
+            counters.count(self.worker, Metric::TargetConnectionErrors);
+        }
         Err(opened)
     }
 
     async fn open(
         &self,
         target: &Target,
+        balancer: &Shards,
         config: &Arc<ClientConfig>,
         ends: Option<(SocketAddr, SocketAddr)>,
     ) -> io::Result<TargetStream> {
@@ -140,7 +147,9 @@ impl Connector {
                     .connect(name, stream)
                     .await
                     .inspect_err(|_| {
-                        target.counters.count(self.worker, Metric::TargetTlsErrors);
+                        for counters in [&target.counters, balancer] {
+                            counters.count(self.worker, Metric::TargetTlsErrors);
+                        }
                     })?;
                 Ok(TargetStream::Tls(Box::new(stream)))
             }
