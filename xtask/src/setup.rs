@@ -19,12 +19,13 @@ const TOOLCHAIN: &str = "1.95.0";
 const BPF_LINKER: &str = "0.10.3";
 
 /// A system command, the package that has it, and what it is for.
-const PACKAGES: [(&str, &str, &str); 9] = [
+const PACKAGES: [(&str, &str, &str); 10] = [
     ("ip", "iproute2", "network namespaces"),
     ("ethtool", "ethtool", "checksum offload of virtual NICs"),
     ("curl", "curl", "the clients of the demo"),
     ("dig", "bind9-dnsutils", "who asks for the names of load balancers"),
     ("openssl", "openssl", "the certificate of the demo"),
+    ("chromium", "chromium", "the browser among the test's clients"),
     ("wrk", "wrk", "HTTP load"),
     ("nginx", "nginx", "the targets of the demo"),
     ("haproxy", "haproxy", "what the proxy is measured against"),

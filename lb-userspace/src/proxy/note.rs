@@ -104,6 +104,12 @@ impl Note {
         self.sent_head = line as u64 + fields(response.headers());
     }
 
+    /// A tunnel ended; so many bytes came and went over the client's connection, all of which
+    /// count.
+    pub fn tunnelled(&mut self, (received, sent): (u64, u64)) {
+        (self.received_head, self.received, self.sent_head) = (0, received, sent);
+    }
+
     fn kind(&self) -> &'static str {
         let is_tls = self.connection.tls.is_some();
         let is_grpc = self.group.as_ref().is_some_and(|(_, is_grpc)| *is_grpc);

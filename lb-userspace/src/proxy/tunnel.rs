@@ -39,12 +39,15 @@ pub struct Upgrade {
 
 impl Upgrade {
     /// Passes bytes until both sides have ended, or none has said anything for so long.
-    pub async fn run<S>(self, client: Watched<S>, activity: &Activity, idle: Duration)
+    pub async fn run<S>(mut self, client: Watched<S>, activity: &Activity, idle: Duration)
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
         let Ok(target) = self.target.await else { return };
         pass(client, TokioIo::new(target), activity, idle).await;
+        if let Some(note) = &mut self.exchange.note {
+            note.tunnelled(activity.bytes());
+        }
         drop(self.exchange);
     }
 }

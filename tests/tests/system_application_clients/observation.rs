@@ -180,10 +180,10 @@ const NAMES: [&str; 33] = [
     "request_transform_status",
 ];
 
-type Line = BTreeMap<&'static str, String>;
+pub type Line = BTreeMap<&'static str, String>;
 
 /// The lines of a log, once there are so many.
-fn lines(log: &Path, count: usize) -> Vec<Line> {
+pub fn lines(log: &Path, count: usize) -> Vec<Line> {
     let read = || fs::read_to_string(log).unwrap_or_default();
     wait_until("the log", PATIENCE, || read().lines().count() >= count)
         .unwrap_or_else(|error| panic!("{error}: {}", read()));
@@ -197,7 +197,7 @@ fn lines(log: &Path, count: usize) -> Vec<Line> {
     lines
 }
 
-fn says(line: &Line, expected: &[(&str, &str)]) {
+pub fn says(line: &Line, expected: &[(&str, &str)]) {
     for (name, value) in expected {
         assert_eq!(line[name], *value, "{name}: {line:#?}");
     }

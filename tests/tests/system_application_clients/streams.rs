@@ -1,6 +1,9 @@
 //! What is a stream of bytes to the load balancer: WebSocket in TLS, and `tls` listeners.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::PathBuf,
+};
 
 use futures::{SinkExt, StreamExt};
 use lb_tests::{
@@ -20,6 +23,7 @@ use tungstenite::{Message, handshake::server};
 
 use crate::{
     authority::Authority,
+    observation,
     world::{PORT, World, application, group, listener, sockets, web_servers},
 };
 
@@ -77,7 +81,9 @@ fn websockets_in_tls() {
             "[[load_balancer.site.listener]]\nprotocol = \"https\"\ntarget_group = \"chat\"\n\
              certificates = [{certificate}]\n"
         );
-        group + &application("", &listener)
+        let log = log(authority);
+        group
+            + &application(&format!("access_logs = {{ path = \"{}\" }}", log.display()), &listener)
     });
     let (authority, addresses) = (&world.authority, world.at(443));
     as_client(&world, || async move {
@@ -98,6 +104,19 @@ fn websockets_in_tls() {
             }
         }
     });
+    for line in observation::lines(&log(authority), 2) {
+        let kind = [("type", "wss"), ("elb_status_code", "101"), ("target_status_code", "101")];
+        observation::says(&line, &kind);
+        for bytes in ["received_bytes", "sent_bytes"] {
+            let bytes: u64 = line[bytes].parse().unwrap();
+            assert!((1_065_000..1_080_000).contains(&bytes), "{line:#?}");
+        }
+    }
+}
+
+/// Where requests are noted.
+fn log(authority: &Authority) -> PathBuf {
+    authority.folder().join("site.log")
 }
 
 /// Reads a header of the PROXY protocol, version 2: who connected to whom. As its text has it in
