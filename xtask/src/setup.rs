@@ -60,8 +60,16 @@ fn step(what: &str, why: &str, work: impl FnOnce() -> Result<()>) -> Result<()> 
 }
 
 fn packages() -> Result<()> {
-    let missing: Vec<_> =
-        PACKAGES.iter().filter(|(program, ..)| find(program).is_none()).copied().collect();
+    // Ubuntu has the browser as a snap only.
+    let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
+    let is_ubuntu = release.lines().any(|line| line == "ID=ubuntu");
+    let is_packaged = |package: &str| !(is_ubuntu && package == "chromium");
+    let is_missing = |program, package| is_packaged(package) && find(program).is_none();
+    let missing: Vec<_> = PACKAGES
+        .iter()
+        .filter(|(program, package, _)| is_missing(program, package))
+        .copied()
+        .collect();
     if missing.is_empty() {
         return Ok(());
     }
