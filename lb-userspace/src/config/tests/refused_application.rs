@@ -1,7 +1,8 @@
 //! One snapshot for each kind of error about what the proxy serves.
 
 use super::refused::assert_refused;
-use super::warnings;
+use super::{parse, warnings};
+use crate::proxy::rules::Rules;
 
 /// An application load balancer with the given keys, and groups that its listeners can use.
 macro_rules! application {
@@ -285,6 +286,8 @@ const ONE_ERROR: &[(&str, &str)] = &[
         ),
     ),
     ("regex_wrong", condition!("host_header_regex = [\"(www\"]")),
+    ("regex_unicode", condition!("host_header_regex = ['\\p{Greek}']")),
+    ("regex_too_big", condition!("path_pattern_regex = [\"(a{1000}){1000}\"]")),
     ("regex_empty", condition!("path_pattern_regex = [\"\"]")),
     ("path_pattern_relative", condition!("path_pattern = [\"api/*\"]")),
     ("path_pattern_fragment", condition!("path_pattern = [\"/a#b\"]")),
@@ -412,6 +415,54 @@ fn each_error_of_the_proxy_is_reported_once() {
     for (name, text) in ONE_ERROR {
         assert_refused(name, text, 1);
     }
+}
+
+/// A file that `check` takes never fails in the proxy.
+#[test]
+fn a_regular_expression_that_is_accepted_compiles() {
+    let expressions = [
+        "^/v[0-9]+/",
+        "\\p{Greek}",
+        "(?u)\\p{Greek}",
+        "[é]",
+        "é",
+        "(?u:[é])",
+        "\\xff",
+        "(?-u)\\xff",
+        "(a{1000}){1000}",
+        "a{5000}",
+        "(?i)a{5000}",
+        "[ak]{9000}",
+        "(?u:[ak]{3000})",
+        "\\b",
+        "(",
+        "(?x) a # comment",
+    ];
+    let places: [fn(&str) -> String; 5] = [
+        |it| format!("host_header_regex = ['{it}']"),
+        |it| format!("path_pattern_regex = ['{it}']"),
+        |it| format!("http_header = {{ name = \"a\", values_regex = ['{it}'] }}"),
+        |it| format!("path_pattern = [\"/\"]\nurl_rewrite = {{ regex = '{it}', replace = \"/\" }}"),
+        |it| {
+            format!(
+                "path_pattern = [\"/\"]\nhost_header_rewrite = {{ regex = '{it}', replace = \"a\" }}"
+            )
+        },
+    ];
+    let mut accepted = 0;
+    for (place, expression) in places.iter().flat_map(|place| expressions.map(|it| (place, it))) {
+        let keys = place(expression);
+        let Ok(parsed) = parse("lb.toml", &condition!("KEYS").replace("KEYS", &keys)) else {
+            continue;
+        };
+        accepted += 1;
+        for listener in &parsed.config.load_balancers["site"].proxied {
+            if let Err(error) = Rules::compile(listener) {
+                panic!("{keys}: {error}");
+            }
+        }
+    }
+    assert!(accepted >= 5 * 4, "{accepted}");
 }
 
 #[test]
