@@ -1,5 +1,6 @@
 //! Bodies on their way through: never copied, watched for their end.
 
+use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -20,6 +21,7 @@ pub struct Progress {
     began: Instant,
     last: AtomicU64,
     failed: AtomicBool,
+    too_large: AtomicBool,
     awaited: AtomicBool,
     bytes: AtomicU64,
 }
@@ -30,6 +32,7 @@ impl Progress {
             began: Instant::now(),
             last: AtomicU64::new(0),
             failed: AtomicBool::new(false),
+            too_large: AtomicBool::new(false),
             awaited: AtomicBool::new(false),
             bytes: AtomicU64::new(0),
         }
@@ -55,6 +58,11 @@ impl Progress {
         self.failed.load(Relaxed)
     }
 
+    /// Whether it became larger than it may be.
+    pub fn is_too_large(&self) -> bool {
+        self.too_large.load(Relaxed)
+    }
+
     /// Bytes of it so far.
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Relaxed)
@@ -72,29 +80,52 @@ pub enum RequestBody {
         incoming: Incoming,
         /// How far it has come.
         progress: Arc<Progress>,
+        /// Bytes of it, at most.
+        most: u64,
     },
 }
 
 impl RequestBody {
-    /// What the client sends.
-    pub fn new(incoming: Incoming) -> (Self, Option<Arc<Progress>>) {
+    /// What the client sends, of at most so many bytes.
+    pub fn new(incoming: Incoming, most: Option<u64>) -> (Self, Option<Arc<Progress>>) {
         if incoming.is_end_stream() {
             return (Self::Empty, None);
         }
         let progress = Arc::new(Progress::new());
-        (Self::Client { incoming, progress: progress.clone() }, Some(progress))
+        let most = most.unwrap_or(u64::MAX);
+        (Self::Client { incoming, progress: progress.clone(), most }, Some(progress))
     }
 }
 
+/// Why the rest of a request's body does not come.
+#[derive(Debug)]
+pub enum RequestBodyError {
+    /// The client did not send it.
+    Client(hyper::Error),
+    /// It is larger than it may be.
+    TooLarge,
+}
+
+impl fmt::Display for RequestBodyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Client(error) => error.fmt(f),
+            Self::TooLarge => f.write_str("the body is larger than it may be"),
+        }
+    }
+}
+
+impl std::error::Error for RequestBodyError {}
+
 impl Body for RequestBody {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = RequestBodyError;
 
     fn poll_frame(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let Self::Client { incoming, progress } = self.get_mut() else {
+    ) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
+        let Self::Client { incoming, progress, most } = self.get_mut() else {
             return Poll::Ready(None);
         };
         let frame = Pin::new(&mut *incoming).poll_frame(cx);
@@ -105,11 +136,15 @@ impl Body for RequestBody {
             None => {}
             Some(Ok(frame)) => {
                 let bytes = frame.data_ref().map_or(0, Bytes::len);
-                progress.bytes.fetch_add(bytes as u64, Relaxed);
+                let before = progress.bytes.fetch_add(bytes as u64, Relaxed);
+                if before + bytes as u64 > *most {
+                    progress.too_large.store(true, Relaxed);
+                    return Poll::Ready(Some(Err(RequestBodyError::TooLarge)));
+                }
             }
             Some(Err(_)) => progress.failed.store(true, Relaxed),
         }
-        Poll::Ready(frame)
+        Poll::Ready(frame.map(|frame| frame.map_err(RequestBodyError::Client)))
     }
 
     fn is_end_stream(&self) -> bool {

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -64,6 +65,8 @@ pub struct Connection {
     pub activity: Arc<Activity>,
     /// Set by a request after whose answer the connection becomes a tunnel.
     pub upgrade: Mutex<Option<Upgrade>>,
+    /// Whether it ends with an answer to a request that the client may still be sending.
+    pub lingers: AtomicBool,
 }
 
 /// What a client's TLS handshake settled.
@@ -101,6 +104,7 @@ pub async fn serve(
         id: rand::random(),
         activity: Activity::new(),
         upgrade: Mutex::new(None),
+        lingers: AtomicBool::new(false),
     };
     let activity = connection.activity.clone();
     let counters = served.load_balancer.clone();
@@ -243,6 +247,9 @@ where
         let mut stream = parts.io.into_inner();
         stream.unread(parts.read_buf);
         upgrade.run(stream, &connection.activity, attributes.idle_timeout).await;
+    } else if connection.lingers.load(Relaxed) {
+        let stream = served.into_parts().io.into_inner();
+        let _ = timeout(FAREWELL, read_to_end(stream)).await;
     }
 }
 

@@ -14,6 +14,8 @@ pub enum ElbError {
     MethodNotAllowed,
     /// 408: the client did not send the rest of its request in time.
     RequestTimeout,
+    /// 413: the request's body is larger than the load balancer takes.
+    BodyTooLarge,
     /// 414: the request line is longer than allowed.
     UriTooLong,
     /// 460: the client closed the connection before it had an answer. Nobody sees the answer.
@@ -52,6 +54,7 @@ impl ElbError {
             Self::BadRequest => (400, "Bad Request"),
             Self::MethodNotAllowed => (405, "Method Not Allowed"),
             Self::RequestTimeout => (408, "Request Time-out"),
+            Self::BodyTooLarge => (413, "Request Entity Too Large"),
             Self::UriTooLong => (414, "Request-URI Too Large"),
             Self::ClientClosed => (460, "Client Closed Request"),
             Self::TooManyForwardedAddresses => (463, "Too Many Forwarded Addresses"),
@@ -73,8 +76,17 @@ impl ElbError {
     pub fn ends_connection(self) -> bool {
         matches!(
             self,
-            Self::BadRequest | Self::RequestTimeout | Self::UriTooLong | Self::NotImplemented
+            Self::BadRequest
+                | Self::RequestTimeout
+                | Self::BodyTooLarge
+                | Self::UriTooLong
+                | Self::NotImplemented
         )
+    }
+
+    /// Whether no target is to blame.
+    pub fn is_clients_fault(self) -> bool {
+        self.code() < 500
     }
 
     fn page(self) -> String {

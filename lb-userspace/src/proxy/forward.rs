@@ -76,7 +76,8 @@ pub async fn forward(
         note.forwarded = Some(Instant::now());
     }
     let (head, incoming) = request.into_parts();
-    let (body, progress) = RequestBody::new(incoming);
+    let (body, progress) =
+        RequestBody::new(incoming, route.served.route.attributes.max_request_body_size);
     let request = Request::from_parts(head, body);
     let began = Instant::now();
     let waiting = Waiting { limit: route.served.route.attributes.idle_timeout, progress };
@@ -86,7 +87,7 @@ pub async fn forward(
         note.answered = sent.is_ok().then(Instant::now);
     }
     let is_success = sent.as_ref().is_ok_and(|(answer, _)| !answer.status().is_server_error());
-    if !matches!(sent, Err(ElbError::BadRequest | ElbError::RequestTimeout)) {
+    if !matches!(&sent, Err(error) if error.is_clients_fault()) {
         route.target.load.note(is_success);
     }
     let (response, lease) = sent?;
@@ -216,8 +217,11 @@ impl Waiting {
 
     fn failure(&self, error: &hyper::Error) -> ElbError {
         tracing::debug!(%error, "no answer");
-        let is_clients = self.progress.as_ref().is_some_and(|it| it.has_failed());
-        if is_clients { ElbError::BadRequest } else { ElbError::BadGateway }
+        match &self.progress {
+            Some(progress) if progress.is_too_large() => ElbError::BodyTooLarge,
+            Some(progress) if progress.has_failed() => ElbError::BadRequest,
+            _ => ElbError::BadGateway,
+        }
     }
 }
 

@@ -127,6 +127,52 @@ async fn error_408_slow_body() {
 }
 
 #[tokio::test]
+async fn error_413_by_its_length() {
+    let (site, address) = Site::new(&[answers(HELLO).await]);
+    let proxy = site.attributes(|it| it.max_request_body_size = Some(1000)).start();
+    let head =
+        |length: usize| format!("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n");
+    // Nothing of the body has been sent when the answer comes.
+    let answer = ask(address, head(1001)).await;
+    assert_eq!((answer.status(), answer.field("connection")), (413, Some("close")));
+    assert_eq!(count(&proxy, "RequestCount"), 0);
+    assert_eq!(count(&proxy, "HTTPCode_ELB_4XX_Count"), 1);
+    let fits = format!("{}{}", head(1000), "a".repeat(1000));
+    assert_eq!(ask(address, fits).await.status(), 200);
+}
+
+#[tokio::test]
+async fn error_413_is_seen_by_a_client_that_goes_on_sending() {
+    let (site, address) = Site::new(&[answers(HELLO).await]);
+    let _proxy = site.attributes(|it| it.max_request_body_size = Some(1000)).start();
+    let length = 1_000_000;
+    let mut request =
+        format!("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n").into_bytes();
+    request.resize(request.len() + length, b'a');
+    let mut client = Client::connect(address).await;
+    client.send(&request).await;
+    sleep(SHORT).await;
+    assert_eq!(client.answer().await.status(), 413);
+    assert!(client.is_closed().await);
+}
+
+#[tokio::test]
+async fn error_413_in_chunks() {
+    let (site, address) = Site::new(&[reads_all().await]);
+    let proxy = site.attributes(|it| it.max_request_body_size = Some(10)).start();
+    let head = "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
+    let mut client = Client::connect(address).await;
+    client.send(head).await;
+    client.send("a\r\n0123456789\r\n").await;
+    wait_count(&proxy, "RequestCount", 1).await;
+    sleep(SHORT).await;
+    assert_eq!(count(&proxy, "HTTPCode_ELB_4XX_Count"), 0);
+    client.send("1\r\n0\r\n").await;
+    let answer = client.answer().await;
+    assert_eq!((answer.status(), answer.field("connection")), (413, Some("close")));
+}
+
+#[tokio::test]
 async fn error_414() {
     let (site, address) = Site::new(&[answers(HELLO).await]);
     let _proxy = site.start();
