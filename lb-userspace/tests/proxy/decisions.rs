@@ -1,15 +1,15 @@
-//! What rules, stickiness, desync mitigation and the access log do to requests on their way.
+//! What rules, desync mitigation and the access log do to requests on their way.
 
 use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 
 use lb_userspace::config::model::{
-    Action, Condition, CookieStickiness, DesyncMitigation, FixedResponse, LogSink, Pattern,
-    Redirect, Rule, Transforms,
+    Action, Condition, DesyncMitigation, FixedResponse, Forward, LogSink, Pattern, Redirect,
+    Rewrite, Rule, Transforms, WeightedTargetGroup,
 };
 
-use crate::harness::{Client, HELLO, Site, answers, ask, count};
+use crate::harness::{Client, HELLO, Site, answers, ask, count, mirror};
 
 fn rule(priority: u16, path: &str, action: Action) -> Rule {
     Rule {
@@ -58,28 +58,6 @@ async fn rules_redirect_and_answer() {
 }
 
 #[tokio::test]
-async fn a_cookie_keeps_a_client_with_a_target() {
-    let other = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nother";
-    let (mut site, address) = Site::new(&[answers(HELLO).await, answers(other).await]);
-    let stickiness = CookieStickiness::LbCookie { duration: Duration::from_secs(60) };
-    site.groups.get_mut("web").unwrap().settings.stickiness = Some(stickiness);
-    let proxy = site.start();
-    let mut client = Client::connect(address).await;
-    let first = client.get("/").await;
-    let cookie = first.field("set-cookie").unwrap().split(';').next().unwrap().to_owned();
-    assert!(cookie.starts_with("AWSALB="), "{cookie}");
-    let request = format!("GET / HTTP/1.1\r\nHost: a\r\nCookie: {cookie}\r\n\r\n");
-    for _ in 0..5 {
-        assert_eq!(ask(address, &request).await.body, first.body);
-    }
-    // A reload changes nothing about it; and without the cookie it is the next one's turn.
-    assert_eq!(proxy.apply(site.routes()), []);
-    assert_eq!(ask(address, &request).await.body, first.body);
-    let (one, two) = (client.get("/").await, client.get("/").await);
-    assert_ne!(one.body, two.body);
-}
-
-#[tokio::test]
 async fn ambiguous_requests_are_alone_or_refused() {
     let ambiguous = "GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\nx";
     for (mode, status, connection) in [
@@ -121,4 +99,48 @@ async fn requests_are_logged() {
     let request = format!("\"GET http://site.test:{}/a?b HTTP/1.1\"", address.port());
     assert!(lines[0].contains(&request), "{}", lines[0]);
     assert!(lines[1].contains(" - -1 -1 -1 405 - "), "{}", lines[1]);
+}
+
+#[tokio::test]
+async fn rewrites_are_what_the_target_sees() {
+    let (mut site, address) = Site::new(&[mirror().await]);
+    let set = |site: &mut Site, replace: &str| {
+        let rewrite = |regex: &str, replace: &str| {
+            Some(Rewrite { regex: regex.to_owned(), replace: replace.to_owned() })
+        };
+        let group = WeightedTargetGroup { name: "web".to_owned(), weight: 1 };
+        let forward = Forward { target_groups: vec![group], stickiness: None };
+        let mut rule = rule(1, "/api/*", Action::Forward(forward));
+        rule.transforms = Transforms {
+            url_rewrite: rewrite("^/api/(.*)$", replace),
+            host_header_rewrite: rewrite(r"^([a-z]+)\.test.*$", "$1.internal"),
+        };
+        let route = site.listeners.get_mut(&address).unwrap();
+        let mut listener = (*route.listener).clone();
+        listener.rules = vec![rule];
+        route.listener = Arc::new(listener);
+    };
+    set(&mut site, "/$1");
+    let proxy = site.start();
+    let mut client = Client::connect(address).await;
+    let seen = async |client: &mut Client, path| {
+        let head = String::from_utf8(client.get(path).await.body).unwrap();
+        let line = head.lines().next().unwrap().to_owned();
+        let host = head.lines().find_map(|line| line.strip_prefix("host: ")).unwrap().to_owned();
+        (line, host)
+    };
+    let (line, host) = seen(&mut client, "/api/users?page=2").await;
+    assert_eq!((line.as_str(), host.as_str()), ("GET /users?page=2 HTTP/1.1", "site.internal"));
+    let (line, host) = seen(&mut client, "/users").await;
+    assert_eq!(line, "GET /users HTTP/1.1");
+    assert_eq!(host, format!("site.test:{}", address.port()));
+    // A reload changes it for the next request of the same connection.
+    set(&mut site, "/v2/$1");
+    assert_eq!(proxy.apply(site.routes()), []);
+    assert_eq!(seen(&mut client, "/api/users?page=2").await.0, "GET /v2/users?page=2 HTTP/1.1");
+    // What comes out must be something that can be asked for.
+    set(&mut site, "$1");
+    assert_eq!(proxy.apply(site.routes()), []);
+    assert_eq!(client.get("/api/users").await.status(), 500);
+    assert_eq!(count(&proxy, "NewConnectionCount"), 1);
 }
