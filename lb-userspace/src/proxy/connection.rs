@@ -1,6 +1,5 @@
 //! One client's connection, from its first byte to its last.
 
-use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -11,7 +10,7 @@ use bytes::{Bytes, BytesMut};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
@@ -21,6 +20,7 @@ use super::counters::Metric;
 use super::errors::ElbError;
 use super::exchange;
 use super::io::{Activity, Waiting, Watched};
+use super::listener::{FAREWELL, farewell, read_to_end};
 use super::request;
 use super::table::{Listener, Served};
 use super::tunnel::{self, Upgrade};
@@ -29,9 +29,6 @@ use crate::config::model::{Attributes, ProxyProtocol};
 
 /// How long a TLS handshake may take.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-
-/// How long a client has to see why its connection ends.
-const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Bytes of a request's head, at most.
 pub const MAX_HEAD: usize = 64 * 1024;
@@ -298,25 +295,12 @@ where
 }
 
 /// Tells a client why its connection ends.
-async fn refuse<S>(connection: &Connection, mut stream: S, error: ElbError)
+async fn refuse<S>(connection: &Connection, stream: S, error: ElbError)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     exchange::note_refused(connection, error);
-    let farewell = async {
-        stream.write_all(&error.bytes()).await?;
-        stream.shutdown().await?;
-        read_to_end(stream).await
-    };
-    let _ = timeout(FAREWELL, farewell).await;
-}
-
-/// Reads what a client still sends: closing with bytes unread would take away from it what it was
-/// told.
-async fn read_to_end(mut stream: impl AsyncRead + Unpin) -> io::Result<()> {
-    let mut rest = [0; 4096];
-    while stream.read(&mut rest).await? > 0 {}
-    Ok(())
+    let _ = timeout(FAREWELL, farewell(stream, &error.bytes())).await;
 }
 
 /// Sees when a client takes too long. One timer for a connection, moved when it fires and not with

@@ -167,6 +167,44 @@ async fn http2_is_agreed_on_unless_it_is_off() {
 }
 
 #[tokio::test]
+async fn a_client_beyond_the_capacity_is_told() {
+    let directory = TempDir::new().unwrap();
+    let tls = listener(vec![certificate(directory.path(), "a", &["a.test"])]);
+    let (mut site, _) = Site::new(&[answers(HELLO).await]);
+    let address = site.listener(ProxyProtocol::Https, Some(tls));
+    let proxy = site.attributes(|it| it.max_connections = Some(1)).start();
+    let first = connect(address, "a.test").await;
+    let both = ["h2", "http/1.1"];
+    let second = handshake(address, "a.test", &both, &ALL, &rustls::version::TLS13).await.unwrap();
+    assert_eq!(second.get_ref().1.alpn_protocol(), Some(b"http/1.1".as_slice()));
+    let answer = exchange(second).await;
+    assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+    assert_eq!(count(&proxy, "RejectedConnectionCount"), 1);
+    // The one that is there notices nothing.
+    assert!(exchange(first).await.ends_with("hello"));
+}
+
+#[tokio::test]
+async fn clients_beyond_the_capacity_cannot_use_it_up() {
+    let directory = TempDir::new().unwrap();
+    let tls = listener(vec![certificate(directory.path(), "a", &["a.test"])]);
+    let (mut site, _) = Site::new(&[answers(HELLO).await]);
+    let address = site.listener(ProxyProtocol::Https, Some(tls));
+    let proxy = site.attributes(|it| it.max_connections = Some(1)).start();
+    let _first = connect(address, "a.test").await;
+    // They say nothing, and would be waited for.
+    let mut silent = Vec::new();
+    for n in 1..=64 {
+        silent.push(TcpStream::connect(address).await.unwrap());
+        wait_count(&proxy, "RejectedConnectionCount", n).await;
+    }
+    let began = std::time::Instant::now();
+    let mut further = TcpStream::connect(address).await.unwrap();
+    assert_eq!(further.read(&mut [0; 1]).await.unwrap(), 0);
+    assert!(began.elapsed() < Duration::from_millis(500), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
 async fn a_policy_refuses_old_versions() {
     let directory = TempDir::new().unwrap();
     let mut tls = listener(vec![certificate(directory.path(), "a", &["a.test"])]);
