@@ -28,7 +28,7 @@ use super::worker::Worker;
 use crate::config::model::{Attributes, ProxyProtocol};
 
 /// How long a TLS handshake may take.
-const HANDSHAKE: Duration = Duration::from_secs(10);
+pub const HANDSHAKE: Duration = Duration::from_secs(10);
 
 /// Bytes of a request's head, at most.
 pub const MAX_HEAD: usize = 64 * 1024;
@@ -108,7 +108,10 @@ pub async fn serve(
     let attributes = served.route.attributes.clone();
     match (&served.tls, served.route.listener.protocol) {
         (None, _) => plain(connection, &attributes, stream).await,
-        (Some(tls), protocol) => {
+        (Some(tls), ProxyProtocol::Tls) => {
+            tunnel::serve(connection, &served, tls.server.clone(), stream).await;
+        }
+        (Some(tls), _) => {
             let began = Instant::now();
             let acceptor = TlsAcceptor::from(tls.server.clone());
             let Ok(Ok(stream)) = timeout(HANDSHAKE, acceptor.accept(stream)).await else {
@@ -116,9 +119,7 @@ pub async fn serve(
                 return;
             };
             connection.tls = Some(Tls::of(stream.get_ref().1, began.elapsed()));
-            if protocol == ProxyProtocol::Tls {
-                tunnel::serve(connection, &served, stream).await;
-            } else if connection.tls.as_ref().is_some_and(|tls| tls.alpn.as_deref() == Some("h2")) {
+            if connection.tls.as_ref().is_some_and(|tls| tls.alpn.as_deref() == Some("h2")) {
                 http2(Arc::new(connection), &attributes, stream, Bytes::new()).await;
             } else {
                 http1(Arc::new(connection), &attributes, stream, Bytes::new()).await;
@@ -130,7 +131,8 @@ pub async fn serve(
 }
 
 impl Tls {
-    fn of(session: &rustls::ServerConnection, handshake: Duration) -> Self {
+    /// Of a handshake that took so long.
+    pub fn of(session: &rustls::ServerConnection, handshake: Duration) -> Self {
         let version = match session.protocol_version() {
             Some(rustls::ProtocolVersion::TLSv1_2) => "TLSv1.2",
             _ => "TLSv1.3",
@@ -171,7 +173,7 @@ async fn plain(connection: Connection, attributes: &Attributes, mut stream: TcpS
             Ok(Ok(0) | Err(_)) => return,
             Err(_) if first.is_empty() => return,
             Err(_) => {
-                refuse(&connection, stream, ElbError::RequestTimeout).await;
+                refuse(&connection, stream, ElbError::RequestTimeout, first.len()).await;
                 return;
             }
         }
@@ -223,7 +225,8 @@ where
                 Overdue::Idle | Overdue::Silent => return,
                 Overdue::Head => {
                     let stream = served.into_parts().io.into_inner();
-                    refuse(&connection, stream, ElbError::RequestTimeout).await;
+                    let received = stream.head_size();
+                    refuse(&connection, stream, ElbError::RequestTimeout, received).await;
                     return;
                 }
             },
@@ -233,7 +236,7 @@ where
         tracing::debug!(client = %connection.peer, %error, "connection failed");
         let stream = served.into_parts().io.into_inner();
         if let Some(error) = stream.refusal() {
-            exchange::note_refused(&connection, error);
+            exchange::note_refused(&connection, error, stream.head_size());
             let _ = timeout(FAREWELL, read_to_end(stream)).await;
         }
         return;
@@ -295,11 +298,11 @@ where
 }
 
 /// Tells a client why its connection ends.
-async fn refuse<S>(connection: &Connection, stream: S, error: ElbError)
+async fn refuse<S>(connection: &Connection, stream: S, error: ElbError, received: usize)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    exchange::note_refused(connection, error);
+    exchange::note_refused(connection, error, received);
     let _ = timeout(FAREWELL, farewell(stream, &error.bytes())).await;
 }
 

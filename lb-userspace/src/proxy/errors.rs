@@ -1,5 +1,6 @@
 //! Answers of the load balancer's own when a request cannot be served, with AWS's status codes.
 
+use hyper::ext::ReasonPhrase;
 use hyper::header::{CONTENT_TYPE, HeaderValue, SERVER};
 use hyper::{Response, StatusCode};
 
@@ -102,6 +103,9 @@ impl ElbError {
         let mut response = Response::new(ResponseBody::full(self.page()));
         *response.status_mut() =
             StatusCode::from_u16(self.code()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        // Some are AWS's own, of which the HTTP library has no names.
+        let reason = ReasonPhrase::from_static(self.status().1.as_bytes());
+        response.extensions_mut().insert(reason);
         let headers = response.headers_mut();
         headers.insert(SERVER, HeaderValue::from_static(SERVER_NAME));
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/html"));

@@ -83,7 +83,7 @@ pub async fn forward(
     let waiting = Waiting { limit: route.served.route.attributes.idle_timeout, progress };
     let sent = send(worker, &route.target, request, &waiting).await;
     if let Some(note) = &mut exchange.note {
-        note.received = waiting.progress.as_ref().map_or(0, |it| it.bytes());
+        note.body = waiting.progress;
         note.answered = sent.is_ok().then(Instant::now);
     }
     let is_success = sent.as_ref().is_ok_and(|(answer, _)| !answer.status().is_server_error());

@@ -71,11 +71,16 @@ impl Activity {
         u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
+    /// Whether what comes next is the beginning of a request's head.
+    fn is_between_requests(&self) -> bool {
+        self.requests.load(Relaxed) == 0 && self.head_began.load(Relaxed) == 0
+    }
+
     fn note_read(&self, bytes: usize) {
         let now = self.now();
         self.last.store(now, Relaxed);
         self.read.fetch_add(bytes as u64, Relaxed);
-        if self.requests.load(Relaxed) == 0 && self.head_began.load(Relaxed) == 0 {
+        if self.is_between_requests() {
             self.head_began.store(now + 1, Relaxed);
         }
     }
@@ -183,6 +188,11 @@ impl<S> Watched<S> {
         self.refusal.as_ref().map(|it| it.error)
     }
 
+    /// Bytes of the head that has begun.
+    pub fn head_size(&self) -> usize {
+        self.head.len()
+    }
+
     fn note_head(&mut self, bytes: &[u8]) {
         if self.activity.requests.load(Relaxed) > 0 {
             self.head.clear();
@@ -236,6 +246,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
         ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
         let read = buf.filled().len() - before;
         if read > 0 {
+            if self.activity.is_between_requests() {
+                self.head.clear();
+            }
             self.activity.note_read(read);
             self.note_head(&buf.filled()[before..]);
         }

@@ -49,10 +49,11 @@ pub async fn serve(
         response
     });
     in_progress.answered();
-    let Some(exchange) = unanswered.0.take() else { return Ok(response) };
+    let Some(mut exchange) = unanswered.0.take() else { return Ok(response) };
     if exchange.is_alone && is_http1 {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
+    exchange.answers(&response);
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         if let Some(upgrade) = response.extensions_mut().remove::<Switch>() {
             let mut slot = connection.upgrade.lock().unwrap_or_else(PoisonError::into_inner);
