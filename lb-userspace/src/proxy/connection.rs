@@ -99,12 +99,10 @@ pub async fn serve(
         local,
         tls: None,
         id: rand::random(),
-        activity: Activity::new(),
+        activity: Activity::new(served.load_balancer.clone(), worker.index),
         upgrade: Mutex::new(None),
         lingers: AtomicBool::new(false),
     };
-    let activity = connection.activity.clone();
-    let counters = served.load_balancer.clone();
     let attributes = served.route.attributes.clone();
     match (&served.tls, served.route.listener.protocol) {
         (None, _) => plain(connection, &attributes, stream).await,
@@ -115,7 +113,7 @@ pub async fn serve(
             let began = Instant::now();
             let acceptor = TlsAcceptor::from(tls.server.clone());
             let Ok(Ok(stream)) = timeout(HANDSHAKE, acceptor.accept(stream)).await else {
-                counters.counters.count(worker.index, Metric::ClientTlsErrors);
+                served.load_balancer.counters.count(worker.index, Metric::ClientTlsErrors);
                 return;
             };
             connection.tls = Some(Tls::of(stream.get_ref().1, began.elapsed()));
@@ -126,8 +124,6 @@ pub async fn serve(
             }
         }
     }
-    let (read, written) = activity.bytes();
-    counters.counters.add(worker.index, Metric::ProcessedBytes, read + written);
 }
 
 impl Tls {

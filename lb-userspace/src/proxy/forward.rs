@@ -81,7 +81,7 @@ pub async fn forward(
     let request = Request::from_parts(head, body);
     let began = Instant::now();
     let waiting = Waiting { limit: route.served.route.attributes.idle_timeout, progress };
-    let sent = send(worker, &route.target, request, &waiting).await;
+    let sent = send(worker, &route, request, &waiting).await;
     if let Some(note) = &mut exchange.note {
         note.body = waiting.progress;
         note.answered = sent.is_ok().then(Instant::now);
@@ -154,11 +154,11 @@ struct Waiting {
 /// goes over a new one, if it may be repeated.
 async fn send(
     worker: &Arc<Worker>,
-    target: &Arc<Target>,
+    route: &Route<'_>,
     mut request: Request<RequestBody>,
     waiting: &Waiting,
 ) -> Result<(Response<Incoming>, Lease), ElbError> {
-    while let Some(mut lease) = worker.pool.take(target) {
+    while let Some(mut lease) = worker.pool.take(&route.target) {
         let copy = repeatable(&request);
         match waiting.answer(lease.send(request)).await? {
             Ok(response) => return Ok((response, lease)),
@@ -168,8 +168,11 @@ async fn send(
             },
         }
     }
-    let mut lease =
-        worker.connector.http(&worker.pool, target).await.map_err(|error| match error {
+    let mut lease = worker
+        .connector
+        .http(&worker.pool, &route.target, &route.served.load_balancer)
+        .await
+        .map_err(|error| match error {
             ConnectError::Timeout => ElbError::GatewayTimeout,
             ConnectError::Refused => ElbError::BadGateway,
         })?;

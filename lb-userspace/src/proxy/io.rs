@@ -12,7 +12,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 
 use super::connection::MAX_HEAD;
+use super::counters::Metric;
 use super::errors::ElbError;
+use super::table::LoadBalancer;
 
 /// Bytes of the HTTP library's own answers, at most.
 const LONGEST_REFUSAL: usize = 256;
@@ -37,6 +39,9 @@ pub struct Activity {
     awaiting: AtomicU32,
     /// Requests that have begun, ever.
     total: AtomicU64,
+    /// Whose bytes they are, and the thread that counts them.
+    load_balancer: Arc<LoadBalancer>,
+    worker: usize,
 }
 
 /// What a client's connection waits for.
@@ -54,7 +59,7 @@ pub enum Waiting {
 
 impl Activity {
     /// Of a connection that begins now.
-    pub fn new() -> Arc<Self> {
+    pub fn new(load_balancer: Arc<LoadBalancer>, worker: usize) -> Arc<Self> {
         Arc::new(Self {
             epoch: Instant::now(),
             last: AtomicU64::new(0),
@@ -64,6 +69,8 @@ impl Activity {
             requests: AtomicU32::new(0),
             awaiting: AtomicU32::new(0),
             total: AtomicU64::new(0),
+            load_balancer,
+            worker,
         })
     }
 
@@ -80,6 +87,7 @@ impl Activity {
         let now = self.now();
         self.last.store(now, Relaxed);
         self.read.fetch_add(bytes as u64, Relaxed);
+        self.count(bytes);
         if self.is_between_requests() {
             self.head_began.store(now + 1, Relaxed);
         }
@@ -88,6 +96,11 @@ impl Activity {
     fn note_written(&self, bytes: usize) {
         self.last.store(self.now(), Relaxed);
         self.written.fetch_add(bytes as u64, Relaxed);
+        self.count(bytes);
+    }
+
+    fn count(&self, bytes: usize) {
+        self.load_balancer.counters.add(self.worker, Metric::ProcessedBytes, bytes as u64);
     }
 
     /// Bytes that came, and bytes that went.

@@ -159,7 +159,10 @@ async fn forward(connection: &Connection, served: &Arc<Served>, client: TlsStrea
     let Some(target) = chosen.and_then(|it| it.target) else { return };
     let outstanding = Outstanding::begin(target);
     let ends = (connection.peer, connection.local);
-    let Ok(target) = worker.connector.raw(outstanding.target(), ends).await else { return };
+    let Ok(target) = worker.connector.raw(outstanding.target(), &served.load_balancer, ends).await
+    else {
+        return;
+    };
     outstanding.target().counters.count(worker.index, Metric::NewTlsFlows);
     let activity = &connection.activity;
     let client = Watched::new(client, Bytes::new(), activity.clone());

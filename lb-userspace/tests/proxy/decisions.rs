@@ -226,5 +226,5 @@ async fn rewrites_are_what_the_target_sees() {
     set(&mut site, "$1");
     assert_eq!(proxy.apply(site.routes()), []);
     assert_eq!(client.get("/api/users").await.status(), 500);
-    assert_eq!(count(&proxy, "NewConnectionCount"), 1);
+    assert_eq!(count(&proxy, "NewConnectionCount"), 2);
 }

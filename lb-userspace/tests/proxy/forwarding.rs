@@ -17,7 +17,7 @@ use lb_userspace::config::model::HttpVersion;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
-use crate::harness::{Client, HELLO, Site, answers, ask, count, origin, read_head};
+use crate::harness::{Client, HELLO, Site, answers, ask, count, origin, read_head, wait_count};
 
 #[tokio::test]
 async fn keep_alive_both_ways() {
@@ -42,11 +42,34 @@ async fn keep_alive_both_ways() {
     assert_eq!(connections.load(Relaxed), 1);
     assert_eq!(count(&proxy, "RequestCount"), 10);
     assert_eq!(count(&proxy, "HTTPCode_Target_2XX_Count"), 10);
-    assert_eq!(count(&proxy, "NewConnectionCount"), 1);
+    // One of the client, one to the target.
+    assert_eq!(count(&proxy, "NewConnectionCount"), 2);
+    assert_eq!(count(&proxy, "ActiveConnectionCount"), 2);
+    drop(client);
+    wait_count(&proxy, "ActiveConnectionCount", 1).await;
     let counters = proxy.counters();
     let target = &counters.target_groups["web"].targets[&target];
     assert_eq!(target.counts["RequestCount"], 10);
     assert_eq!(target.target_response_time.buckets.iter().sum::<u64>(), 10);
+}
+
+#[tokio::test]
+async fn bytes_are_counted_while_they_pass() {
+    let target = origin(|mut stream| async move {
+        read_head(&mut stream).await;
+        let _ = stream.write_all(b"HTTP/1.1 200 OK\r\n\r\nfirst").await;
+        std::future::pending::<()>().await;
+    })
+    .await;
+    let (site, address) = Site::new(&[target]);
+    let proxy = site.start();
+    let mut client = Client::connect(address).await;
+    let request = "GET / HTTP/1.1\r\nHost: a\r\n\r\n";
+    client.send(request).await;
+    let head = client.head().await.head;
+    let chunk = client.exactly("5\r\nfirst\r\n".len()).await;
+    let bytes = request.len() + head.len() + chunk.len();
+    wait_count(&proxy, "ProcessedBytes", bytes as u64).await;
 }
 
 #[tokio::test]

@@ -37,7 +37,7 @@ async fn websocket() {
         socket.send(message.clone()).await.unwrap();
         assert_eq!(socket.next().await.unwrap().unwrap(), message);
     }
-    assert_eq!(count(&proxy, "ActiveConnectionCount"), 1);
+    assert_eq!(count(&proxy, "ActiveConnectionCount"), 2);
     socket.close(None).await.unwrap();
     drop(socket);
     wait_count(&proxy, "ActiveConnectionCount", 0).await;
