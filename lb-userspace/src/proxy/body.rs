@@ -15,6 +15,10 @@ use super::exchange::Exchange;
 use super::io::InProgress;
 use super::upstream::Lease;
 
+/// Bytes that a stream of HTTP/2 gets at a time: what a frame holds. A client that reads slowly takes
+/// them one by one, and is seen to take them.
+const PIECE: usize = 16 * 1024;
+
 /// How far a request's body has come.
 #[derive(Debug)]
 pub struct Progress {
@@ -176,7 +180,12 @@ enum Content {
     /// Ours.
     Own(Bytes),
     /// A target's, with the connection that it comes over.
-    Target { incoming: Incoming, lease: Option<Lease> },
+    Target {
+        incoming: Incoming,
+        lease: Option<Lease>,
+        /// What came and was not taken yet.
+        rest: Bytes,
+    },
 }
 
 impl ResponseBody {
@@ -194,7 +203,8 @@ impl ResponseBody {
         {
             lease.give_back();
         }
-        Self { content: Content::Target { incoming, lease }, exchange: None, in_progress: None }
+        let content = Content::Target { incoming, lease, rest: Bytes::new() };
+        Self { content, exchange: None, in_progress: None }
     }
 
     /// With what is to be noted when it has ended.
@@ -227,9 +237,22 @@ impl Body for ResponseBody {
         let frame = match &mut this.content {
             Content::Own(bytes) if bytes.is_empty() => None,
             Content::Own(bytes) => Some(Ok(Frame::data(std::mem::take(bytes)))),
-            Content::Target { incoming, .. } => {
+            Content::Target { rest, .. } if !rest.is_empty() => Some(Ok(piece(rest))),
+            Content::Target { incoming, rest, .. } => {
                 let frame = ready!(Pin::new(&mut *incoming).poll_frame(cx));
-                if frame.is_none() || incoming.is_end_stream() {
+                let is_end = frame.is_none() || incoming.is_end_stream();
+                let is_stream = this.in_progress.as_ref().is_some_and(InProgress::is_stream);
+                let frame = match frame {
+                    Some(Ok(frame)) if is_stream => Some(Ok(match frame.into_data() {
+                        Ok(data) => {
+                            *rest = data;
+                            piece(rest)
+                        }
+                        Err(frame) => frame,
+                    })),
+                    frame => frame,
+                };
+                if is_end {
                     this.content.end();
                 }
                 frame
@@ -238,20 +261,36 @@ impl Body for ResponseBody {
         if let (Some(exchange), Some(Ok(frame))) = (&mut this.exchange, &frame) {
             exchange.sent(frame.data_ref().map_or(0, Bytes::len));
         }
+        if let Some(in_progress) = &this.in_progress {
+            in_progress.progress();
+        }
         Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {
         match &self.content {
             Content::Own(bytes) => bytes.is_empty(),
-            Content::Target { incoming, .. } => incoming.is_end_stream(),
+            Content::Target { incoming, rest, .. } => rest.is_empty() && incoming.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match &self.content {
             Content::Own(bytes) => SizeHint::with_exact(bytes.len() as u64),
-            Content::Target { incoming, .. } => incoming.size_hint(),
+            Content::Target { incoming, rest, .. } => {
+                let mut hint = incoming.size_hint();
+                let waiting = rest.len() as u64;
+                if let Some(upper) = hint.upper() {
+                    hint.set_upper(upper.saturating_add(waiting));
+                }
+                hint.set_lower(hint.lower().saturating_add(waiting));
+                hint
+            }
         }
     }
+}
+
+/// The next piece of what waits.
+fn piece(rest: &mut Bytes) -> Frame<Bytes> {
+    Frame::data(rest.split_to(rest.len().min(PIECE)))
 }

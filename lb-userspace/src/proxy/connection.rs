@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep, timeout};
@@ -22,6 +22,7 @@ use super::exchange;
 use super::io::{Activity, Waiting, Watched};
 use super::listener::{FAREWELL, farewell, read_to_end};
 use super::request;
+use super::streams::Streams;
 use super::table::{Listener, Served};
 use super::tunnel::{self, Upgrade};
 use super::worker::Worker;
@@ -256,7 +257,8 @@ where
     let io = TokioIo::new(Watched::new(stream, first, connection.activity.clone()));
     let for_requests = connection.clone();
     let service = service_fn(move |request| request::serve(for_requests.clone(), request));
-    let mut served = http2::Builder::new(TokioExecutor::new())
+    let streams = Streams { idle_timeout: attributes.idle_timeout };
+    let mut served = http2::Builder::new(streams)
         .timer(TokioTimer::new())
         .max_concurrent_streams(STREAMS)
         .initial_stream_window_size(STREAM_WINDOW)
@@ -266,6 +268,8 @@ where
         .serve_connection(io, service);
     let mut served = Pin::new(&mut served);
     let mut watchdog = Watchdog::new(&connection, attributes);
+    // Streams that stall end by themselves; this is for what that does not help.
+    watchdog.silence *= 2;
     let closed = connection.listener.closed();
     tokio::pin!(closed);
     let mut is_closing = false;
@@ -307,6 +311,8 @@ where
 struct Watchdog {
     activity: Arc<Activity>,
     idle_timeout: Duration,
+    /// How long an answer may stall.
+    silence: Duration,
     keep_alive: Duration,
     timer: Pin<Box<Sleep>>,
 }
@@ -326,6 +332,7 @@ impl Watchdog {
         Self {
             activity: connection.activity.clone(),
             idle_timeout: attributes.idle_timeout,
+            silence: attributes.idle_timeout,
             keep_alive: attributes.client_keep_alive,
             timer: Box::pin(sleep(attributes.idle_timeout)),
         }
@@ -340,7 +347,7 @@ impl Watchdog {
                 }
                 Waiting::Request(since) => (Overdue::Idle, since, self.idle_timeout),
                 Waiting::Head(since) => (Overdue::Head, since, self.idle_timeout),
-                Waiting::Rest(since) => (Overdue::Silent, since, self.idle_timeout),
+                Waiting::Rest(since) => (Overdue::Silent, since, self.silence),
                 // Whoever waits for the answer has a timer of his own.
                 Waiting::Answer => (Overdue::Silent, Duration::ZERO, self.idle_timeout),
             };

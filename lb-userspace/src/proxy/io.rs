@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use super::connection::MAX_HEAD;
 use super::counters::Metric;
 use super::errors::ElbError;
+use super::streams::Stream;
 use super::table::LoadBalancer;
 
 /// Bytes of the HTTP library's own answers, at most.
@@ -140,6 +141,8 @@ impl Activity {
 pub struct InProgress {
     activity: Arc<Activity>,
     awaits: bool,
+    /// Of HTTP/2.
+    stream: Option<Arc<Stream>>,
 }
 
 impl InProgress {
@@ -149,7 +152,7 @@ impl InProgress {
         activity.awaiting.fetch_add(1, Relaxed);
         activity.total.fetch_add(1, Relaxed);
         activity.head_began.store(0, Relaxed);
-        Self { activity: activity.clone(), awaits: true }
+        Self { activity: activity.clone(), awaits: true, stream: Stream::current() }
     }
 
     /// Its answer begins.
@@ -157,6 +160,21 @@ impl InProgress {
         if std::mem::take(&mut self.awaits) {
             self.activity.last.store(self.activity.now(), Relaxed);
             self.activity.awaiting.fetch_sub(1, Relaxed);
+            if let Some(stream) = &self.stream {
+                stream.answered();
+            }
+        }
+    }
+
+    /// Whether others share its connection.
+    pub fn is_stream(&self) -> bool {
+        self.stream.is_some()
+    }
+
+    /// A part of its answer was taken.
+    pub fn progress(&self) {
+        if let Some(stream) = &self.stream {
+            stream.progress();
         }
     }
 }

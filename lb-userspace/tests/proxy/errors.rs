@@ -1,10 +1,10 @@
 //! Every error that the load balancer answers with by itself, provoked.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lb_userspace::config::model::HttpVersion;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use crate::harness::{
     Client, HELLO, Site, answers, ask, count, free, origin, read_head, wait_count,
@@ -265,6 +265,39 @@ async fn error_502_half_a_head() {
     let (site, address) = Site::new(&[target]);
     let _proxy = site.start();
     assert_eq!(ask(address, "GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.status(), 502);
+}
+
+/// A server whose system takes no further connection: its queue is full, and it drops SYNs.
+async fn swallows() -> (socket2::Socket, Vec<tokio::net::TcpStream>) {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.bind(&std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    socket.listen(0).unwrap();
+    let address = socket.local_addr().unwrap().as_socket().unwrap();
+    let mut queued = Vec::new();
+    while let Ok(connected) =
+        timeout(Duration::from_millis(500), tokio::net::TcpStream::connect(address)).await
+    {
+        queued.push(connected.unwrap());
+    }
+    (socket, queued)
+}
+
+#[tokio::test]
+async fn error_504_no_connection_within_10_seconds() {
+    let (target, _queued) = swallows().await;
+    let target = target.local_addr().unwrap().as_socket().unwrap();
+    let (site, address) = Site::new(&[target]);
+    let proxy = site.start();
+    let began = Instant::now();
+    assert_eq!(ask(address, "GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.status(), 504);
+    let took = began.elapsed().as_secs_f32();
+    assert!((9.9..12.0).contains(&took), "{took}");
+    assert_eq!(count(&proxy, "HTTPCode_ELB_504_Count"), 1);
+    let counters = proxy.counters();
+    assert_eq!(
+        counters.target_groups["web"].targets[&target].counts["TargetConnectionErrorCount"],
+        1
+    );
 }
 
 #[tokio::test]
