@@ -1,16 +1,23 @@
 //! What an access log says of a request, gathered on its way.
 
+use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::SystemTime;
 
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
+use hyper::ext::ReasonPhrase;
 use hyper::header::{self, HeaderValue};
-use hyper::{Method, Request, Version};
+use hyper::{Method, Request, Response, StatusCode, Version};
 use tokio::time::Instant;
 
 use super::access_log::{Entry, RequestLine};
+use super::body::{Progress, ResponseBody};
 use super::connection::Connection;
 use super::desync;
+use super::errors::ElbError;
 use super::exchange::Exchange;
+use super::headers;
+use super::table::Served;
 
 /// Of one request, where there is a log.
 #[derive(Debug)]
@@ -40,11 +47,15 @@ pub struct Note {
     /// What the desync mitigation thinks of it.
     pub classification: Option<desync::Reason>,
     /// Name of the group, and whether it is one of gRPC.
-    pub group: Option<(std::sync::Arc<str>, bool)>,
+    pub group: Option<(Arc<str>, bool)>,
     /// Host and URI that the target saw, where a rule changed them.
     pub transformed: (Option<String>, Option<String>),
-    /// Bytes of the request's body, as far as they came.
-    pub received: u64,
+    /// How far the request's body has come, if it has one.
+    pub body: Option<Arc<Progress>>,
+    /// Of a tunnel, all bytes that the client sent.
+    pub tunnelled: Option<u64>,
+    /// Bytes of the request's head.
+    head: u64,
     /// Whether it became a tunnel.
     pub is_upgraded: bool,
 }
@@ -86,7 +97,9 @@ impl Note {
             classification: None,
             group: None,
             transformed: (None, None),
-            received: 0,
+            body: None,
+            tunnelled: None,
+            head: request_head_size(request),
             is_upgraded: false,
         })
     }
@@ -117,12 +130,15 @@ impl Note {
             load_balancer: &route.load_balancer,
             client: self.connection.client,
             target: exchange.outstanding.as_ref().map(|it| it.target().address),
-            request_time: self.forwarded.map(|it| it - self.began),
+            // As on AWS, no time is known of what no target answered.
+            request_time: self.answered.and(self.forwarded).map(|it| it - self.began),
             target_time: self.answered.zip(self.forwarded).map(|(end, begin)| end - begin),
             response_time: self.answered.map(|it| ended - it),
             status,
             target_status: self.target_status,
-            received_bytes: self.received,
+            received_bytes: self
+                .tunnelled
+                .unwrap_or_else(|| self.head + self.body.as_ref().map_or(0, |body| body.bytes())),
             sent_bytes: sent,
             request: RequestLine {
                 method: self.method.as_str(),
@@ -147,6 +163,7 @@ impl Note {
             created: self.created,
             action: self.action,
             redirect_url: self.redirect_url.as_ref().map(HeaderValue::as_bytes),
+            // AWS has reasons for authentication, Lambda functions and its firewall only.
             error_reason: None,
             classification: self.classification.map(|it| (it.class().name(), it.name())),
             connection: Some(self.connection.id),
@@ -156,4 +173,89 @@ impl Note {
         }
         .line()
     }
+}
+
+/// The line of what could not be read as a request.
+pub fn refused(connection: &Connection, served: &Served, error: ElbError, received: u64) -> String {
+    let now = SystemTime::now();
+    let tls = connection.tls.as_ref();
+    let host = match connection.local.ip() {
+        IpAddr::V4(address) => address.to_string(),
+        IpAddr::V6(address) => format!("[{address}]"),
+    };
+    Entry {
+        kind: if tls.is_some() { "https" } else { "http" },
+        time: now,
+        load_balancer: &served.route.load_balancer,
+        client: connection.peer,
+        target: None,
+        request_time: None,
+        target_time: None,
+        response_time: None,
+        status: error.code(),
+        target_status: None,
+        received_bytes: received,
+        sent_bytes: error.bytes().len() as u64,
+        request: RequestLine {
+            method: "",
+            scheme: if tls.is_some() { "https" } else { "http" },
+            host: &host,
+            port: served.route.listener.port,
+            target: "",
+            version: "",
+        },
+        user_agent: None,
+        tls_cipher: tls.map(|it| it.cipher_suite.as_str()),
+        tls_protocol: tls.map(|it| it.version),
+        target_group: None,
+        trace_id: None,
+        domain_name: tls.and_then(|it| it.server_name.as_deref()),
+        certificate: None,
+        rule_priority: None,
+        created: now,
+        action: None,
+        redirect_url: None,
+        error_reason: None,
+        classification: None,
+        connection: Some(connection.id),
+        transformed_host: None,
+        transformed_uri: None,
+        transform_status: None,
+    }
+    .line()
+}
+
+/// Bytes of a request's head as HTTP/1.1 writes it; of HTTP/2, before its compression.
+fn request_head_size(request: &Request<Incoming>) -> u64 {
+    let target = request.uri().to_string().len();
+    let line = request.method().as_str().len() + target + "  HTTP/1.1\r\n".len();
+    (line + headers::size(request.headers()) + "\r\n".len()) as u64
+}
+
+/// Bytes of an answer's head as HTTP/1.1 writes it, with what the HTTP library adds; of HTTP/2,
+/// before its compression.
+pub fn response_head_size(response: &Response<ResponseBody>) -> u64 {
+    let status = response.status();
+    let reason = match response.extensions().get::<ReasonPhrase>() {
+        Some(reason) => reason.as_bytes().len(),
+        None => status.canonical_reason().unwrap_or("<none>").len(),
+    };
+    let fields = response.headers();
+    let mut added = 0;
+    if !fields.contains_key(header::DATE) {
+        added += "date: Tue, 15 Nov 1994 08:12:31 GMT\r\n".len();
+    }
+    let has_no_body = status.is_informational()
+        || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
+    if !has_no_body
+        && !fields.contains_key(header::CONTENT_LENGTH)
+        && !fields.contains_key(header::TRANSFER_ENCODING)
+    {
+        added += match response.body().size_hint().exact() {
+            Some(length) => format!("content-length: {length}\r\n").len(),
+            None => "transfer-encoding: chunked\r\n".len(),
+        };
+    }
+    let line = "HTTP/1.1 200 \r\n".len() + reason;
+    (line + headers::size(fields) + added + "\r\n".len()) as u64
 }

@@ -17,8 +17,9 @@ use tokio_rustls::client::TlsStream;
 
 use super::super::BUFFER;
 use super::super::counters::Metric;
-use super::super::table::Target;
+use super::super::table::{LoadBalancer, Target};
 use super::super::tls;
+use super::counted::CountedStream;
 use super::{Lease, Pool, proxy_protocol};
 use crate::config::model::{HttpVersion, TargetProtocol};
 
@@ -45,9 +46,9 @@ pub enum ConnectError {
 #[derive(Debug)]
 pub enum TargetStream {
     /// As it is.
-    Plain(TcpStream),
+    Plain(CountedStream),
     /// In TLS.
-    Tls(Box<TlsStream<TcpStream>>),
+    Tls(Box<TlsStream<CountedStream>>),
 }
 
 /// Opens connections for one thread.
@@ -70,11 +71,12 @@ impl Connector {
         }
     }
 
-    /// A connection for HTTP.
+    /// A connection for HTTP, opened for a request of this load balancer.
     pub async fn http(
         &self,
         pool: &Arc<Pool>,
         target: &Arc<Target>,
+        load_balancer: &Arc<LoadBalancer>,
     ) -> Result<Lease, ConnectError> {
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         let config = match target.settings.version {
@@ -82,7 +84,7 @@ impl Connector {
             HttpVersion::Http2 | HttpVersion::Grpc => &self.http2,
         };
         let opened = async {
-            match self.open(target, config, None).await? {
+            match self.open(target, load_balancer, config, None).await? {
                 TargetStream::Plain(stream) => handshake(stream, pool, target).await,
                 TargetStream::Tls(stream) => handshake(*stream, pool, target).await,
             }
@@ -95,11 +97,12 @@ impl Connector {
     pub async fn raw(
         &self,
         target: &Arc<Target>,
+        load_balancer: &Arc<LoadBalancer>,
         ends: (SocketAddr, SocketAddr),
     ) -> Result<TargetStream, ConnectError> {
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         let ends = target.settings.proxy_protocol_v2.then_some(ends);
-        self.within(deadline, target, self.open(target, &self.any, ends)).await
+        self.within(deadline, target, self.open(target, load_balancer, &self.any, ends)).await
     }
 
     async fn within<T>(
@@ -124,11 +127,13 @@ impl Connector {
     async fn open(
         &self,
         target: &Target,
+        load_balancer: &Arc<LoadBalancer>,
         config: &Arc<ClientConfig>,
         ends: Option<(SocketAddr, SocketAddr)>,
     ) -> io::Result<TargetStream> {
-        let mut stream = TcpStream::connect(target.address).await?;
+        let stream = TcpStream::connect(target.address).await?;
         stream.set_nodelay(true)?;
+        let mut stream = CountedStream::new(stream, load_balancer.clone(), self.worker);
         if let Some((client, listener)) = ends {
             stream.write_all(&proxy_protocol::header(client, listener)).await?;
         }
