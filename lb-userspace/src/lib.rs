@@ -15,5 +15,6 @@ pub mod health;
 pub mod netlink;
 pub mod proxy;
 pub mod reconcile;
+mod regular_expression;
 pub mod state;
 pub mod target;

@@ -141,6 +141,26 @@ impl<'a> Value<'a> {
         Some(duration)
     }
 
+    /// A number of bytes, or a text of one with its unit.
+    pub(super) fn bytes(&self, range: RangeInclusive<u64>) -> Option<u64> {
+        let (min, max) = (range.start(), range.end());
+        let help = format!(
+            "write bytes from {min} to {max}, as a number or with a unit in quotes, such as \"1MB\" \
+             or \"512KiB\""
+        );
+        let value = self.node.get_ref();
+        let bytes = match (value.as_integer(), value.as_str()) {
+            (Some(integer), _) => u64::from_str_radix(integer.as_str(), integer.radix()).ok(),
+            (None, Some(text)) => bytes_of(text),
+            (None, None) => return self.wrong_type("an integer or a string", &help),
+        };
+        let in_range = bytes.filter(|bytes| range.contains(bytes));
+        if in_range.is_none() {
+            self.refuse(help);
+        }
+        in_range
+    }
+
     /// One of `known`; the values in `later` are refused as not supported yet.
     pub(super) fn choice<T: Copy>(&self, known: &[(&str, T)], later: &[&str]) -> Option<T> {
         let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
@@ -390,5 +410,37 @@ pub(super) fn show_duration(duration: Duration) -> String {
         format!("{}s", duration.as_secs())
     } else {
         format!("{}ms", duration.as_millis())
+    }
+}
+
+/// Bytes of a text such as `1MB`; powers of 1000, and of 1024 with an `i`.
+fn bytes_of(text: &str) -> Option<u64> {
+    const UNITS: [(&str, u64); 7] = [
+        ("B", 1),
+        ("KB", 1000),
+        ("MB", 1_000_000),
+        ("GB", 1_000_000_000),
+        ("KiB", 1 << 10),
+        ("MiB", 1 << 20),
+        ("GiB", 1 << 30),
+    ];
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let (_, factor) = UNITS.iter().find(|(name, _)| *name == unit)?;
+    number.parse::<u64>().ok()?.checked_mul(*factor)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bytes_of;
+
+    #[test]
+    fn bytes_have_units() {
+        assert_eq!(bytes_of("7B"), Some(7));
+        assert_eq!(bytes_of("1MB"), Some(1_000_000));
+        assert_eq!(bytes_of("3GiB"), Some(3 << 30));
+        for wrong in ["", "1", "MB", "1mb", "1 MB", "-1MB", "1.5MB", "99999999999GB"] {
+            assert_eq!(bytes_of(wrong), None, "{wrong}");
+        }
     }
 }

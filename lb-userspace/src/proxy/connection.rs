@@ -1,16 +1,16 @@
 //! One client's connection, from its first byte to its last.
 
-use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
@@ -20,17 +20,16 @@ use super::counters::Metric;
 use super::errors::ElbError;
 use super::exchange;
 use super::io::{Activity, Waiting, Watched};
+use super::listener::{FAREWELL, farewell, read_to_end};
 use super::request;
+use super::streams::Streams;
 use super::table::{Listener, Served};
 use super::tunnel::{self, Upgrade};
 use super::worker::Worker;
 use crate::config::model::{Attributes, ProxyProtocol};
 
 /// How long a TLS handshake may take.
-const HANDSHAKE: Duration = Duration::from_secs(10);
-
-/// How long a client has to see why its connection ends.
-const FAREWELL: Duration = Duration::from_secs(1);
+pub const HANDSHAKE: Duration = Duration::from_secs(10);
 
 /// Bytes of a request's head, at most.
 pub const MAX_HEAD: usize = 64 * 1024;
@@ -64,6 +63,8 @@ pub struct Connection {
     pub activity: Arc<Activity>,
     /// Set by a request after whose answer the connection becomes a tunnel.
     pub upgrade: Mutex<Option<Upgrade>>,
+    /// Whether it ends with an answer to a request that the client may still be sending.
+    pub lingers: AtomicBool,
 }
 
 /// What a client's TLS handshake settled.
@@ -99,37 +100,36 @@ pub async fn serve(
         local,
         tls: None,
         id: rand::random(),
-        activity: Activity::new(),
+        activity: Activity::new(served.load_balancer.clone(), worker.index),
         upgrade: Mutex::new(None),
+        lingers: AtomicBool::new(false),
     };
-    let activity = connection.activity.clone();
-    let counters = served.load_balancer.clone();
     let attributes = served.route.attributes.clone();
     match (&served.tls, served.route.listener.protocol) {
         (None, _) => plain(connection, &attributes, stream).await,
-        (Some(tls), protocol) => {
+        (Some(tls), ProxyProtocol::Tls) => {
+            tunnel::serve(connection, &served, tls.server.clone(), stream).await;
+        }
+        (Some(tls), _) => {
             let began = Instant::now();
             let acceptor = TlsAcceptor::from(tls.server.clone());
             let Ok(Ok(stream)) = timeout(HANDSHAKE, acceptor.accept(stream)).await else {
-                counters.counters.count(worker.index, Metric::ClientTlsErrors);
+                served.load_balancer.counters.count(worker.index, Metric::ClientTlsErrors);
                 return;
             };
             connection.tls = Some(Tls::of(stream.get_ref().1, began.elapsed()));
-            if protocol == ProxyProtocol::Tls {
-                tunnel::serve(connection, &served, stream).await;
-            } else if connection.tls.as_ref().is_some_and(|tls| tls.alpn.as_deref() == Some("h2")) {
+            if connection.tls.as_ref().is_some_and(|tls| tls.alpn.as_deref() == Some("h2")) {
                 http2(Arc::new(connection), &attributes, stream, Bytes::new()).await;
             } else {
                 http1(Arc::new(connection), &attributes, stream, Bytes::new()).await;
             }
         }
     }
-    let (read, written) = activity.bytes();
-    counters.counters.add(worker.index, Metric::ProcessedBytes, read + written);
 }
 
 impl Tls {
-    fn of(session: &rustls::ServerConnection, handshake: Duration) -> Self {
+    /// Of a handshake that took so long.
+    pub fn of(session: &rustls::ServerConnection, handshake: Duration) -> Self {
         let version = match session.protocol_version() {
             Some(rustls::ProtocolVersion::TLSv1_2) => "TLSv1.2",
             _ => "TLSv1.3",
@@ -170,7 +170,7 @@ async fn plain(connection: Connection, attributes: &Attributes, mut stream: TcpS
             Ok(Ok(0) | Err(_)) => return,
             Err(_) if first.is_empty() => return,
             Err(_) => {
-                refuse(&connection, stream, ElbError::RequestTimeout).await;
+                refuse(&connection, stream, ElbError::RequestTimeout, first.len()).await;
                 return;
             }
         }
@@ -222,7 +222,8 @@ where
                 Overdue::Idle | Overdue::Silent => return,
                 Overdue::Head => {
                     let stream = served.into_parts().io.into_inner();
-                    refuse(&connection, stream, ElbError::RequestTimeout).await;
+                    let received = stream.head_size();
+                    refuse(&connection, stream, ElbError::RequestTimeout, received).await;
                     return;
                 }
             },
@@ -232,7 +233,7 @@ where
         tracing::debug!(client = %connection.peer, %error, "connection failed");
         let stream = served.into_parts().io.into_inner();
         if let Some(error) = stream.refusal() {
-            exchange::note_refused(&connection, error);
+            exchange::note_refused(&connection, error, stream.head_size());
             let _ = timeout(FAREWELL, read_to_end(stream)).await;
         }
         return;
@@ -243,6 +244,9 @@ where
         let mut stream = parts.io.into_inner();
         stream.unread(parts.read_buf);
         upgrade.run(stream, &connection.activity, attributes.idle_timeout).await;
+    } else if connection.lingers.load(Relaxed) {
+        let stream = served.into_parts().io.into_inner();
+        let _ = timeout(FAREWELL, read_to_end(stream)).await;
     }
 }
 
@@ -253,7 +257,8 @@ where
     let io = TokioIo::new(Watched::new(stream, first, connection.activity.clone()));
     let for_requests = connection.clone();
     let service = service_fn(move |request| request::serve(for_requests.clone(), request));
-    let mut served = http2::Builder::new(TokioExecutor::new())
+    let streams = Streams { idle_timeout: attributes.idle_timeout };
+    let mut served = http2::Builder::new(streams)
         .timer(TokioTimer::new())
         .max_concurrent_streams(STREAMS)
         .initial_stream_window_size(STREAM_WINDOW)
@@ -263,6 +268,8 @@ where
         .serve_connection(io, service);
     let mut served = Pin::new(&mut served);
     let mut watchdog = Watchdog::new(&connection, attributes);
+    // Streams that stall end by themselves; this is for what that does not help.
+    watchdog.silence *= 2;
     let closed = connection.listener.closed();
     tokio::pin!(closed);
     let mut is_closing = false;
@@ -291,25 +298,12 @@ where
 }
 
 /// Tells a client why its connection ends.
-async fn refuse<S>(connection: &Connection, mut stream: S, error: ElbError)
+async fn refuse<S>(connection: &Connection, stream: S, error: ElbError, received: usize)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    exchange::note_refused(connection, error);
-    let farewell = async {
-        stream.write_all(&error.bytes()).await?;
-        stream.shutdown().await?;
-        read_to_end(stream).await
-    };
-    let _ = timeout(FAREWELL, farewell).await;
-}
-
-/// Reads what a client still sends: closing with bytes unread would take away from it what it was
-/// told.
-async fn read_to_end(mut stream: impl AsyncRead + Unpin) -> io::Result<()> {
-    let mut rest = [0; 4096];
-    while stream.read(&mut rest).await? > 0 {}
-    Ok(())
+    exchange::note_refused(connection, error, received);
+    let _ = timeout(FAREWELL, farewell(stream, &error.bytes())).await;
 }
 
 /// Sees when a client takes too long. One timer for a connection, moved when it fires and not with
@@ -317,6 +311,8 @@ async fn read_to_end(mut stream: impl AsyncRead + Unpin) -> io::Result<()> {
 struct Watchdog {
     activity: Arc<Activity>,
     idle_timeout: Duration,
+    /// How long an answer may stall.
+    silence: Duration,
     keep_alive: Duration,
     timer: Pin<Box<Sleep>>,
 }
@@ -336,6 +332,7 @@ impl Watchdog {
         Self {
             activity: connection.activity.clone(),
             idle_timeout: attributes.idle_timeout,
+            silence: attributes.idle_timeout,
             keep_alive: attributes.client_keep_alive,
             timer: Box::pin(sleep(attributes.idle_timeout)),
         }
@@ -350,7 +347,7 @@ impl Watchdog {
                 }
                 Waiting::Request(since) => (Overdue::Idle, since, self.idle_timeout),
                 Waiting::Head(since) => (Overdue::Head, since, self.idle_timeout),
-                Waiting::Rest(since) => (Overdue::Silent, since, self.idle_timeout),
+                Waiting::Rest(since) => (Overdue::Silent, since, self.silence),
                 // Whoever waits for the answer has a timer of his own.
                 Waiting::Answer => (Overdue::Silent, Duration::ZERO, self.idle_timeout),
             };

@@ -29,9 +29,10 @@ macro_rules! metrics {
 }
 
 metrics! {
-    /// Connections of clients that are open now (the one gauge).
+    /// Connections of clients, and to targets, that are open now (the one gauge). One to a target is
+    /// counted where the request came that it was opened for.
     ActiveConnections = "ActiveConnectionCount",
-    /// Connections of clients that were opened.
+    /// Connections of clients, and to targets, that were opened.
     NewConnections = "NewConnectionCount",
     /// Connections that were refused because there were as many as there may be.
     RejectedConnections = "RejectedConnectionCount",

@@ -1,5 +1,6 @@
 //! Answers of the load balancer's own when a request cannot be served, with AWS's status codes.
 
+use hyper::ext::ReasonPhrase;
 use hyper::header::{CONTENT_TYPE, HeaderValue, SERVER};
 use hyper::{Response, StatusCode};
 
@@ -14,6 +15,8 @@ pub enum ElbError {
     MethodNotAllowed,
     /// 408: the client did not send the rest of its request in time.
     RequestTimeout,
+    /// 413: the request's body is larger than the load balancer takes.
+    BodyTooLarge,
     /// 414: the request line is longer than allowed.
     UriTooLong,
     /// 460: the client closed the connection before it had an answer. Nobody sees the answer.
@@ -52,6 +55,7 @@ impl ElbError {
             Self::BadRequest => (400, "Bad Request"),
             Self::MethodNotAllowed => (405, "Method Not Allowed"),
             Self::RequestTimeout => (408, "Request Time-out"),
+            Self::BodyTooLarge => (413, "Request Entity Too Large"),
             Self::UriTooLong => (414, "Request-URI Too Large"),
             Self::ClientClosed => (460, "Client Closed Request"),
             Self::TooManyForwardedAddresses => (463, "Too Many Forwarded Addresses"),
@@ -73,8 +77,17 @@ impl ElbError {
     pub fn ends_connection(self) -> bool {
         matches!(
             self,
-            Self::BadRequest | Self::RequestTimeout | Self::UriTooLong | Self::NotImplemented
+            Self::BadRequest
+                | Self::RequestTimeout
+                | Self::BodyTooLarge
+                | Self::UriTooLong
+                | Self::NotImplemented
         )
+    }
+
+    /// Whether no target is to blame.
+    pub fn is_clients_fault(self) -> bool {
+        self.code() < 500
     }
 
     fn page(self) -> String {
@@ -90,6 +103,9 @@ impl ElbError {
         let mut response = Response::new(ResponseBody::full(self.page()));
         *response.status_mut() =
             StatusCode::from_u16(self.code()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        // Some are AWS's own, of which the HTTP library has no names.
+        let reason = ReasonPhrase::from_static(self.status().1.as_bytes());
+        response.extensions_mut().insert(reason);
         let headers = response.headers_mut();
         headers.insert(SERVER, HeaderValue::from_static(SERVER_NAME));
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/html"));

@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::body::Incoming;
-use hyper::{Request, StatusCode};
+use hyper::{Request, Response, StatusCode};
 
+use super::body::ResponseBody;
 use super::connection::Connection;
 use super::counters::Metric;
 use super::errors::ElbError;
-use super::note::Note;
+use super::note::{self, Note};
 use super::table::{Outstanding, Served};
 use super::worker::Worker;
 
@@ -48,6 +49,21 @@ impl Exchange {
     /// So many bytes of the answer's body went on.
     pub fn sent(&mut self, bytes: usize) {
         self.sent_bytes += bytes as u64;
+    }
+
+    /// The answer begins with this head.
+    pub fn answers(&mut self, response: &Response<ResponseBody>) {
+        if self.note.is_some() {
+            self.sent_bytes += note::response_head_size(response);
+        }
+    }
+
+    /// All that came and went over a connection that became a tunnel.
+    pub fn tunnelled(&mut self, (received, sent): (u64, u64)) {
+        if let Some(note) = &mut self.note {
+            note.tunnelled = Some(received);
+            self.sent_bytes = sent;
+        }
     }
 
     /// Counts for the load balancer.
@@ -109,9 +125,14 @@ fn count_own(served: &Served, worker: &Worker, code: u16) {
     }
 }
 
-/// Notes that a client was told of an error that is of no request in particular.
-pub fn note_refused(connection: &Connection, error: ElbError) {
-    count_own(&connection.listener.current.load(), &connection.worker, error.code());
+/// Notes that a client was told of an error before there was a request; so many bytes of one had
+/// come.
+pub fn note_refused(connection: &Connection, error: ElbError, received: usize) {
+    let served = connection.listener.current.load();
+    count_own(&served, &connection.worker, error.code());
+    if let Some(log) = &served.log {
+        log.write(note::refused(connection, &served, error, received as u64));
+    }
 }
 
 /// A request that is being answered. A client that goes away leaves it behind unanswered.

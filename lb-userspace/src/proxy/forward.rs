@@ -76,17 +76,18 @@ pub async fn forward(
         note.forwarded = Some(Instant::now());
     }
     let (head, incoming) = request.into_parts();
-    let (body, progress) = RequestBody::new(incoming);
+    let (body, progress) =
+        RequestBody::new(incoming, route.served.route.attributes.max_request_body_size);
     let request = Request::from_parts(head, body);
     let began = Instant::now();
     let waiting = Waiting { limit: route.served.route.attributes.idle_timeout, progress };
     let sent = send(worker, &route, request, &waiting).await;
     if let Some(note) = &mut exchange.note {
-        note.received = waiting.progress.as_ref().map_or(0, |it| it.bytes());
+        note.body = waiting.progress;
         note.answered = sent.is_ok().then(Instant::now);
     }
     let is_success = sent.as_ref().is_ok_and(|(answer, _)| !answer.status().is_server_error());
-    if !matches!(sent, Err(ElbError::BadRequest | ElbError::RequestTimeout)) {
+    if !matches!(&sent, Err(error) if error.is_clients_fault()) {
         route.target.load.note(is_success);
     }
     let (response, lease) = sent?;
@@ -153,11 +154,11 @@ struct Waiting {
 /// goes over a new one, if it may be repeated.
 async fn send(
     worker: &Arc<Worker>,
-    Route { served, target, .. }: &Route<'_>,
+    route: &Route<'_>,
     mut request: Request<RequestBody>,
     waiting: &Waiting,
 ) -> Result<(Response<Incoming>, Lease), ElbError> {
-    while let Some(mut lease) = worker.pool.take(target) {
+    while let Some(mut lease) = worker.pool.take(&route.target) {
         let copy = repeatable(&request);
         match waiting.answer(lease.send(request)).await? {
             Ok(response) => return Ok((response, lease)),
@@ -167,12 +168,14 @@ async fn send(
             },
         }
     }
-    let balancer = &served.load_balancer.counters;
-    let opened = worker.connector.http(&worker.pool, target, balancer).await;
-    let mut lease = opened.map_err(|error| match error {
-        ConnectError::Timeout => ElbError::GatewayTimeout,
-        ConnectError::Refused => ElbError::BadGateway,
-    })?;
+    let mut lease = worker
+        .connector
+        .http(&worker.pool, &route.target, &route.served.load_balancer)
+        .await
+        .map_err(|error| match error {
+            ConnectError::Timeout => ElbError::GatewayTimeout,
+            ConnectError::Refused => ElbError::BadGateway,
+        })?;
     match waiting.answer(lease.send(request)).await? {
         Ok(response) => Ok((response, lease)),
         Err(error) => Err(waiting.failure(&error.error)),
@@ -217,8 +220,11 @@ impl Waiting {
 
     fn failure(&self, error: &hyper::Error) -> ElbError {
         tracing::debug!(%error, "no answer");
-        let is_clients = self.progress.as_ref().is_some_and(|it| it.has_failed());
-        if is_clients { ElbError::BadRequest } else { ElbError::BadGateway }
+        match &self.progress {
+            Some(progress) if progress.is_too_large() => ElbError::BodyTooLarge,
+            Some(progress) if progress.has_failed() => ElbError::BadRequest,
+            _ => ElbError::BadGateway,
+        }
     }
 }
 

@@ -12,7 +12,10 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 
 use super::connection::MAX_HEAD;
+use super::counters::Metric;
 use super::errors::ElbError;
+use super::streams::Stream;
+use super::table::LoadBalancer;
 
 /// Bytes of the HTTP library's own answers, at most.
 const LONGEST_REFUSAL: usize = 256;
@@ -37,6 +40,9 @@ pub struct Activity {
     awaiting: AtomicU32,
     /// Requests that have begun, ever.
     total: AtomicU64,
+    /// Whose bytes they are, and the thread that counts them.
+    load_balancer: Arc<LoadBalancer>,
+    worker: usize,
 }
 
 /// What a client's connection waits for.
@@ -54,7 +60,7 @@ pub enum Waiting {
 
 impl Activity {
     /// Of a connection that begins now.
-    pub fn new() -> Arc<Self> {
+    pub fn new(load_balancer: Arc<LoadBalancer>, worker: usize) -> Arc<Self> {
         Arc::new(Self {
             epoch: Instant::now(),
             last: AtomicU64::new(0),
@@ -64,6 +70,8 @@ impl Activity {
             requests: AtomicU32::new(0),
             awaiting: AtomicU32::new(0),
             total: AtomicU64::new(0),
+            load_balancer,
+            worker,
         })
     }
 
@@ -71,11 +79,17 @@ impl Activity {
         u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
+    /// Whether what comes next is the beginning of a request's head.
+    fn is_between_requests(&self) -> bool {
+        self.requests.load(Relaxed) == 0 && self.head_began.load(Relaxed) == 0
+    }
+
     fn note_read(&self, bytes: usize) {
         let now = self.now();
         self.last.store(now, Relaxed);
         self.read.fetch_add(bytes as u64, Relaxed);
-        if self.requests.load(Relaxed) == 0 && self.head_began.load(Relaxed) == 0 {
+        self.count(bytes);
+        if self.is_between_requests() {
             self.head_began.store(now + 1, Relaxed);
         }
     }
@@ -83,6 +97,11 @@ impl Activity {
     fn note_written(&self, bytes: usize) {
         self.last.store(self.now(), Relaxed);
         self.written.fetch_add(bytes as u64, Relaxed);
+        self.count(bytes);
+    }
+
+    fn count(&self, bytes: usize) {
+        self.load_balancer.counters.add(self.worker, Metric::ProcessedBytes, bytes as u64);
     }
 
     /// Bytes that came, and bytes that went.
@@ -122,6 +141,8 @@ impl Activity {
 pub struct InProgress {
     activity: Arc<Activity>,
     awaits: bool,
+    /// Of HTTP/2.
+    stream: Option<Arc<Stream>>,
 }
 
 impl InProgress {
@@ -131,7 +152,7 @@ impl InProgress {
         activity.awaiting.fetch_add(1, Relaxed);
         activity.total.fetch_add(1, Relaxed);
         activity.head_began.store(0, Relaxed);
-        Self { activity: activity.clone(), awaits: true }
+        Self { activity: activity.clone(), awaits: true, stream: Stream::current() }
     }
 
     /// Its answer begins.
@@ -139,6 +160,21 @@ impl InProgress {
         if std::mem::take(&mut self.awaits) {
             self.activity.last.store(self.activity.now(), Relaxed);
             self.activity.awaiting.fetch_sub(1, Relaxed);
+            if let Some(stream) = &self.stream {
+                stream.answered();
+            }
+        }
+    }
+
+    /// Whether others share its connection.
+    pub fn is_stream(&self) -> bool {
+        self.stream.is_some()
+    }
+
+    /// A part of its answer was taken.
+    pub fn progress(&self) {
+        if let Some(stream) = &self.stream {
+            stream.progress();
         }
     }
 }
@@ -181,6 +217,11 @@ impl<S> Watched<S> {
     /// What the client was told, if its request could not be read.
     pub fn refusal(&self) -> Option<ElbError> {
         self.refusal.as_ref().map(|it| it.error)
+    }
+
+    /// Bytes of the head that has begun.
+    pub fn head_size(&self) -> usize {
+        self.head.len()
     }
 
     fn note_head(&mut self, bytes: &[u8]) {
@@ -236,6 +277,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
         ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
         let read = buf.filled().len() - before;
         if read > 0 {
+            if self.activity.is_between_requests() {
+                self.head.clear();
+            }
             self.activity.note_read(read);
             self.note_head(&buf.filled()[before..]);
         }

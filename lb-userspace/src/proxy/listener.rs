@@ -6,10 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
+use rustls::ServerConfig;
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
+use tokio_rustls::TlsAcceptor;
 
 use super::connection;
 use super::counters::Metric;
@@ -22,7 +24,7 @@ use crate::config::model::ProxyProtocol;
 const BACKLOG: i32 = 4096;
 
 /// How long a client has to see why it was refused.
-const FAREWELL: Duration = Duration::from_secs(1);
+pub const FAREWELL: Duration = Duration::from_secs(1);
 
 /// A pause where the system has no descriptor or memory for another connection.
 const EXHAUSTED: Duration = Duration::from_millis(20);
@@ -105,8 +107,15 @@ fn begin(worker: &Arc<Worker>, listener: &Arc<Listener>, stream: TcpStream, peer
     let served = listener.current.load_full();
     let Some(place) = Place::take(worker, &served) else {
         served.load_balancer.counters.count(worker.index, Metric::RejectedConnections);
-        if served.route.listener.protocol == ProxyProtocol::Http {
-            tokio::spawn(refuse(stream));
+        if served.route.listener.protocol != ProxyProtocol::Tls
+            && let Ok(permit) = worker.refusals.clone().try_acquire_owned()
+        {
+            let tls = served.tls.as_ref().map(|it| it.refusing.clone());
+            tokio::spawn(async move {
+                // A client that does not take it in time goes without.
+                let _ = timeout(FAREWELL, refuse(stream, tls)).await;
+                drop(permit);
+            });
         }
         return;
     };
@@ -120,16 +129,36 @@ fn begin(worker: &Arc<Worker>, listener: &Arc<Listener>, stream: TcpStream, peer
 }
 
 /// Tells a client that there is no capacity.
-async fn refuse(mut stream: TcpStream) {
-    let farewell = async {
-        stream.write_all(&ElbError::ServiceUnavailable.bytes()).await?;
-        stream.shutdown().await?;
-        // Closing with bytes unread would take the answer away from the client.
-        let mut rest = [0; 4096];
-        while stream.read(&mut rest).await? > 0 {}
-        io::Result::Ok(())
-    };
-    let _ = timeout(FAREWELL, farewell).await;
+async fn refuse(stream: TcpStream, tls: Option<Arc<ServerConfig>>) -> io::Result<()> {
+    let answer = ElbError::ServiceUnavailable.bytes();
+    match tls {
+        None => farewell(stream, &answer).await,
+        Some(tls) => farewell(TlsAcceptor::from(tls).accept(stream).await?, &answer).await,
+    }
+}
+
+/// Writes the last answer of a connection.
+///
+/// # Errors
+/// If the client is gone.
+pub async fn farewell<S>(mut stream: S, answer: &[u8]) -> io::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    stream.write_all(answer).await?;
+    stream.shutdown().await?;
+    read_to_end(stream).await
+}
+
+/// Reads what a client still sends: closing with bytes unread would take away from it what it was
+/// told.
+///
+/// # Errors
+/// If the client is gone.
+pub async fn read_to_end(mut stream: impl AsyncRead + Unpin) -> io::Result<()> {
+    let mut rest = [0; 4096];
+    while stream.read(&mut rest).await? > 0 {}
+    Ok(())
 }
 
 /// One of the connections that a load balancer may have at a time.

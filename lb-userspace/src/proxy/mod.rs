@@ -24,6 +24,7 @@ pub mod rewrite;
 pub mod routes;
 pub mod rules;
 mod select;
+mod streams;
 mod table;
 mod tls;
 mod tunnel;

@@ -1,16 +1,23 @@
 //! What an access log says of a request, gathered on its way.
 
+use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::SystemTime;
 
-use hyper::body::Incoming;
-use hyper::header::{self, HeaderMap, HeaderValue};
-use hyper::{Method, Request, Response, Version};
+use hyper::body::{Body, Incoming};
+use hyper::ext::ReasonPhrase;
+use hyper::header::{self, HeaderValue};
+use hyper::{Method, Request, Response, StatusCode, Version};
 use tokio::time::Instant;
 
 use super::access_log::{Entry, RequestLine};
+use super::body::{Progress, ResponseBody};
 use super::connection::Connection;
 use super::desync;
+use super::errors::ElbError;
 use super::exchange::Exchange;
+use super::headers;
+use super::table::Served;
 
 /// Of one request, where there is a log.
 #[derive(Debug)]
@@ -40,15 +47,15 @@ pub struct Note {
     /// What the desync mitigation thinks of it.
     pub classification: Option<desync::Reason>,
     /// Name of the group, and whether it is one of gRPC.
-    pub group: Option<(std::sync::Arc<str>, bool)>,
+    pub group: Option<(Arc<str>, bool)>,
     /// Host and URI that the target saw, where a rule changed them.
     pub transformed: (Option<String>, Option<String>),
+    /// How far the request's body has come, if it has one.
+    pub body: Option<Arc<Progress>>,
+    /// Of a tunnel, all bytes that the client sent.
+    pub tunnelled: Option<u64>,
     /// Bytes of the request's head.
-    received_head: u64,
-    /// Bytes of the request's body, as far as they came.
-    pub received: u64,
-    /// Bytes of the answer's head.
-    sent_head: u64,
+    head: u64,
     /// Whether it became a tunnel.
     pub is_upgraded: bool,
 }
@@ -90,24 +97,11 @@ impl Note {
             classification: None,
             group: None,
             transformed: (None, None),
-            received_head: request_line(request) + fields(request.headers()),
-            received: 0,
-            sent_head: 0,
+            body: None,
+            tunnelled: None,
+            head: request_head_size(request),
             is_upgraded: false,
         })
-    }
-
-    /// The answer begins.
-    pub fn answering<B>(&mut self, response: &Response<B>) {
-        let reason = response.status().canonical_reason().unwrap_or_default();
-        let line = "HTTP/1.1 200 \r\n".len() + reason.len();
-        self.sent_head = line as u64 + fields(response.headers());
-    }
-
-    /// A tunnel ended; so many bytes came and went over the client's connection, all of which
-    /// count.
-    pub fn tunnelled(&mut self, (received, sent): (u64, u64)) {
-        (self.received_head, self.received, self.sent_head) = (0, received, sent);
     }
 
     fn kind(&self) -> &'static str {
@@ -123,7 +117,7 @@ impl Note {
         }
     }
 
-    /// The line. `sent`: bytes of the answer's body.
+    /// The line.
     pub fn line(&self, exchange: &Exchange, status: u16, sent: u64) -> String {
         let ended = Instant::now();
         let route = &exchange.served.route;
@@ -136,13 +130,16 @@ impl Note {
             load_balancer: &route.load_balancer,
             client: self.connection.client,
             target: exchange.outstanding.as_ref().map(|it| it.target().address),
-            request_time: self.forwarded.map(|it| it - self.began),
+            // As on AWS, no time is known of what no target answered.
+            request_time: self.answered.and(self.forwarded).map(|it| it - self.began),
             target_time: self.answered.zip(self.forwarded).map(|(end, begin)| end - begin),
             response_time: self.answered.map(|it| ended - it),
             status,
             target_status: self.target_status,
-            received_bytes: self.received_head + self.received,
-            sent_bytes: self.sent_head + sent,
+            received_bytes: self
+                .tunnelled
+                .unwrap_or_else(|| self.head + self.body.as_ref().map_or(0, |body| body.bytes())),
+            sent_bytes: sent,
             request: RequestLine {
                 method: self.method.as_str(),
                 scheme: if tls.is_some() { "https" } else { "http" },
@@ -166,6 +163,7 @@ impl Note {
             created: self.created,
             action: self.action,
             redirect_url: self.redirect_url.as_ref().map(HeaderValue::as_bytes),
+            // AWS has reasons for authentication, Lambda functions and its firewall only.
             error_reason: None,
             classification: self.classification.map(|it| (it.class().name(), it.name())),
             connection: Some(self.connection.id),
@@ -177,16 +175,87 @@ impl Note {
     }
 }
 
-/// Bytes of a request's first line, as HTTP/1.1 has it.
-fn request_line(request: &Request<Incoming>) -> u64 {
-    let target = request.uri().path_and_query().map_or(1, |it| it.as_str().len());
-    (request.method().as_str().len() + target + "  HTTP/1.1\r\n".len()) as u64
+/// The line of what could not be read as a request.
+pub fn refused(connection: &Connection, served: &Served, error: ElbError, received: u64) -> String {
+    let now = SystemTime::now();
+    let tls = connection.tls.as_ref();
+    let host = match connection.local.ip() {
+        IpAddr::V4(address) => address.to_string(),
+        IpAddr::V6(address) => format!("[{address}]"),
+    };
+    Entry {
+        kind: if tls.is_some() { "https" } else { "http" },
+        time: now,
+        load_balancer: &served.route.load_balancer,
+        client: connection.peer,
+        target: None,
+        request_time: None,
+        target_time: None,
+        response_time: None,
+        status: error.code(),
+        target_status: None,
+        received_bytes: received,
+        sent_bytes: error.bytes().len() as u64,
+        request: RequestLine {
+            method: "",
+            scheme: if tls.is_some() { "https" } else { "http" },
+            host: &host,
+            port: served.route.listener.port,
+            target: "",
+            version: "",
+        },
+        user_agent: None,
+        tls_cipher: tls.map(|it| it.cipher_suite.as_str()),
+        tls_protocol: tls.map(|it| it.version),
+        target_group: None,
+        trace_id: None,
+        domain_name: tls.and_then(|it| it.server_name.as_deref()),
+        certificate: None,
+        rule_priority: None,
+        created: now,
+        action: None,
+        redirect_url: None,
+        error_reason: None,
+        classification: None,
+        connection: Some(connection.id),
+        transformed_host: None,
+        transformed_uri: None,
+        transform_status: None,
+    }
+    .line()
 }
 
-/// Bytes of fields and of the line that ends them, as HTTP/1.1 has them.
-fn fields(fields: &HeaderMap) -> u64 {
-    let line = |(name, value): (&header::HeaderName, &HeaderValue)| {
-        name.as_str().len() + value.len() + ": \r\n".len()
+/// Bytes of a request's head as HTTP/1.1 writes it; of HTTP/2, before its compression.
+fn request_head_size(request: &Request<Incoming>) -> u64 {
+    let target = request.uri().to_string().len();
+    let line = request.method().as_str().len() + target + "  HTTP/1.1\r\n".len();
+    (line + headers::size(request.headers()) + "\r\n".len()) as u64
+}
+
+/// Bytes of an answer's head as HTTP/1.1 writes it, with what the HTTP library adds; of HTTP/2,
+/// before its compression.
+pub fn response_head_size(response: &Response<ResponseBody>) -> u64 {
+    let status = response.status();
+    let reason = match response.extensions().get::<ReasonPhrase>() {
+        Some(reason) => reason.as_bytes().len(),
+        None => status.canonical_reason().unwrap_or("<none>").len(),
     };
-    (fields.iter().map(line).sum::<usize>() + "\r\n".len()) as u64
+    let fields = response.headers();
+    let mut added = 0;
+    if !fields.contains_key(header::DATE) {
+        added += "date: Tue, 15 Nov 1994 08:12:31 GMT\r\n".len();
+    }
+    let has_no_body = status.is_informational()
+        || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
+    if !has_no_body
+        && !fields.contains_key(header::CONTENT_LENGTH)
+        && !fields.contains_key(header::TRANSFER_ENCODING)
+    {
+        added += match response.body().size_hint().exact() {
+            Some(length) => format!("content-length: {length}\r\n").len(),
+            None => "transfer-encoding: chunked\r\n".len(),
+        };
+    }
+    let line = "HTTP/1.1 200 \r\n".len() + reason;
+    (line + headers::size(fields) + added + "\r\n".len()) as u64
 }

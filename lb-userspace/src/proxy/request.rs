@@ -1,9 +1,10 @@
 //! What becomes of a request: the rules decide, a target or the load balancer answers.
 
 use std::convert::Infallible;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError};
 
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
 use hyper::header::{self, HeaderValue};
 use hyper::http::uri::PathAndQuery;
 use hyper::{Method, Request, Response, StatusCode, Version};
@@ -22,7 +23,7 @@ use super::redirect::{FixedResponse, Origin, Redirect};
 use super::rewrite::RewriteFailed;
 use super::rules::{Action, Decision, RequestView};
 use super::select::{self, Keep};
-use crate::config::model::HttpVersion;
+use crate::config::model::{Attributes, HttpVersion};
 
 /// Answers a request.
 pub async fn serve(
@@ -43,6 +44,7 @@ pub async fn serve(
         let mut response = error.response();
         if is_http1 && error.ends_connection() {
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            connection.lingers.store(true, Relaxed);
         }
         response
     });
@@ -51,9 +53,7 @@ pub async fn serve(
     if exchange.is_alone && is_http1 {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
-    if let Some(note) = &mut exchange.note {
-        note.answering(&response);
-    }
+    exchange.answers(&response);
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         if let Some(upgrade) = response.extensions_mut().remove::<Switch>() {
             let mut slot = connection.upgrade.lock().unwrap_or_else(PoisonError::into_inner);
@@ -69,8 +69,8 @@ async fn answer(
     exchange: &mut Exchange,
     request: Request<Incoming>,
 ) -> Result<Response<ResponseBody>, ElbError> {
-    check(&request)?;
     let served = exchange.served.clone();
+    check(&request, &served.route.attributes)?;
     check_desync(exchange, &request)?;
     let host = host(&request, connection)?;
     let parsed = Host::parse(&host).ok_or(ElbError::BadRequest)?;
@@ -142,7 +142,7 @@ async fn answer(
 }
 
 /// What no rule decides about.
-fn check(request: &Request<Incoming>) -> Result<(), ElbError> {
+fn check(request: &Request<Incoming>, attributes: &Attributes) -> Result<(), ElbError> {
     if matches!(*request.method(), Method::TRACE | Method::CONNECT) {
         return Err(ElbError::MethodNotAllowed);
     }
@@ -161,6 +161,10 @@ fn check(request: &Request<Incoming>) -> Result<(), ElbError> {
     };
     if !request.headers().get_all(header::TRANSFER_ENCODING).iter().all(is_chunked) {
         return Err(ElbError::NotImplemented);
+    }
+    let is_larger = |most| request.body().size_hint().lower() > most;
+    if attributes.max_request_body_size.is_some_and(is_larger) {
+        return Err(ElbError::BodyTooLarge);
     }
     Ok(())
 }

@@ -15,8 +15,8 @@ use regex::bytes::{Captures, Regex};
 use super::headers::MAX_REQUEST_LINE;
 use super::host::Host;
 use super::rules::CompileError;
-use super::rules::pattern::compile_regex;
 use crate::config::model;
+use crate::regular_expression;
 
 /// A compiled [`model::Rewrite`].
 #[derive(Debug, Clone)]
@@ -41,7 +41,7 @@ impl Rewrite {
     /// # Errors
     /// If the expression is none, or too big.
     pub fn compile(rewrite: &model::Rewrite, ignore_case: bool) -> Result<Self, CompileError> {
-        let regex = compile_regex(&rewrite.regex, ignore_case)
+        let regex = regular_expression::compile(&rewrite.regex, ignore_case)
             .map_err(|error| CompileError::regex(&rewrite.regex, &error))?;
         let replacement = parts(&rewrite.replace, regex.captures_len()).into();
         Ok(Self { regex, replacement })

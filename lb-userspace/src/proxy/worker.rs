@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use tokio::runtime::Builder;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::listener;
@@ -21,6 +21,10 @@ const SWEEP: Duration = Duration::from_secs(5);
 
 /// Between two looks at how requests end.
 const MITIGATION: Duration = Duration::from_secs(10);
+
+/// Connections that are told why they are refused, at a time. Further ones are closed: what has no
+/// capacity should not spend it on saying so.
+const REFUSALS: usize = 64;
 
 /// A thread, as its tasks see it.
 #[derive(Debug)]
@@ -35,6 +39,8 @@ pub struct Worker {
     pub groups: Arc<ArcSwap<Groups>>,
     /// How many connections of clients it has.
     pub connections: watch::Sender<usize>,
+    /// For connections that are told why they are refused.
+    pub refusals: Arc<Semaphore>,
 }
 
 /// A thread, as the handle sees it.
@@ -64,6 +70,7 @@ impl WorkerHandle {
                 connector: Connector::new(index),
                 groups,
                 connections: sender,
+                refusals: Arc::new(Semaphore::new(REFUSALS)),
             });
             runtime.block_on(run(worker, incoming));
         })?;

@@ -1,15 +1,15 @@
-//! What rules, stickiness, desync mitigation and the access log do to requests on their way.
+//! What rules, desync mitigation and the access log do to requests on their way.
 
 use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 
 use lb_userspace::config::model::{
-    Action, Condition, CookieStickiness, DesyncMitigation, FixedResponse, LogSink, Pattern,
-    Redirect, Rule, Transforms,
+    Action, Condition, DesyncMitigation, FixedResponse, Forward, LogSink, Pattern, Redirect,
+    Rewrite, Rule, Transforms, WeightedTargetGroup,
 };
 
-use crate::harness::{Client, HELLO, Site, answers, ask, count};
+use crate::harness::{Client, HELLO, Site, answers, ask, count, mirror};
 
 fn rule(priority: u16, path: &str, action: Action) -> Rule {
     Rule {
@@ -58,28 +58,6 @@ async fn rules_redirect_and_answer() {
 }
 
 #[tokio::test]
-async fn a_cookie_keeps_a_client_with_a_target() {
-    let other = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nother";
-    let (mut site, address) = Site::new(&[answers(HELLO).await, answers(other).await]);
-    let stickiness = CookieStickiness::LbCookie { duration: Duration::from_secs(60) };
-    site.groups.get_mut("web").unwrap().settings.stickiness = Some(stickiness);
-    let proxy = site.start();
-    let mut client = Client::connect(address).await;
-    let first = client.get("/").await;
-    let cookie = first.field("set-cookie").unwrap().split(';').next().unwrap().to_owned();
-    assert!(cookie.starts_with("AWSALB="), "{cookie}");
-    let request = format!("GET / HTTP/1.1\r\nHost: a\r\nCookie: {cookie}\r\n\r\n");
-    for _ in 0..5 {
-        assert_eq!(ask(address, &request).await.body, first.body);
-    }
-    // A reload changes nothing about it; and without the cookie it is the next one's turn.
-    assert_eq!(proxy.apply(site.routes()), []);
-    assert_eq!(ask(address, &request).await.body, first.body);
-    let (one, two) = (client.get("/").await, client.get("/").await);
-    assert_ne!(one.body, two.body);
-}
-
-#[tokio::test]
 async fn ambiguous_requests_are_alone_or_refused() {
     let ambiguous = "GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\nx";
     for (mode, status, connection) in [
@@ -104,9 +82,11 @@ async fn requests_are_logged() {
     let site = site.attributes(|it| it.access_log = Some(LogSink::File(path.clone())));
     let proxy = site.start();
     let mut client = Client::connect(address).await;
-    assert_eq!(client.get("/a?b").await.status(), 200);
+    let answer = client.get("/a?b").await;
+    assert_eq!(answer.status(), 200);
     client.send("TRACE /c HTTP/1.1\r\nHost: a\r\n\r\n").await;
-    assert_eq!(client.answer().await.status(), 405);
+    let own = client.answer().await;
+    assert!(own.head.starts_with("HTTP/1.1 405 Method Not Allowed\r\n"));
     let local = client.stream.local_addr().unwrap();
     drop(client);
     proxy.end(Duration::from_secs(5)).await;
@@ -117,8 +97,134 @@ async fn requests_are_logged() {
     assert_eq!(fields[0], "http");
     assert_eq!(fields[2..5], ["site", &local.to_string(), &target.to_string()]);
     assert_eq!(fields[8..10], ["200", "200"]);
-    assert_eq!(fields[11], "5");
+    let request = "GET /a?b HTTP/1.1\r\nHost: site.test\r\n\r\n";
+    assert_eq!(fields[10], request.len().to_string());
+    assert_eq!(fields[11], (answer.head.len() + 5).to_string(), "{}", answer.head);
     let request = format!("\"GET http://site.test:{}/a?b HTTP/1.1\"", address.port());
     assert!(lines[0].contains(&request), "{}", lines[0]);
-    assert!(lines[1].contains(" - -1 -1 -1 405 - "), "{}", lines[1]);
+    let sent = own.head.len() + own.body.len();
+    let sizes = format!(" - -1 -1 -1 405 - 30 {sent} ");
+    assert!(lines[1].contains(&sizes), "{} {sizes}", lines[1]);
+}
+
+/// The lines that a site's access log has at the end.
+async fn log_of(site: Site, use_it: impl AsyncFnOnce(&lb_userspace::proxy::Proxy)) -> Vec<String> {
+    let directory = tempfile::TempDir::new().unwrap();
+    let path = directory.path().join("access.log");
+    let site = site.attributes(|it| it.access_log = Some(LogSink::File(path.clone())));
+    let proxy = site.start();
+    use_it(&proxy).await;
+    proxy.end(Duration::from_secs(5)).await;
+    fs::read_to_string(path).unwrap().lines().map(str::to_owned).collect()
+}
+
+#[tokio::test]
+async fn what_is_no_request_is_logged() {
+    let (site, address) = Site::new(&[answers(HELLO).await]);
+    let site = site.attributes(|it| it.idle_timeout = Duration::from_millis(300));
+    let mut sent = Vec::new();
+    let lines = log_of(site, async |_| {
+        // The second request of a connection, so that the first one's head does not count.
+        let mut client = Client::connect(address).await;
+        assert_eq!(client.get("/").await.status(), 200);
+        for rest in ["GET  / HTTP/1.1\r\nHost: a\r\n\r\n", "GET / HTT"] {
+            client.send(rest).await;
+            let answer = client.answer().await;
+            sent.push((answer.status(), rest.len(), answer.head.len() + answer.body.len()));
+            client = Client::connect(address).await;
+        }
+    })
+    .await;
+    assert_eq!(lines.len(), 3, "{lines:#?}");
+    assert_eq!(sent.iter().map(|it| it.0).collect::<Vec<_>>(), [400, 408]);
+    for (line, (status, received, sent)) in lines[1..].iter().zip(sent) {
+        let port = address.port();
+        let expected =
+            format!(" - -1 -1 -1 {status} - {received} {sent} \"- http://127.0.0.1:{port}- -\" ");
+        assert!(line.contains(&expected), "{line}\n{expected}");
+    }
+}
+
+#[tokio::test]
+async fn a_target_that_does_not_answer_is_in_the_log() {
+    let target = crate::harness::free();
+    let (site, address) = Site::new(&[target]);
+    let lines = log_of(site, async |_| {
+        assert_eq!(Client::connect(address).await.get("/").await.status(), 502);
+    })
+    .await;
+    assert!(lines[0].contains(&format!(" {target} -1 -1 -1 502 - ")), "{lines:?}");
+    assert!(
+        lines[0].contains(&format!(" \"forward\" \"-\" \"-\" \"{target}\" \"-\" ")),
+        "{lines:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_body_that_comes_after_the_answer_is_in_the_log() {
+    // It answers before it has read everything.
+    let target = crate::harness::origin(|mut stream| async move {
+        crate::harness::read_head(&mut stream).await;
+        let _ = tokio::io::AsyncWriteExt::write_all(&mut stream, HELLO.as_bytes()).await;
+        let mut rest = Vec::new();
+        let _ = tokio::io::AsyncReadExt::read_to_end(&mut stream, &mut rest).await;
+    })
+    .await;
+    let (site, address) = Site::new(&[target]);
+    let head = "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n";
+    let lines = log_of(site, async |_| {
+        let mut client = Client::connect(address).await;
+        client.send(format!("{head}0123456789")).await;
+        assert_eq!(client.answer().await.status(), 200);
+    })
+    .await;
+    assert_eq!(
+        lines[0].split(' ').nth(10),
+        Some((head.len() + 10).to_string().as_str()),
+        "{lines:?}"
+    );
+}
+
+#[tokio::test]
+async fn rewrites_are_what_the_target_sees() {
+    let (mut site, address) = Site::new(&[mirror().await]);
+    let set = |site: &mut Site, replace: &str| {
+        let rewrite = |regex: &str, replace: &str| {
+            Some(Rewrite { regex: regex.to_owned(), replace: replace.to_owned() })
+        };
+        let group = WeightedTargetGroup { name: "web".to_owned(), weight: 1 };
+        let forward = Forward { target_groups: vec![group], stickiness: None };
+        let mut rule = rule(1, "/api/*", Action::Forward(forward));
+        rule.transforms = Transforms {
+            url_rewrite: rewrite("^/api/(.*)$", replace),
+            host_header_rewrite: rewrite(r"^([a-z]+)\.test.*$", "$1.internal"),
+        };
+        let route = site.listeners.get_mut(&address).unwrap();
+        let mut listener = (*route.listener).clone();
+        listener.rules = vec![rule];
+        route.listener = Arc::new(listener);
+    };
+    set(&mut site, "/$1");
+    let proxy = site.start();
+    let mut client = Client::connect(address).await;
+    let seen = async |client: &mut Client, path| {
+        let head = String::from_utf8(client.get(path).await.body).unwrap();
+        let line = head.lines().next().unwrap().to_owned();
+        let host = head.lines().find_map(|line| line.strip_prefix("host: ")).unwrap().to_owned();
+        (line, host)
+    };
+    let (line, host) = seen(&mut client, "/api/users?page=2").await;
+    assert_eq!((line.as_str(), host.as_str()), ("GET /users?page=2 HTTP/1.1", "site.internal"));
+    let (line, host) = seen(&mut client, "/users").await;
+    assert_eq!(line, "GET /users HTTP/1.1");
+    assert_eq!(host, format!("site.test:{}", address.port()));
+    // A reload changes it for the next request of the same connection.
+    set(&mut site, "/v2/$1");
+    assert_eq!(proxy.apply(site.routes()), []);
+    assert_eq!(seen(&mut client, "/api/users?page=2").await.0, "GET /v2/users?page=2 HTTP/1.1");
+    // What comes out must be something that can be asked for.
+    set(&mut site, "$1");
+    assert_eq!(proxy.apply(site.routes()), []);
+    assert_eq!(client.get("/api/users").await.status(), 500);
+    assert_eq!(count(&proxy, "NewConnectionCount"), 2);
 }

@@ -1,10 +1,10 @@
 //! Every error that the load balancer answers with by itself, provoked.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lb_userspace::config::model::HttpVersion;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use crate::harness::{
     Client, HELLO, Site, answers, ask, count, free, origin, read_head, wait_count,
@@ -127,6 +127,52 @@ async fn error_408_slow_body() {
 }
 
 #[tokio::test]
+async fn error_413_by_its_length() {
+    let (site, address) = Site::new(&[answers(HELLO).await]);
+    let proxy = site.attributes(|it| it.max_request_body_size = Some(1000)).start();
+    let head =
+        |length: usize| format!("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n");
+    // Nothing of the body has been sent when the answer comes.
+    let answer = ask(address, head(1001)).await;
+    assert_eq!((answer.status(), answer.field("connection")), (413, Some("close")));
+    assert_eq!(count(&proxy, "RequestCount"), 0);
+    assert_eq!(count(&proxy, "HTTPCode_ELB_4XX_Count"), 1);
+    let fits = format!("{}{}", head(1000), "a".repeat(1000));
+    assert_eq!(ask(address, fits).await.status(), 200);
+}
+
+#[tokio::test]
+async fn error_413_is_seen_by_a_client_that_goes_on_sending() {
+    let (site, address) = Site::new(&[answers(HELLO).await]);
+    let _proxy = site.attributes(|it| it.max_request_body_size = Some(1000)).start();
+    let length = 1_000_000;
+    let mut request =
+        format!("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n").into_bytes();
+    request.resize(request.len() + length, b'a');
+    let mut client = Client::connect(address).await;
+    client.send(&request).await;
+    sleep(SHORT).await;
+    assert_eq!(client.answer().await.status(), 413);
+    assert!(client.is_closed().await);
+}
+
+#[tokio::test]
+async fn error_413_in_chunks() {
+    let (site, address) = Site::new(&[reads_all().await]);
+    let proxy = site.attributes(|it| it.max_request_body_size = Some(10)).start();
+    let head = "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
+    let mut client = Client::connect(address).await;
+    client.send(head).await;
+    client.send("a\r\n0123456789\r\n").await;
+    wait_count(&proxy, "RequestCount", 1).await;
+    sleep(SHORT).await;
+    assert_eq!(count(&proxy, "HTTPCode_ELB_4XX_Count"), 0);
+    client.send("1\r\n0\r\n").await;
+    let answer = client.answer().await;
+    assert_eq!((answer.status(), answer.field("connection")), (413, Some("close")));
+}
+
+#[tokio::test]
 async fn error_414() {
     let (site, address) = Site::new(&[answers(HELLO).await]);
     let _proxy = site.start();
@@ -221,6 +267,39 @@ async fn error_502_half_a_head() {
     assert_eq!(ask(address, "GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.status(), 502);
 }
 
+/// A server whose system takes no further connection: its queue is full, and it drops SYNs.
+async fn swallows() -> (socket2::Socket, Vec<tokio::net::TcpStream>) {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.bind(&std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    socket.listen(0).unwrap();
+    let address = socket.local_addr().unwrap().as_socket().unwrap();
+    let mut queued = Vec::new();
+    while let Ok(connected) =
+        timeout(Duration::from_millis(500), tokio::net::TcpStream::connect(address)).await
+    {
+        queued.push(connected.unwrap());
+    }
+    (socket, queued)
+}
+
+#[tokio::test]
+async fn error_504_no_connection_within_10_seconds() {
+    let (target, _queued) = swallows().await;
+    let target = target.local_addr().unwrap().as_socket().unwrap();
+    let (site, address) = Site::new(&[target]);
+    let proxy = site.start();
+    let began = Instant::now();
+    assert_eq!(ask(address, "GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.status(), 504);
+    let took = began.elapsed().as_secs_f32();
+    assert!((9.9..12.0).contains(&took), "{took}");
+    assert_eq!(count(&proxy, "HTTPCode_ELB_504_Count"), 1);
+    let counters = proxy.counters();
+    assert_eq!(
+        counters.target_groups["web"].targets[&target].counts["TargetConnectionErrorCount"],
+        1
+    );
+}
+
 #[tokio::test]
 async fn a_body_that_is_cut_is_cut_for_the_client() {
     let target = origin(|mut stream| async move {
@@ -256,7 +335,8 @@ async fn error_503_no_capacity() {
     assert_eq!(count(&proxy, "RejectedConnectionCount"), 1);
     assert_eq!(first.get("/").await.status(), 200);
     drop(first);
-    wait_count(&proxy, "ActiveConnectionCount", 0).await;
+    // The one to the target is kept.
+    wait_count(&proxy, "ActiveConnectionCount", 1).await;
     assert_eq!(ask(address, "GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.status(), 200);
 }
 

@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, StreamBody};
@@ -16,8 +16,9 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use lb_userspace::config::model::HttpVersion;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
 
-use crate::harness::{Client, HELLO, Site, answers, ask, count, origin, read_head};
+use crate::harness::{Client, HELLO, Site, answers, ask, count, origin, read_head, wait_count};
 
 #[tokio::test]
 async fn keep_alive_both_ways() {
@@ -42,11 +43,34 @@ async fn keep_alive_both_ways() {
     assert_eq!(connections.load(Relaxed), 1);
     assert_eq!(count(&proxy, "RequestCount"), 10);
     assert_eq!(count(&proxy, "HTTPCode_Target_2XX_Count"), 10);
-    assert_eq!(count(&proxy, "NewConnectionCount"), 1);
+    // One of the client, one to the target.
+    assert_eq!(count(&proxy, "NewConnectionCount"), 2);
+    assert_eq!(count(&proxy, "ActiveConnectionCount"), 2);
+    drop(client);
+    wait_count(&proxy, "ActiveConnectionCount", 1).await;
     let counters = proxy.counters();
     let target = &counters.target_groups["web"].targets[&target];
     assert_eq!(target.counts["RequestCount"], 10);
     assert_eq!(target.target_response_time.buckets.iter().sum::<u64>(), 10);
+}
+
+#[tokio::test]
+async fn bytes_are_counted_while_they_pass() {
+    let target = origin(|mut stream| async move {
+        read_head(&mut stream).await;
+        let _ = stream.write_all(b"HTTP/1.1 200 OK\r\n\r\nfirst").await;
+        std::future::pending::<()>().await;
+    })
+    .await;
+    let (site, address) = Site::new(&[target]);
+    let proxy = site.start();
+    let mut client = Client::connect(address).await;
+    let request = "GET / HTTP/1.1\r\nHost: a\r\n\r\n";
+    client.send(request).await;
+    let head = client.head().await.head;
+    let chunk = client.exactly("5\r\nfirst\r\n".len()).await;
+    let bytes = request.len() + head.len() + chunk.len();
+    wait_count(&proxy, "ProcessedBytes", bytes as u64).await;
 }
 
 #[tokio::test]
@@ -245,6 +269,80 @@ async fn http2_to_http2() {
         assert!(answer.collect().await.unwrap().to_bytes() == body);
     }
     assert_eq!(count(&proxy, "RequestCount"), 2);
+}
+
+const IDLE: Duration = Duration::from_millis(400);
+
+/// A target that begins an answer to `/stalls` and goes no further, answers `/large` with more than
+/// any window holds, and everything else at once. It tells when a connection's client left.
+async fn stalling() -> (SocketAddr, Arc<Semaphore>) {
+    let left = Arc::new(Semaphore::new(0));
+    let told = left.clone();
+    let address = origin(move |mut stream| {
+        let told = told.clone();
+        async move {
+            while let Some(head) = read_head(&mut stream).await {
+                if head.starts_with("GET /stalls ") {
+                    let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n12345";
+                    stream.write_all(answer).await.unwrap();
+                    let _ = read_head(&mut stream).await;
+                    told.add_permits(1);
+                } else if head.starts_with("GET /large ") {
+                    let head = b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n";
+                    stream.write_all(head).await.unwrap();
+                    while stream.write_all(&[0; 100_000]).await.is_ok() {}
+                    told.add_permits(1);
+                } else {
+                    stream.write_all(HELLO.as_bytes()).await.unwrap();
+                }
+            }
+        }
+    });
+    (address.await, left)
+}
+
+#[tokio::test]
+async fn a_stalled_stream_times_out_alone() {
+    for path in ["stalls", "large"] {
+        let (target, left) = stalling().await;
+        let (site, address) = Site::new(&[target]);
+        let proxy = site.attributes(|it| it.idle_timeout = IDLE).start();
+        let mut client = http2::<Full<Bytes>>(address).await;
+        let mut get = async |path: &str| {
+            let uri = format!("http://site.test/{path}");
+            client.send_request(Request::get(uri).body(Full::default()).unwrap()).await.unwrap()
+        };
+        let stalled = get(path).await;
+        assert_eq!(stalled.status(), 200);
+        let began = Instant::now();
+        // The others go on for all that time, on the same connection.
+        while left.available_permits() == 0 {
+            assert_eq!(get("").await.into_body().collect().await.unwrap().to_bytes(), "hello");
+            assert!(began.elapsed() < crate::harness::LIMIT, "{path}");
+            tokio::time::sleep(IDLE / 8).await;
+        }
+        assert!(began.elapsed() >= IDLE, "{path}: {:?}", began.elapsed());
+        assert!(stalled.into_body().collect().await.is_err());
+        assert_eq!(get("").await.into_body().collect().await.unwrap().to_bytes(), "hello");
+        let metrics = proxy.counters();
+        assert!(metrics.load_balancers["site"].counts["RequestCount"] > 5);
+    }
+}
+
+#[tokio::test]
+async fn a_stalled_stream_leaves_a_silent_connection_open() {
+    let (target, left) = stalling().await;
+    let (site, address) = Site::new(&[target]);
+    let _proxy = site.attributes(|it| it.idle_timeout = IDLE).start();
+    let mut client = http2::<Full<Bytes>>(address).await;
+    let mut get = async |path: &str| {
+        let uri = format!("http://site.test/{path}");
+        client.send_request(Request::get(uri).body(Full::default()).unwrap()).await.unwrap()
+    };
+    assert!(get("stalls").await.into_body().collect().await.is_err());
+    assert_eq!(left.available_permits(), 1);
+    tokio::time::sleep(IDLE * 3).await;
+    assert_eq!(get("").await.into_body().collect().await.unwrap().to_bytes(), "hello");
 }
 
 #[tokio::test]

@@ -52,6 +52,20 @@ pub async fn answers(answer: &'static str) -> SocketAddr {
     .await
 }
 
+/// A server that answers each request with the head that it got.
+pub async fn mirror() -> SocketAddr {
+    origin(|mut stream| async move {
+        while let Some(head) = read_head(&mut stream).await {
+            let length = head.len();
+            let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n{head}");
+            if stream.write_all(answer.as_bytes()).await.is_err() {
+                return;
+            }
+        }
+    })
+    .await
+}
+
 /// Bytes until the end of a message's head, with what came after it; `None`: the other side
 /// closed.
 pub async fn read_head(stream: &mut TcpStream) -> Option<String> {

@@ -7,5 +7,6 @@ mod errors;
 mod forwarding;
 mod harness;
 mod reload;
+mod stickiness;
 mod tls;
 mod upgrades;

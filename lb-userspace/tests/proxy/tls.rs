@@ -167,6 +167,44 @@ async fn http2_is_agreed_on_unless_it_is_off() {
 }
 
 #[tokio::test]
+async fn a_client_beyond_the_capacity_is_told() {
+    let directory = TempDir::new().unwrap();
+    let tls = listener(vec![certificate(directory.path(), "a", &["a.test"])]);
+    let (mut site, _) = Site::new(&[answers(HELLO).await]);
+    let address = site.listener(ProxyProtocol::Https, Some(tls));
+    let proxy = site.attributes(|it| it.max_connections = Some(1)).start();
+    let first = connect(address, "a.test").await;
+    let both = ["h2", "http/1.1"];
+    let second = handshake(address, "a.test", &both, &ALL, &rustls::version::TLS13).await.unwrap();
+    assert_eq!(second.get_ref().1.alpn_protocol(), Some(b"http/1.1".as_slice()));
+    let answer = exchange(second).await;
+    assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+    assert_eq!(count(&proxy, "RejectedConnectionCount"), 1);
+    // The one that is there notices nothing.
+    assert!(exchange(first).await.ends_with("hello"));
+}
+
+#[tokio::test]
+async fn clients_beyond_the_capacity_cannot_use_it_up() {
+    let directory = TempDir::new().unwrap();
+    let tls = listener(vec![certificate(directory.path(), "a", &["a.test"])]);
+    let (mut site, _) = Site::new(&[answers(HELLO).await]);
+    let address = site.listener(ProxyProtocol::Https, Some(tls));
+    let proxy = site.attributes(|it| it.max_connections = Some(1)).start();
+    let _first = connect(address, "a.test").await;
+    // They say nothing, and would be waited for.
+    let mut silent = Vec::new();
+    for n in 1..=64 {
+        silent.push(TcpStream::connect(address).await.unwrap());
+        wait_count(&proxy, "RejectedConnectionCount", n).await;
+    }
+    let began = std::time::Instant::now();
+    let mut further = TcpStream::connect(address).await.unwrap();
+    assert_eq!(further.read(&mut [0; 1]).await.unwrap(), 0);
+    assert!(began.elapsed() < Duration::from_millis(500), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
 async fn a_policy_refuses_old_versions() {
     let directory = TempDir::new().unwrap();
     let mut tls = listener(vec![certificate(directory.path(), "a", &["a.test"])]);
@@ -308,7 +346,46 @@ async fn tls_listener_tells_targets_the_clients_address() {
     assert_eq!(fields[..2], ["tls", "2.0"], "{log}");
     assert_eq!(fields[5..7], [client.to_string(), address.to_string()]);
     assert_eq!(fields[9..11], ["8", "36"], "{log}");
-    assert!(log.contains(" tlsv13 - a.test x-own "), "{log}");
+    assert!(log.contains(" tlsv13 - a.test x-own - \"x-own\" "), "{log}");
+}
+
+#[tokio::test]
+async fn handshakes_that_fail_are_in_the_log() {
+    let directory = TempDir::new().unwrap();
+    let mut tls = listener(vec![certificate(directory.path(), "a", &["a.test"])]);
+    tls.policy =
+        TlsPolicy { name: "ELBSecurityPolicy-TLS13-1-3-2021-06", tls12: false, tls13: true };
+    let (mut site, _) = Site::new(&[]);
+    let address = site.listener(ProxyProtocol::Tls, Some(tls));
+    let log = directory.path().join("tls.log");
+    let site = site.attributes(|it| it.access_log = Some(LogSink::File(log.clone())));
+    let proxy = site.start();
+    let old = handshake(address, "a.test", &["h2"], &ALL, &rustls::version::TLS12).await;
+    assert!(old.is_err());
+    wait_count(&proxy, "ClientTLSNegotiationErrorCount", 1).await;
+    // A client that does not trust the certificate says so: bad_certificate, 42 = 0x2a, or
+    // unknown_ca, 48 = 0x30.
+    let mut trusting = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(rustls::RootCertStore::empty())
+        .with_no_client_auth();
+    trusting.alpn_protocols = vec![b"h2".to_vec()];
+    let stream = TcpStream::connect(address).await.unwrap();
+    let name = ServerName::try_from("a.test").unwrap();
+    assert!(TlsConnector::from(Arc::new(trusting)).connect(name, stream).await.is_err());
+    wait_count(&proxy, "ClientTLSNegotiationErrorCount", 2).await;
+    wait_count(&proxy, "ActiveConnectionCount", 0).await;
+    proxy.end(Duration::from_secs(5)).await;
+    let log = fs::read_to_string(log).unwrap();
+    let lines: Vec<Vec<_>> = log.lines().map(|line| line.split(' ').collect()).collect();
+    assert_eq!(lines.len(), 2, "{log}");
+    for line in &lines {
+        // No handshake's time, no cipher, no version; but what the client asked for.
+        assert_eq!((line[8], line[14], line[15]), ("-", "-", "-"), "{log}");
+        assert_eq!((line[17], line[18], line[20]), ("a.test", "-", "\"h2\""), "{log}");
+    }
+    assert_eq!((lines[0][11], lines[1][11]), ("-", "30"), "{log}");
 }
 
 #[tokio::test]

@@ -1,8 +1,10 @@
 //! Connections that become something else.
 
+use std::fs;
 use std::time::Duration;
 
 use futures::{SinkExt, StreamExt};
+use lb_userspace::config::model::LogSink;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::Message;
@@ -22,8 +24,10 @@ async fn websocket() {
         }
     })
     .await;
+    let directory = tempfile::TempDir::new().unwrap();
+    let log = directory.path().join("access.log");
     let (site, address) = Site::new(&[target]);
-    let proxy = site.start();
+    let proxy = site.attributes(|it| it.access_log = Some(LogSink::File(log.clone()))).start();
     let stream = TcpStream::connect(address).await.unwrap();
     let (mut socket, answer) = client_async("ws://site.test/chat", stream).await.unwrap();
     assert_eq!(answer.status(), 101);
@@ -33,10 +37,18 @@ async fn websocket() {
         socket.send(message.clone()).await.unwrap();
         assert_eq!(socket.next().await.unwrap().unwrap(), message);
     }
-    assert_eq!(count(&proxy, "ActiveConnectionCount"), 1);
+    assert_eq!(count(&proxy, "ActiveConnectionCount"), 2);
     socket.close(None).await.unwrap();
     drop(socket);
     wait_count(&proxy, "ActiveConnectionCount", 0).await;
+    let bytes = count(&proxy, "ProcessedBytes");
+    proxy.end(Duration::from_secs(5)).await;
+    let log = fs::read_to_string(log).unwrap();
+    let fields: Vec<_> = log.split(' ').collect();
+    assert_eq!((fields[0], fields[8]), ("ws", "101"), "{log}");
+    let all = fields[10..12].iter().map(|it| it.parse::<u64>().unwrap());
+    assert_eq!(all.clone().sum::<u64>(), bytes, "{log}");
+    assert!(all.min() > Some(1_000_000), "{log}");
 }
 
 #[tokio::test]

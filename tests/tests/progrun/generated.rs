@@ -16,7 +16,7 @@ use super::*;
 const FRAMES: u32 = 100_000;
 /// Frames between two changes of the tables. Short enough that no flow comes near the age at which
 /// it is treated otherwise: the two sides look at the clock one after the other.
-const BATCH: u32 = 2_000;
+const BATCH: u32 = 1_000;
 
 /// Ages of remembered flows, seconds: on either side of, and not near, every limit.
 const AGES: [u64; 8] = [0, 0, 3, 8, 12, 110, 130, 400];

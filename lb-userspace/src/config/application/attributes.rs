@@ -12,11 +12,14 @@ const KEEP_ALIVES: RangeInclusive<Duration> =
     Duration::from_secs(60)..=Duration::from_secs(7 * 24 * 3600);
 const MAX_CONNECTIONS: RangeInclusive<u32> = 1..=10_000_000;
 
+const BODY_SIZES: RangeInclusive<u64> = 1..=1 << 40;
+
 /// Those of requests, which a network load balancer does not see.
-const REQUEST_KEYS: [&str; 10] = [
+const REQUEST_KEYS: [&str; 11] = [
     "idle_timeout",
     "client_keep_alive",
     "max_connections",
+    "max_request_body_size",
     "desync_mitigation_mode",
     "drop_invalid_header_fields",
     "preserve_host_header",
@@ -58,6 +61,9 @@ pub(in super::super) fn read<'a>(
         max_connections: table
             .optional("max_connections")
             .and_then(|value| value.integer(MAX_CONNECTIONS)),
+        max_request_body_size: table
+            .optional("max_request_body_size")
+            .and_then(|value| value.bytes(BODY_SIZES)),
         desync_mitigation: table
             .optional("desync_mitigation_mode")
             .and_then(|value| value.choice(&modes, &[]))

@@ -77,6 +77,7 @@ fn host_header(given: Either<'_>) -> Option<Condition> {
         Either::Regexes(value) => regexes(
             value,
             "write a list of regular expressions, such as [\"^(www|shop)\\\\.example\\\\.com$\"]",
+            true,
         )?,
     };
     Some(Condition::HostHeader(patterns))
@@ -90,7 +91,7 @@ fn path_pattern(given: Either<'_>) -> Option<Condition> {
     };
     let patterns = match given {
         Either::Wildcards(value) => wildcards(value, help, is_path)?,
-        Either::Regexes(value) => regexes(value, REGEX_HELP)?,
+        Either::Regexes(value) => regexes(value, REGEX_HELP, false)?,
     };
     Some(Condition::PathPattern(patterns))
 }
@@ -120,7 +121,7 @@ fn http_header(value: Value<'_>) -> Option<Condition> {
     let is_value = |text: &str| !text.chars().any(char::is_control);
     let values = match given? {
         Either::Wildcards(value) => wildcards(value, help, is_value)?,
-        Either::Regexes(value) => regexes(value, REGEX_HELP)?,
+        Either::Regexes(value) => regexes(value, REGEX_HELP, true)?,
     };
     Some(Condition::HttpHeader { name: name?, values })
 }

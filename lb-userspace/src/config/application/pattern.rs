@@ -1,9 +1,10 @@
 //! Patterns with `*` and `?`, and regular expressions.
 
-use regex::Regex;
+use regex::bytes::Regex;
 
 use super::super::model::Pattern;
 use super::super::reader::{Value, Wrong};
+use crate::regular_expression;
 
 /// AWS's, of every value of a condition.
 pub(super) const MAX_CHARACTERS: usize = 128;
@@ -29,8 +30,11 @@ pub(super) fn wildcards(
 }
 
 /// A list of regular expressions; `None` where one could not be read.
-pub(super) fn regexes(value: Value<'_>, help: &str) -> Option<Vec<Pattern>> {
-    let read = |item| Some(Pattern::Regex(regex(item, help, MAX_CHARACTERS)?.to_string()));
+pub(super) fn regexes(value: Value<'_>, help: &str, ignore_case: bool) -> Option<Vec<Pattern>> {
+    let read = |item| {
+        let regex = regex(item, help, MAX_CHARACTERS, ignore_case)?;
+        Some(Pattern::Regex(regex.as_str().to_owned()))
+    };
     all(elements(value, help).into_iter().map(read))
 }
 
@@ -54,7 +58,8 @@ pub(super) fn text(value: Value<'_>, help: &str, is_right: fn(&str) -> bool) -> 
     })
 }
 
-pub(super) fn regex(value: Value<'_>, help: &str, most: usize) -> Option<Regex> {
+/// A regular expression that the proxy can compile.
+pub(super) fn regex(value: Value<'_>, help: &str, most: usize, ignore_case: bool) -> Option<Regex> {
     value.parsed(help, |text| {
         let length = text.chars().count();
         if length > most {
@@ -63,7 +68,7 @@ pub(super) fn regex(value: Value<'_>, help: &str, most: usize) -> Option<Regex> 
         if text.is_empty() {
             return Err(Wrong::new(value.refusal(), help));
         }
-        Regex::new(text).map_err(|error| {
+        regular_expression::compile(text, ignore_case).map_err(|error| {
             // The last line says why, the others show where.
             let shown = error.to_string();
             let reason = shown.lines().last().unwrap_or_default();

@@ -1,6 +1,6 @@
 //! Changes of a request before it is forwarded.
 
-use regex::Regex;
+use regex::bytes::Regex;
 
 use super::super::model::{Rewrite, Transforms};
 use super::super::reader::{Table, Value, Wrong};
@@ -15,26 +15,28 @@ pub(super) fn read<'a>(table: &mut Table<'a>) -> (Transforms, Option<Value<'a>>)
     let host = table.optional("host_header_rewrite");
     let transforms = Transforms {
         url_rewrite: url.and_then(|value| {
-            rewrite(value, "write { regex = \"^/api/(.*)$\", replace = \"/$1\" }")
+            rewrite(value, "write { regex = \"^/api/(.*)$\", replace = \"/$1\" }", false)
         }),
         host_header_rewrite: host.and_then(|value| {
             rewrite(
                 value,
                 "write { regex = \"^(.*)\\\\.example\\\\.com$\", replace = \"$1.internal\" }",
+                true,
             )
         }),
     };
     (transforms, url.or(host))
 }
 
-fn rewrite(value: Value<'_>, help: &str) -> Option<Rewrite> {
+fn rewrite(value: Value<'_>, help: &str, ignore_case: bool) -> Option<Rewrite> {
     let mut table = value.table(format!("`{}`", value.key()), help)?;
-    let expression = table.required("regex", help).and_then(|it| regex(it, help, MAX_CHARACTERS));
+    let expression =
+        table.required("regex", help).and_then(|it| regex(it, help, MAX_CHARACTERS, ignore_case));
     let replace = table.required("replace", help);
     table.finish();
     let expression = expression?;
     let replace = replace.and_then(|value| replacement(value, help, &expression))?;
-    Some(Rewrite { regex: expression.to_string(), replace })
+    Some(Rewrite { regex: expression.as_str().to_owned(), replace })
 }
 
 /// Every `$1` or `${1}` names parentheses that are there; `$$` is a dollar.

@@ -221,6 +221,8 @@ pub struct Attributes {
     pub client_keep_alive: Duration,
     /// Connections at a time; `None`: no bound of ours.
     pub max_connections: Option<u32>,
+    /// Bytes of a request's body, at most, 1 to 1 TiB; `None`: no bound.
+    pub max_request_body_size: Option<u64>,
     /// What becomes of requests that servers may understand in different ways.
     pub desync_mitigation: DesyncMitigation,
     /// Whether header fields with names beyond letters, digits and hyphens are taken out.
@@ -245,6 +247,7 @@ impl Default for Attributes {
             idle_timeout: Duration::from_secs(60),
             client_keep_alive: Duration::from_secs(3600),
             max_connections: None,
+            max_request_body_size: None,
             desync_mitigation: DesyncMitigation::Defensive,
             drop_invalid_header_fields: false,
             preserve_host_header: false,

@@ -1,7 +1,8 @@
 //! One snapshot for each kind of error about what the proxy serves.
 
 use super::refused::assert_refused;
-use super::warnings;
+use super::{parse, warnings};
+use crate::proxy::rules::Rules;
 
 /// An application load balancer with the given keys, and groups that its listeners can use.
 macro_rules! application {
@@ -124,6 +125,10 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("idle_timeout_fraction", attribute!("idle_timeout = \"1500ms\"")),
     ("client_keep_alive_range", attribute!("client_keep_alive = \"59s\"")),
     ("max_connections_zero", attribute!("max_connections = 0")),
+    ("max_request_body_size_zero", attribute!("max_request_body_size = 0")),
+    ("max_request_body_size_unit", attribute!("max_request_body_size = \"1M\"")),
+    ("max_request_body_size_large", attribute!("max_request_body_size = \"2000GiB\"")),
+    ("max_request_body_size_list", attribute!("max_request_body_size = [1]")),
     ("desync_mitigation_mode", attribute!("desync_mitigation_mode = \"strict\"")),
     ("xff_mode", attribute!("xff_header_processing_mode = \"drop\"")),
     ("enable_http2_string", attribute!("enable_http2 = \"yes\"")),
@@ -285,6 +290,8 @@ const ONE_ERROR: &[(&str, &str)] = &[
         ),
     ),
     ("regex_wrong", condition!("host_header_regex = [\"(www\"]")),
+    ("regex_unicode", condition!("host_header_regex = ['\\p{Greek}']")),
+    ("regex_too_big", condition!("path_pattern_regex = [\"(a{1000}){1000}\"]")),
     ("regex_empty", condition!("path_pattern_regex = [\"\"]")),
     ("path_pattern_relative", condition!("path_pattern = [\"api/*\"]")),
     ("path_pattern_fragment", condition!("path_pattern = [\"/a#b\"]")),
@@ -412,6 +419,54 @@ fn each_error_of_the_proxy_is_reported_once() {
     for (name, text) in ONE_ERROR {
         assert_refused(name, text, 1);
     }
+}
+
+/// A file that `check` takes never fails in the proxy.
+#[test]
+fn a_regular_expression_that_is_accepted_compiles() {
+    let expressions = [
+        "^/v[0-9]+/",
+        "\\p{Greek}",
+        "(?u)\\p{Greek}",
+        "[é]",
+        "é",
+        "(?u:[é])",
+        "\\xff",
+        "(?-u)\\xff",
+        "(a{1000}){1000}",
+        "a{5000}",
+        "(?i)a{5000}",
+        "[ak]{9000}",
+        "(?u:[ak]{3000})",
+        "\\b",
+        "(",
+        "(?x) a # comment",
+    ];
+    let places: [fn(&str) -> String; 5] = [
+        |it| format!("host_header_regex = ['{it}']"),
+        |it| format!("path_pattern_regex = ['{it}']"),
+        |it| format!("http_header = {{ name = \"a\", values_regex = ['{it}'] }}"),
+        |it| format!("path_pattern = [\"/\"]\nurl_rewrite = {{ regex = '{it}', replace = \"/\" }}"),
+        |it| {
+            format!(
+                "path_pattern = [\"/\"]\nhost_header_rewrite = {{ regex = '{it}', replace = \"a\" }}"
+            )
+        },
+    ];
+    let mut accepted = 0;
+    for (place, expression) in places.iter().flat_map(|place| expressions.map(|it| (place, it))) {
+        let keys = place(expression);
+        let Ok(parsed) = parse("lb.toml", &condition!("KEYS").replace("KEYS", &keys)) else {
+            continue;
+        };
+        accepted += 1;
+        for listener in &parsed.config.load_balancers["site"].proxied {
+            if let Err(error) = Rules::compile(listener) {
+                panic!("{keys}: {error}");
+            }
+        }
+    }
+    assert!(accepted >= 5 * 4, "{accepted}");
 }
 
 #[test]

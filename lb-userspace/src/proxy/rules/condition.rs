@@ -8,9 +8,10 @@ use hyper::header::HeaderName;
 use ipnet::IpNet;
 use regex::bytes::Regex;
 
-use super::pattern::{Wildcard, compile_regex};
+use super::pattern::Wildcard;
 use super::{CompileError, RequestView};
 use crate::config::model::{self, Pattern};
+use crate::regular_expression;
 
 /// A compiled condition, see [`model::Condition`].
 #[derive(Debug, Clone)]
@@ -170,7 +171,7 @@ impl Values {
             match pattern {
                 Pattern::Wildcard(pattern) => wildcards.push(Wildcard::new(pattern, lower_case)),
                 Pattern::Regex(pattern) => regexes.push(
-                    compile_regex(pattern, lower_case)
+                    regular_expression::compile(pattern, lower_case)
                         .map_err(|error| CompileError::regex(pattern, &error))?,
                 ),
             }

@@ -1,4 +1,4 @@
-//! What values are compared with: wildcard patterns and regular expressions.
+//! What values are compared with, other than regular expressions: wildcard patterns.
 //!
 //! Wildcards are those of "Condition types for listener rules" in AWS's guide to application load
 //! balancers: `*` is any bytes or none, `?` exactly one. A backslash before `*`, `?` or another
@@ -10,25 +10,6 @@
 //! most value times pattern, and both are bounded (16 KiB and what the configuration says).
 
 use memchr::memmem;
-use regex::bytes::{Regex, RegexBuilder};
-
-/// Bound of a compiled regular expression, bytes: enough for anything a person writes, and too
-/// little for `(a{1000}){1000}`.
-const REGEX_SIZE_LIMIT: usize = 1 << 20;
-
-/// Compiles a regular expression as all of the proxy's are: on bytes, without Unicode classes
-/// (as AWS), linear in time, bounded in size.
-///
-/// # Errors
-/// If it is none, or too big; the error says where and why.
-pub fn compile_regex(pattern: &str, ignore_case: bool) -> Result<Regex, regex::Error> {
-    RegexBuilder::new(pattern)
-        .case_insensitive(ignore_case)
-        .unicode(false)
-        .size_limit(REGEX_SIZE_LIMIT)
-        .dfa_size_limit(REGEX_SIZE_LIMIT)
-        .build()
-}
 
 /// A compiled wildcard pattern.
 #[derive(Debug, Clone)]
@@ -285,16 +266,6 @@ mod tests {
         let pattern = Wildcard::new("*.Example.COM", true);
         assert!(pattern.matches(b"www.example.com"));
         assert!(!pattern.matches(b"www.Example.com"));
-    }
-
-    #[test]
-    fn regular_expressions_are_bounded() {
-        assert!(compile_regex("(a{1000}){1000}", false).is_err());
-        assert!(compile_regex("(a+)+$", false).is_ok_and(|regex| {
-            !regex.is_match(&[b"a".repeat(100_000), b"b".to_vec()].concat())
-        }));
-        assert!(compile_regex(r"\p{Greek}", false).is_err());
-        assert!(compile_regex("^/A.$", true).is_ok_and(|regex| regex.is_match(b"/a\xff")));
     }
 
     #[test]

@@ -24,6 +24,8 @@ const SESSIONS: usize = 1024;
 pub struct ListenerConfig {
     /// For handshakes.
     pub server: Arc<ServerConfig>,
+    /// For handshakes with clients that are refused, in HTTP/1.1.
+    pub refusing: Arc<ServerConfig>,
     certificates: Arc<Certificates>,
 }
 
@@ -43,7 +45,9 @@ impl ListenerConfig {
         server.alpn_protocols = alpn.iter().map(|it| it.as_bytes().to_vec()).collect();
         server.ticketer = aws_lc_rs::Ticketer::new().map_err(|error| error.to_string())?;
         server.ignore_client_order = true;
-        Ok(Self { server: Arc::new(server), certificates })
+        let mut refusing = server.clone();
+        refusing.alpn_protocols = vec![b"http/1.1".to_vec()];
+        Ok(Self { server: Arc::new(server), refusing: Arc::new(refusing), certificates })
     }
 }
 

@@ -16,9 +16,10 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::super::BUFFER;
-use super::super::counters::{Metric, Shards};
-use super::super::table::Target;
+use super::super::counters::Metric;
+use super::super::table::{LoadBalancer, Target};
 use super::super::tls;
+use super::counted::CountedStream;
 use super::{Lease, Pool, proxy_protocol};
 use crate::config::model::{HttpVersion, TargetProtocol};
 
@@ -45,9 +46,9 @@ pub enum ConnectError {
 #[derive(Debug)]
 pub enum TargetStream {
     /// As it is.
-    Plain(TcpStream),
+    Plain(CountedStream),
     /// In TLS.
-    Tls(Box<TlsStream<TcpStream>>),
+    Tls(Box<TlsStream<CountedStream>>),
 }
 
 /// Opens connections for one thread.
@@ -70,12 +71,12 @@ impl Connector {
         }
     }
 
-    /// A connection for HTTP. `balancer`: the load balancer's counters.
+    /// A connection for HTTP, opened for a request of this load balancer.
     pub async fn http(
         &self,
         pool: &Arc<Pool>,
         target: &Arc<Target>,
-        balancer: &Shards,
+        load_balancer: &Arc<LoadBalancer>,
     ) -> Result<Lease, ConnectError> {
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         let config = match target.settings.version {
@@ -83,12 +84,12 @@ impl Connector {
             HttpVersion::Http2 | HttpVersion::Grpc => &self.http2,
         };
         let opened = async {
-            match self.open(target, balancer, config, None).await? {
+            match self.open(target, load_balancer, config, None).await? {
                 TargetStream::Plain(stream) => handshake(stream, pool, target).await,
                 TargetStream::Tls(stream) => handshake(*stream, pool, target).await,
             }
         };
-        self.within(deadline, target, balancer, opened).await
+        self.within(deadline, target, opened).await
     }
 
     /// A connection for whatever is in it. `ends`: the client's address and the one it connected
@@ -96,20 +97,18 @@ impl Connector {
     pub async fn raw(
         &self,
         target: &Arc<Target>,
-        balancer: &Shards,
+        load_balancer: &Arc<LoadBalancer>,
         ends: (SocketAddr, SocketAddr),
     ) -> Result<TargetStream, ConnectError> {
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         let ends = target.settings.proxy_protocol_v2.then_some(ends);
-        let opened = self.open(target, balancer, &self.any, ends);
-        self.within(deadline, target, balancer, opened).await
+        self.within(deadline, target, self.open(target, load_balancer, &self.any, ends)).await
     }
 
     async fn within<T>(
         &self,
         deadline: Instant,
         target: &Target,
-        balancer: &Shards,
         opening: impl Future<Output = io::Result<T>>,
     ) -> Result<T, ConnectError> {
         let opened = match timeout_at(deadline, opening).await {
@@ -121,21 +120,20 @@ impl Connector {
             }
             Err(_) => ConnectError::Timeout,
         };
-        for counters in [&target.counters, balancer] {
-            counters.count(self.worker, Metric::TargetConnectionErrors);
-        }
+        target.counters.count(self.worker, Metric::TargetConnectionErrors);
         Err(opened)
     }
 
     async fn open(
         &self,
         target: &Target,
-        balancer: &Shards,
+        load_balancer: &Arc<LoadBalancer>,
         config: &Arc<ClientConfig>,
         ends: Option<(SocketAddr, SocketAddr)>,
     ) -> io::Result<TargetStream> {
-        let mut stream = TcpStream::connect(target.address).await?;
+        let stream = TcpStream::connect(target.address).await?;
         stream.set_nodelay(true)?;
+        let mut stream = CountedStream::new(stream, load_balancer.clone(), self.worker);
         if let Some((client, listener)) = ends {
             stream.write_all(&proxy_protocol::header(client, listener)).await?;
         }
@@ -147,9 +145,7 @@ impl Connector {
                     .connect(name, stream)
                     .await
                     .inspect_err(|_| {
-                        for counters in [&target.counters, balancer] {
-                            counters.count(self.worker, Metric::TargetTlsErrors);
-                        }
+                        target.counters.count(self.worker, Metric::TargetTlsErrors);
                     })?;
                 Ok(TargetStream::Tls(Box::new(stream)))
             }

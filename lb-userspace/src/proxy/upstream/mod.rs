@@ -1,6 +1,7 @@
 //! Connections to targets: each worker thread has its own, and keeps those that are idle.
 
 mod connect;
+mod counted;
 pub mod proxy_protocol;
 
 use std::collections::HashMap;
