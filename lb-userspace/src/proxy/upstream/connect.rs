@@ -89,7 +89,7 @@ impl Connector {
                 TargetStream::Tls(stream) => handshake(*stream, pool, target).await,
             }
         };
-        self.within(deadline, target, opened).await
+        self.within(deadline, target, load_balancer, opened).await
     }
 
     /// A connection for whatever is in it. `ends`: the client's address and the one it connected
@@ -102,13 +102,15 @@ impl Connector {
     ) -> Result<TargetStream, ConnectError> {
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         let ends = target.settings.proxy_protocol_v2.then_some(ends);
-        self.within(deadline, target, self.open(target, load_balancer, &self.any, ends)).await
+        let opened = self.open(target, load_balancer, &self.any, ends);
+        self.within(deadline, target, load_balancer, opened).await
     }
 
     async fn within<T>(
         &self,
         deadline: Instant,
         target: &Target,
+        load_balancer: &LoadBalancer,
         opening: impl Future<Output = io::Result<T>>,
     ) -> Result<T, ConnectError> {
         let opened = match timeout_at(deadline, opening).await {
@@ -120,8 +122,14 @@ impl Connector {
             }
             Err(_) => ConnectError::Timeout,
         };
-        target.counters.count(self.worker, Metric::TargetConnectionErrors);
+        self.count(target, load_balancer, Metric::TargetConnectionErrors);
         Err(opened)
+    }
+
+    fn count(&self, target: &Target, load_balancer: &LoadBalancer, metric: Metric) {
+        for counters in [&target.counters, &load_balancer.counters] {
+            counters.count(self.worker, metric);
+        }
     }
 
     async fn open(
@@ -145,7 +153,7 @@ impl Connector {
                     .connect(name, stream)
                     .await
                     .inspect_err(|_| {
-                        target.counters.count(self.worker, Metric::TargetTlsErrors);
+                        self.count(target, load_balancer, Metric::TargetTlsErrors);
                     })?;
                 Ok(TargetStream::Tls(Box::new(stream)))
             }
