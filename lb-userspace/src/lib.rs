@@ -10,6 +10,7 @@ pub mod api;
 pub mod cli;
 pub mod config;
 pub mod dataplane;
+pub mod dns;
 pub mod health;
 pub mod netlink;
 pub mod proxy;

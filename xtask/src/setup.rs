@@ -19,10 +19,12 @@ const TOOLCHAIN: &str = "1.95.0";
 const BPF_LINKER: &str = "0.10.3";
 
 /// A system command, the package that has it, and what it is for.
-const PACKAGES: [(&str, &str, &str); 7] = [
+const PACKAGES: [(&str, &str, &str); 9] = [
     ("ip", "iproute2", "network namespaces"),
     ("ethtool", "ethtool", "checksum offload of virtual NICs"),
     ("curl", "curl", "the clients of the demo"),
+    ("dig", "bind9-dnsutils", "who asks for the names of load balancers"),
+    ("openssl", "openssl", "the certificate of the demo"),
     ("wrk", "wrk", "HTTP load"),
     ("nginx", "nginx", "the targets of the demo"),
     ("haproxy", "haproxy", "what the proxy is measured against"),

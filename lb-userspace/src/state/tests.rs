@@ -1,3 +1,4 @@
+mod application;
 mod proxied;
 mod selection;
 

@@ -48,6 +48,17 @@ pub enum ProxyProtocol {
     Tls,
 }
 
+impl std::fmt::Display for ProxyProtocol {
+    /// As the configuration file writes it.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Http => "http",
+            Self::Https => "https",
+            Self::Tls => "tls",
+        })
+    }
+}
+
 /// What a listener shows of itself in TLS.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ListenerTls {

@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use lb_common::tables::Endpoint;
+
 use super::super::State;
 use crate::config;
 use crate::health::HealthState;
@@ -38,6 +40,7 @@ fn groups_of_the_proxy_are_checked_and_none_of_the_data_plane_s() {
     let states = state.known.iter().map(|key| state.health_of(key).state).collect::<Vec<_>>();
     assert_eq!(states, [HealthState::Initial, HealthState::Unused, HealthState::Initial]);
     let desired = state.desired(now);
-    assert!(desired.listeners.is_empty() && desired.rings.is_empty());
+    let balanced = |endpoint: &Endpoint| endpoint.kind() == Endpoint::LISTENER;
+    assert!(!desired.endpoints.values().any(balanced) && desired.rings.is_empty());
     assert!(!state.counts_flows());
 }
