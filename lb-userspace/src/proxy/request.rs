@@ -117,6 +117,10 @@ async fn answer(
             let fields = request.headers();
             let chosen = select::choose(connection, &served, decision, forward, fields)?;
             let group = &*chosen.group;
+            if let Some(note) = &mut exchange.note {
+                let is_grpc = group.settings.version == HttpVersion::Grpc;
+                note.group = Some((group.name.clone(), is_grpc));
+            }
             forward::check_version(&request, group.settings.version)?;
             let target = chosen.target.ok_or(ElbError::ServiceUnavailable)?;
             let address = target.address;
@@ -124,8 +128,6 @@ async fn answer(
             let host = host_for_target(&host, &parsed, decision, exchange)?;
             let path = path_for_target(&request, decision)?;
             if let Some(note) = &mut exchange.note {
-                let is_grpc = group.settings.version == HttpVersion::Grpc;
-                note.group = Some((group.name.clone(), is_grpc));
                 let has_host = decision.host_header_rewrite.is_some();
                 let has_path = decision.url_rewrite.is_some();
                 note.transformed =

@@ -161,6 +161,17 @@ async fn a_target_that_does_not_answer_is_in_the_log() {
 }
 
 #[tokio::test]
+async fn a_group_without_targets_is_in_the_log() {
+    let (site, address) = Site::new(&[]);
+    let lines = log_of(site, async |_| {
+        assert_eq!(Client::connect(address).await.get("/").await.status(), 503);
+    })
+    .await;
+    assert!(lines[0].contains(" - -1 -1 -1 503 - "), "{lines:?}");
+    assert!(lines[0].contains(" - - web \"-\" "), "{lines:?}");
+}
+
+#[tokio::test]
 async fn a_body_that_comes_after_the_answer_is_in_the_log() {
     // It answers before it has read everything.
     let target = crate::harness::origin(|mut stream| async move {

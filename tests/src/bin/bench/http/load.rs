@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
@@ -18,24 +18,35 @@ pub struct Load {
     is_tls: bool,
     /// Whether every request has a connection of its own.
     is_new: bool,
+    /// Whether every connection begins with a whole handshake, of a client that was never here: wrk
+    /// resumes sessions.
+    is_stranger: bool,
     connections: u32,
     /// Bytes of an answer's body.
     body: u64,
 }
 
-const SMALL: Load =
-    Load { name: "small", path: "/", is_tls: false, is_new: false, connections: 50, body: 12 };
+const SMALL: Load = Load {
+    name: "small",
+    path: "/",
+    is_tls: false,
+    is_new: false,
+    is_stranger: false,
+    connections: 50,
+    body: 12,
+};
 const LARGE: Load =
     Load { name: "1 MB", path: "/large", connections: 8, body: super::servers::LARGE, ..SMALL };
 
 impl Load {
     /// All kinds.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         SMALL,
         Self { name: "small, new connections", is_new: true, ..SMALL },
         LARGE,
         Self { name: "TLS, small", is_tls: true, ..SMALL },
-        Self { name: "TLS, new connections", is_tls: true, is_new: true, ..SMALL },
+        Self { name: "TLS, handshakes", is_tls: true, is_stranger: true, ..SMALL },
+        Self { name: "TLS, resumed", is_tls: true, is_new: true, ..SMALL },
         Self { name: "TLS, 1 MB", is_tls: true, ..LARGE },
     ];
 
@@ -49,11 +60,15 @@ impl Load {
     pub fn put_on(&self, proxy: &Proxy, cpu: usize, length: Duration) -> Result<Measured> {
         let (scheme, port) =
             if self.is_tls { ("https", proxy.tls_port()) } else { ("http", proxy.port()) };
-        let mut wrk = Command::new("taskset");
-        wrk.args(["-c", &cpu.to_string(), "wrk"]);
-        let url = format!("{scheme}://127.0.0.1:{port}{}", self.path);
+        let mut program = Command::new("taskset");
+        program.args(["-c", &cpu.to_string()]);
         let before = cpu_time(proxy.pid())?;
-        let measured = self.run(wrk, &url, length)?;
+        let measured = if self.is_stranger {
+            handshakes(program, port, length)?
+        } else {
+            program.arg("wrk");
+            self.run(program, &format!("{scheme}://127.0.0.1:{port}{}", self.path), length)?
+        };
         let cpu = cpu_time(proxy.pid())? - before;
         Ok(Measured { cpu, ..measured })
     }
@@ -81,6 +96,28 @@ impl Load {
     }
 }
 
+/// One connection after the other, each with one request.
+fn handshakes(mut program: Command, port: u16, length: Duration) -> Result<Measured> {
+    let seconds = length.as_secs();
+    program.args(["openssl", "s_time", "-new", "-www", "/"]).args([
+        "-connect",
+        &format!("127.0.0.1:{port}"),
+        "-time",
+        &seconds.to_string(),
+    ]);
+    let began = Instant::now();
+    let output = program.output().context("run openssl")?;
+    let time = began.elapsed();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    // `564 connections in 3 real seconds, 155 bytes read per connection`
+    let line = text.lines().find(|line| line.contains("real seconds")).context("no summary")?;
+    let numbers: Vec<u64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    let [requests, _, bytes] = numbers[..] else { bail!("openssl said: {line}") };
+    ensure!(requests > 0 && bytes > SMALL.body, "openssl said: {line}");
+    let bytes = (requests * bytes) as f64;
+    Ok(Measured { requests, bytes, time, cpu: Duration::ZERO, p50: None, p99: None })
+}
+
 /// What came of a load.
 #[derive(Clone, Copy)]
 pub struct Measured {
@@ -89,9 +126,9 @@ pub struct Measured {
     time: Duration,
     cpu: Duration,
     /// Of the time until an answer was there, the median.
-    pub p50: Duration,
+    pub p50: Option<Duration>,
     /// And what 1 % took longer than.
-    pub p99: Duration,
+    pub p99: Option<Duration>,
 }
 
 impl Measured {
@@ -114,7 +151,7 @@ impl Measured {
         let requests = summary.next().context("no number")?.parse()?;
         let time = duration(summary.nth(2).context("no time")?.trim_end_matches(','))?;
         let bytes = bytes(summary.next().context("no bytes")?)?;
-        let (p50, p99) = (percentile("50%")?, percentile("99%")?);
+        let (p50, p99) = (Some(percentile("50%")?), Some(percentile("99%")?));
         Ok(Self { requests, bytes, time, cpu: Duration::ZERO, p50, p99 })
     }
 
@@ -133,8 +170,8 @@ impl Measured {
         json!({
             "requests_per_second": self.requests_a_second(),
             "cpu_per_request": self.cpu_of_request() * 1e6,
-            "p50": self.p50.as_secs_f64() * 1e6,
-            "p99": self.p99.as_secs_f64() * 1e6,
+            "p50": self.p50.map(|it| it.as_secs_f64() * 1e6),
+            "p99": self.p99.map(|it| it.as_secs_f64() * 1e6),
         })
     }
 }

@@ -86,7 +86,7 @@ pub fn run(options: &HttpOptions) -> Result<()> {
 
 /// One request at a time, through the whole of it: XDP, agent, namespaces.
 fn print_latencies(network: &Network, latencies: &[Vec<Measured>; 3]) {
-    let p50 = |samples: &[Measured]| middle(samples.iter().map(|it| it.p50.as_secs_f64() * 1e6));
+    let p50 = |samples: &[Measured]| middle(samples.iter().map(|it| microseconds(it.p50)));
     println!("\n{:<28} {:>9} {:>9}", "one request at a time", "p50, us", "added, us");
     let base = p50(&latencies[0]);
     for (way, samples) in network.ways().iter().zip(latencies) {
@@ -116,8 +116,8 @@ fn print_table(loads: &[Load], proxies: &[Proxy], samples: &Samples, options: &H
                 if column == 0 { load.name } else { "" },
                 proxy.name(),
                 of(Measured::requests_a_second),
-                of(|it| it.p50.as_secs_f64() * 1e6),
-                of(|it| it.p99.as_secs_f64() * 1e6),
+                of(|it| microseconds(it.p50)),
+                of(|it| microseconds(it.p99)),
                 cpu * 1e6,
                 nginx / cpu
             );
@@ -127,6 +127,11 @@ fn print_table(loads: &[Load], proxies: &[Proxy], samples: &Samples, options: &H
 
 fn median(samples: &Samples, at: (usize, usize), figure: impl Fn(&Measured) -> f64) -> f64 {
     middle(samples.get(&at).into_iter().flatten().map(figure))
+}
+
+/// Not a number where it was not measured.
+fn microseconds(time: Option<Duration>) -> f64 {
+    time.map_or(f64::NAN, |time| time.as_secs_f64() * 1e6)
 }
 
 /// The median.

@@ -215,7 +215,7 @@ http {{
     )
 }
 
-/// What its manual advises for throughput; full handshakes, as new clients make them.
+/// What its manual advises for throughput.
 fn proxy_config(folder: &Path, port: u16, tls_port: u16, target: u16) -> String {
     format!(
         "daemon off; worker_processes 1; pid nginx.pid; error_log nginx.error; user root;
@@ -227,7 +227,7 @@ http {{
     proxy_set_header X-Forwarded-Proto $scheme; proxy_set_header X-Forwarded-Port $server_port;
     proxy_buffers 16 64k; proxy_buffer_size 64k; proxy_busy_buffers_size 128k;
     proxy_max_temp_file_size 0;
-    ssl_session_tickets off; ssl_session_cache off; ssl_protocols TLSv1.2 TLSv1.3;
+    ssl_protocols TLSv1.2 TLSv1.3;
     upstream target {{ server 127.0.0.1:{target}; keepalive 128; keepalive_requests 1000000000; }}
     server {{
         listen 127.0.0.1:{port};
@@ -247,8 +247,7 @@ fn haproxy_config(folder: &Path, port: u16, tls_port: u16, target: u16) -> Strin
     nbthread 1
     maxconn 4096
     tune.bufsize 65536
-    tune.ssl.cachesize 0
-    ssl-default-bind-options ssl-min-ver TLSv1.2 no-tls-tickets
+    ssl-default-bind-options ssl-min-ver TLSv1.2
 defaults
     mode http
     timeout connect 10s
