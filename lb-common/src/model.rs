@@ -289,6 +289,14 @@ impl Tables for Model {
         count(self.target_traffic.borrow_mut().entry(target).or_default());
     }
 
+    fn count_proxied(&self, listener: u32, bytes: u64, new_flows: u32) {
+        let mut listeners = self.listener_traffic.borrow_mut();
+        let traffic = listeners.entry(listener).or_default();
+        traffic.packets += 1;
+        traffic.bytes += bytes;
+        traffic.new_flows += u64::from(new_flows);
+    }
+
     fn count_reply(&self, listener: u32, target: u32, bytes: u64) {
         let count = |traffic: &mut Traffic| {
             traffic.reply_packets += 1;

@@ -51,14 +51,14 @@ pub struct Endpoint {
     pub protocol: u8,
     /// What it is and how it is treated: one of the kinds, and flags.
     pub kind: u8,
-    /// [`Self::LISTENER`], [`Self::TARGET`]: index of the listener. An address with [`Self::SNAT`]:
-    /// the first port that flows may have, host byte order.
+    /// [`Self::LISTENER`], [`Self::TARGET`], [`Self::PROXIED`]: index of the listener. An address with
+    /// [`Self::SNAT`]: the first port that flows may have, host byte order.
     pub listener: u32,
     /// [`Self::LISTENER`]: the ring; [`Self::TARGET`]: index of the target. An address with
     /// [`Self::SNAT`]: the last port that flows may have, host byte order.
     pub index: u32,
-    /// [`Self::LISTENER`], [`Self::GUARD`], [`Self::TARGET`] for packets to it: the admission class,
-    /// [`OPEN`] without a group.
+    /// [`Self::LISTENER`], [`Self::GUARD`], [`Self::PROXIED`], [`Self::TARGET`] for packets to it, an
+    /// address with [`Self::REASSEMBLED`]: the admission class, [`OPEN`] without a group.
     pub class: u32,
 }
 
@@ -91,6 +91,9 @@ impl Endpoint {
     /// Admitted by class, then passed: echo requests, and ports of targets that carry a security
     /// group and whose replies are not rewritten.
     pub const GUARD: u8 = 5;
+    /// Admitted by class, counted for the listener, then passed: connections to it end in the
+    /// agent's proxy.
+    pub const PROXIED: u8 = 6;
 
     /// Flag of a listener: every flow is tracked, in both directions.
     pub const TRACKED: u8 = 0x10;
@@ -102,6 +105,10 @@ impl Endpoint {
     /// Flag of a listener (so it is no [`Self::SHARED`]): the source address alone chooses the slot,
     /// so that all flows of a client go to one target.
     pub const BY_SOURCE: u8 = 0x20;
+    /// Flag of an address that the agent added: it has [`Self::PROXIED`] ports, so later fragments of
+    /// TCP, which have no port, pass if the class admits them. The kernel puts them together only with
+    /// a first fragment, which has one.
+    pub const REASSEMBLED: u8 = 0x20;
     /// Flag of the first place in a bucket: the bucket is full, look in the overflow table too.
     pub const OVERFLOW: u8 = 0x80;
 
@@ -459,6 +466,8 @@ pub trait Tables: SnatTables {
 
     /// Counts a packet to a target, and 1 new flow or none.
     fn count_request(&self, listener: u32, target: u32, bytes: u64, new_flows: u32);
+    /// Counts a packet to a listener whose connections end here, and 1 new flow or none.
+    fn count_proxied(&self, listener: u32, bytes: u64, new_flows: u32);
     /// Counts a reply of a target.
     fn count_reply(&self, listener: u32, target: u32, bytes: u64);
     /// Counts a packet that died, by the number of its [`DropReason`](crate::verdict::DropReason).

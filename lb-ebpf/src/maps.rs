@@ -556,6 +556,15 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(always)]
+    fn count_proxied(&self, listener: u32, bytes: u64, new_flows: u32) {
+        update(LISTENER_TRAFFIC.get_ptr_mut(listener), |traffic| {
+            traffic.packets += 1;
+            traffic.bytes += bytes;
+            traffic.new_flows += new_flows as u64;
+        });
+    }
+
+    #[inline(always)]
     fn count_reply(&self, listener: u32, target: u32, bytes: u64) {
         let count = |traffic: &mut Traffic| {
             traffic.reply_packets += 1;

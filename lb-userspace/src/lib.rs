@@ -5,12 +5,16 @@
 //! that a machine can have, with a data plane of its own.
 
 pub mod agent;
+mod any_certificate;
 pub mod api;
 pub mod cli;
 pub mod config;
 pub mod dataplane;
+pub mod dns;
 pub mod health;
 pub mod netlink;
+pub mod proxy;
 pub mod reconcile;
+mod regular_expression;
 pub mod state;
 pub mod target;

@@ -131,6 +131,22 @@ fn a_right_configuration_is_summed_up() {
     );
 }
 
+/// The files that it names are looked at, too.
+#[test]
+fn a_certificate_that_is_not_there_is_told_with_exit_code_2() {
+    let output = check(
+        "[load_balancer.site]\ntype = \"application\"\naddresses = [\"192.0.2.1\"]\n\
+         [[load_balancer.site.listener]]\nprotocol = \"https\"\n\
+         fixed_response = { status = 200 }\n\
+         certificates = [{ cert = \"/nonexistent/site.pem\", key = \"/nonexistent/site.key\" }]\n",
+    );
+    assert_eq!(output.status.code(), Some(2));
+    assert_eq!(stdout(&output), "");
+    let told = stderr(&output);
+    let expected = "lb.toml:7:17: error: /nonexistent/site.pem is not there\n";
+    assert!(told.starts_with(expected), "{told}");
+}
+
 #[test]
 fn every_mistake_of_a_configuration_is_told_with_exit_code_2() {
     let output = check("[agent]\nxdp_mode = \"fast\"\n\n[agnet]\n");

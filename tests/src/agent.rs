@@ -1,6 +1,13 @@
 //! A running `lb-userspace`.
 
-use std::{env, fs, path::PathBuf, process::Command, sync::Arc, thread, time::Duration};
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Arc,
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
@@ -88,7 +95,22 @@ impl Agent {
         interfaces: &[&str],
         arguments: &[&str],
     ) -> Result<Self> {
-        let mut command = namespace.command(binary()?);
+        Self::start_program(&binary()?, home, namespace, interfaces, arguments)
+    }
+
+    /// As [`Agent::start_in`], of another program than [`binary`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Agent::start`].
+    pub fn start_program(
+        program: &Path,
+        home: Home,
+        namespace: &Namespace,
+        interfaces: &[&str],
+        arguments: &[&str],
+    ) -> Result<Self> {
+        let mut command = namespace.command(program);
         command
             .arg("--config")
             .arg(home.config())

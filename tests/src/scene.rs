@@ -274,9 +274,30 @@ impl Scene {
         self.desired.endpoints.insert(endpoint.key(), endpoint);
     }
 
+    /// A listener whose connections end in the proxy. Later fragments to its address need its class.
+    pub fn proxied_listener(&mut self, number: u32, at: &str, class: u32) {
+        let at: SocketAddr = at.parse().expect("an address and a port");
+        let (address, port) = (Address::from(at.ip()), Be16::new(at.port()));
+        let listener = Listener { address, port, protocol: TCP, ..Listener::default() };
+        self.desired.listeners.insert(number, listener);
+        self.endpoint(Endpoint {
+            address,
+            port,
+            protocol: TCP,
+            kind: Endpoint::PROXIED,
+            listener: number,
+            index: 0,
+            class,
+        });
+        let own = self.desired.endpoints.get_mut(&EndpointKey::of_address(address));
+        let own = own.expect("an address of the machine");
+        own.kind |= Endpoint::REASSEMBLED;
+        own.class = class;
+    }
+
     /// Listeners, by protocol and address.
     pub fn listeners(&self) -> Vec<(u8, SocketAddr)> {
-        self.of_kind(Endpoint::LISTENER)
+        [self.of_kind(Endpoint::LISTENER), self.of_kind(Endpoint::PROXIED)].concat()
     }
 
     /// Targets whose replies are translated, by protocol and address.
@@ -307,6 +328,9 @@ pub const PROTOCOLS: [u8; 2] = [TCP, UDP];
 /// The balancer's addresses in [`Scene::everything`].
 pub const VIPS: [&str; 2] = ["10.0.10.100", "fd00:10::100"];
 
+/// The addresses of its listeners whose connections end in the proxy.
+pub const PROXY_VIPS: [&str; 4] = ["10.0.10.110", "fd00:10::110", "10.0.10.111", "fd00:10::111"];
+
 impl Scene {
     /// Every kind of listener and target that there is. A listener's target has its number.
     pub fn everything() -> Self {
@@ -325,7 +349,22 @@ impl Scene {
         scene.sticky_listeners();
         scene.least_connections_listeners();
         scene.snat_listeners();
+        scene.proxied_listeners();
         scene
+    }
+
+    /// Listeners 120 and 121 at an address without a group, 122 and 123 at one with; both addresses are
+    /// theirs alone.
+    fn proxied_listeners(&mut self) {
+        for (n, address, port, class) in [
+            (120, PROXY_VIPS[0], 443, OPEN),
+            (121, PROXY_VIPS[1], 443, OPEN),
+            (122, PROXY_VIPS[2], 80, CLASS),
+            (123, PROXY_VIPS[3], 80, CLASS),
+        ] {
+            self.address(address, Endpoint::OWNED);
+            self.proxied_listener(n, &SocketAddr::new(ip(address), port).to_string(), class);
+        }
     }
 
     /// Listeners 36 to 39 rewrite both ends; 36 and 38 have few ports.

@@ -20,7 +20,7 @@ use hyper::{
 };
 use hyper_util::rt::TokioIo;
 use rcgen::{CertificateParams, KeyPair};
-use rustls::{ServerConfig, crypto::ring, pki_types::PrivateKeyDer};
+use rustls::{ServerConfig, crypto::aws_lc_rs, pki_types::PrivateKeyDer};
 use socket2::SockRef;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -87,6 +87,30 @@ impl Server {
         })
     }
 
+    /// Serves each TCP connection with `serve`, until that ends or the server is dropped.
+    ///
+    /// # Errors
+    ///
+    /// If the address is taken or not the namespace's.
+    pub fn connections<F: Future<Output = ()> + Send + 'static>(
+        namespace: &Namespace,
+        address: SocketAddr,
+        serve: impl Fn(TcpStream) -> F + Send + 'static,
+    ) -> Result<Self> {
+        Self::start(namespace, address, async move |socket: TcpListener, served, stopped| {
+            let serve = |stream, mut stopped: watch::Receiver<()>| {
+                let serving = serve(stream);
+                async move {
+                    tokio::select! {
+                        () = serving => {}
+                        _ = stopped.changed() => {}
+                    }
+                }
+            };
+            accept(&socket, stopped, served, serve).await;
+        })
+    }
+
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
@@ -132,6 +156,7 @@ impl Drop for Server {
 /// |---|---|
 /// | GET /bytes/N | N bytes, see [`body`] |
 /// | GET /client | the client's address and port |
+/// | GET /headers | the request's header, a field a line |
 /// | GET /health | 200, or 503 after [`HttpServer::set_healthy`] |
 /// | GET anything else | "hello world from NAME" |
 /// | POST | the request's body |
@@ -342,7 +367,7 @@ fn self_signed() -> Result<TlsAcceptor> {
     let key = KeyPair::generate()?;
     let certificate = CertificateParams::new(["target.invalid".to_owned()])?.self_signed(&key)?;
     let key = PrivateKeyDer::Pkcs8(key.serialize_der().into());
-    let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+    let config = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
         .with_safe_default_protocol_versions()?
         .with_no_client_auth()
         .with_single_cert(vec![certificate.der().clone()], key)?;
@@ -368,6 +393,11 @@ async fn answer(
         body(length).into()
     } else if path == "/client" {
         client.to_string().into()
+    } else if path == "/headers" {
+        let fields = request.headers().iter();
+        let lines =
+            fields.map(|(name, value)| format!("{name}: {}\n", value.as_bytes().escape_ascii()));
+        lines.collect::<String>().into()
     } else if path == "/health" && !site.healthy.load(Relaxed) {
         status = StatusCode::SERVICE_UNAVAILABLE;
         "unhealthy".into()

@@ -29,6 +29,9 @@ enum Task {
     Build,
     /// Show the load balancer at work between network namespaces, then take everything down
     Demo {
+        /// Which load balancer
+        #[arg(value_enum, default_value_t = demo::Which::Network)]
+        which: demo::Which,
         /// Run this lb-userspace instead of installing what is missing and building one
         #[arg(long, value_name = "PATH")]
         agent: Option<PathBuf>,
@@ -56,7 +59,7 @@ fn main() -> ExitCode {
     let result = process::catch_interrupts().and_then(|()| match cli.task {
         Task::Setup => setup::run(),
         Task::Build => build(),
-        Task::Demo { agent } => demo::run(agent),
+        Task::Demo { which, agent } => demo::run(which, agent),
         Task::Test => checks::run(),
         Task::Bench { args } => setup::run().and_then(|()| bench::run_bench(&args)),
         Task::Fuzz { seconds } => setup::run().and_then(|()| fuzz::run(seconds)),

@@ -19,12 +19,16 @@ const TOOLCHAIN: &str = "1.95.0";
 const BPF_LINKER: &str = "0.10.3";
 
 /// A system command, the package that has it, and what it is for.
-const PACKAGES: [(&str, &str, &str); 6] = [
+const PACKAGES: [(&str, &str, &str); 10] = [
     ("ip", "iproute2", "network namespaces"),
     ("ethtool", "ethtool", "checksum offload of virtual NICs"),
     ("curl", "curl", "the clients of the demo"),
+    ("dig", "bind9-dnsutils", "who asks for the names of load balancers"),
+    ("openssl", "openssl", "the certificate of the demo"),
+    ("chromium", "chromium", "the browser among the test's clients"),
     ("wrk", "wrk", "HTTP load"),
     ("nginx", "nginx", "the targets of the demo"),
+    ("haproxy", "haproxy", "what the proxy is measured against"),
     ("c++", "g++", "the fuzzer's runtime"),
 ];
 
@@ -56,8 +60,16 @@ fn step(what: &str, why: &str, work: impl FnOnce() -> Result<()>) -> Result<()> 
 }
 
 fn packages() -> Result<()> {
-    let missing: Vec<_> =
-        PACKAGES.iter().filter(|(program, ..)| find(program).is_none()).copied().collect();
+    // Ubuntu has the browser as a snap only.
+    let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
+    let is_ubuntu = release.lines().any(|line| line == "ID=ubuntu");
+    let is_packaged = |package: &str| !(is_ubuntu && package == "chromium");
+    let is_missing = |program, package| is_packaged(package) && find(program).is_none();
+    let missing: Vec<_> = PACKAGES
+        .iter()
+        .filter(|(program, package, _)| is_missing(program, package))
+        .copied()
+        .collect();
     if missing.is_empty() {
         return Ok(());
     }

@@ -24,6 +24,8 @@ pub trait Ip: Sized {
     const ETHER_TYPE: EtherType;
     /// Whether it is version 4.
     const IS_V4: bool;
+    /// Where in [`Parsed::fragment`] the offset is: 0 in a first fragment.
+    const FRAGMENT_OFFSET: u16;
 
     /// Whether the transport header of an untagged frame is where it mostly is.
     fn is_plain<F: Frame>(frame: &F) -> bool;
@@ -112,6 +114,7 @@ impl Ip for V4 {
 
     const ETHER_TYPE: EtherType = EtherType::IPV4;
     const IS_V4: bool = true;
+    const FRAGMENT_OFFSET: u16 = Ipv4::FRAGMENT_OFFSET;
 
     #[inline(always)]
     fn is_plain<F: Frame>(frame: &F) -> bool {
@@ -279,6 +282,7 @@ impl Ip for V6 {
 
     const ETHER_TYPE: EtherType = EtherType::IPV6;
     const IS_V4: bool = false;
+    const FRAGMENT_OFFSET: u16 = FragmentHeader::OFFSET;
 
     #[inline(always)]
     fn is_plain<F: Frame>(frame: &F) -> bool {

@@ -19,6 +19,7 @@ mod emit;
 pub(crate) mod ip;
 mod least;
 pub(crate) mod parse;
+mod proxied;
 pub(crate) mod reject;
 mod reply;
 mod request;
@@ -221,6 +222,10 @@ fn to_listener<const SHAPE: bool, I: Answer, F: Frame, T: Tables>(
                         class,
                     );
                 }
+                Endpoint::PROXIED => {
+                    let (place, Found { listener, class, .. }) = (packet.place(), endpoint);
+                    return proxied::handle::<I, F, T>(frame, tables, &place, listener, class);
+                }
                 _ => {
                     let port = transport.ports.source;
                     let key = EndpointKey::new(packet.source, port, packet.protocol);
@@ -334,6 +339,9 @@ fn without_ports<I: Ip, T: Tables>(tables: &T, packet: &Packet<I>) -> Outcome {
     let balanced = packet.protocol == TCP || packet.protocol == UDP;
     if balanced && is_owned(tables, packet) {
         let is_fragment = packet.is_fragment();
+        if packet.protocol == TCP && packet.fragment & I::FRAGMENT_OFFSET != 0 {
+            return proxied::later_fragment(tables, packet);
+        }
         return Err(if is_fragment { DropReason::Fragmented } else { DropReason::Malformed }.into());
     }
     Ok(Verdict::Pass)

@@ -46,6 +46,11 @@ pub struct FragmentHeader {
     pub id: Be32,
 }
 
+impl FragmentHeader {
+    /// Mask of the offset.
+    pub const OFFSET: u16 = 0xfff8;
+}
+
 impl Ipv6 {
     /// Length of the header, bytes.
     pub const LENGTH: usize = 40;

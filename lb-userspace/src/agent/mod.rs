@@ -4,7 +4,9 @@
 mod flows;
 mod kernel_log;
 mod nics;
+mod port_holder;
 pub(crate) mod reload;
+mod serve;
 mod snat;
 mod start;
 pub(crate) mod watch;
@@ -79,7 +81,7 @@ pub fn run(options: AgentOptions) -> anyhow::Result<()> {
         }
         let (mut agent, mut events) = Agent::start(options, signals, source, config).await?;
         agent.follow(&mut events).await;
-        agent.end().await;
+        agent.end(&mut events.signals).await;
         Ok(())
     })
 }
@@ -118,6 +120,7 @@ struct Agent {
     last_walk: Instant,
     last_walk_took: Duration,
     snat_walks: snat::Walks,
+    serving: serve::Serving,
     is_ready: bool,
 }
 
@@ -136,6 +139,8 @@ pub(crate) struct Signals {
     pub(crate) hangup: Signal,
     pub(crate) terminate: Signal,
     pub(crate) interrupt: Signal,
+    /// Logs are to be opened again; of no meaning for a target.
+    pub(crate) user1: Signal,
 }
 
 impl Signals {
@@ -146,6 +151,7 @@ impl Signals {
             hangup: on(SignalKind::hangup())?,
             terminate: on(SignalKind::terminate())?,
             interrupt: on(SignalKind::interrupt())?,
+            user1: on(SignalKind::user_defined1())?,
         })
     }
 }
@@ -185,6 +191,7 @@ impl Agent {
                 Some(address) = events.unresolved.recv() => self.netlink.resolve_now(address),
                 () = events.file.changed() => self.reload(false).await,
                 _ = events.signals.hangup.recv() => self.reload(true).await,
+                _ = events.signals.user1.recv() => self.serving.reopen_logs(),
                 _ = tick.tick() => self.on_tick().await,
                 _ = events.signals.terminate.recv() => break info!("ending on SIGTERM"),
                 _ = events.signals.interrupt.recv() => break info!("ending on SIGINT"),
@@ -258,6 +265,9 @@ impl Agent {
             self.start_walk();
         }
         self.walk_snat(now).await;
+        if !self.serving.problems().is_empty() {
+            self.serving.follow(&self.state);
+        }
     }
 
     /// Time between the beginnings of two walks.
@@ -349,9 +359,10 @@ impl Agent {
     /// Replies of NAT leave by the kernel's routes, which wants forwarding switched on.
     fn check_forwarding(&mut self) {
         let config = self.state.config();
-        let routes = config
-            .target_groups
-            .values()
+        let forwarded = self.state.forwarded_groups();
+        let routes = forwarded
+            .iter()
+            .filter_map(|name| config.target_groups.get(name))
             .any(|group| matches!(group.forwarding, Forwarding::Nat | Forwarding::Snat));
         let mut problems = Vec::new();
         let families = [
@@ -396,6 +407,7 @@ impl Agent {
             self.generation += 1;
             self.current = Arc::new(desired);
         }
+        self.serving.follow(&self.state);
         if !self.is_ready && self.state.is_ready() {
             self.is_ready = true;
             info!("ready");
@@ -426,15 +438,24 @@ impl Agent {
                 .chain(&self.warnings)
                 .chain(&self.network_problems)
                 .chain(&self.port_problem)
+                .chain(self.serving.problems())
                 .cloned()
                 .collect(),
         };
-        self.state.snapshot(about, &self.dataplane)
+        let mut snapshot = self.state.snapshot(about, &self.dataplane)?;
+        self.serving.complete(&mut snapshot)?;
+        Ok(snapshot)
     }
 
-    /// Takes everything down: program and maps go with the data plane.
-    async fn end(mut self) {
+    /// Takes everything down: program and maps go with the data plane. Requests in progress may end
+    /// before, unless a second signal comes.
+    async fn end(mut self, signals: &mut Signals) {
         tell_service_manager(sd_notify::NotifyState::Stopping);
+        tokio::select! {
+            () = self.serving.end(self.state.addresses()) => {}
+            _ = signals.terminate.recv() => {}
+            _ = signals.interrupt.recv() => {}
+        }
         self.api.abort();
         drop(self.checker);
         match self.addresses.release().await {

@@ -36,7 +36,7 @@ impl Source {
         let last = remembered(&content);
         let config = match content.and_then(|bytes| config::parse_bytes(&path, bytes)) {
             Ok(parsed) => {
-                parsed.warnings_here().for_each(|warning| warn!("{warning}"));
+                warn_of(&parsed);
                 parsed.config
             }
             Err(LoadError::Missing(_)) if !is_named => Config::default(),
@@ -112,7 +112,7 @@ impl Source {
         }
         refuse_another_hash(running, &parsed.config)?;
         new_forwardings(running, &parsed.config).for_each(|warning| warn!("{warning}"));
-        parsed.warnings_here().for_each(|warning| warn!("{warning}"));
+        warn_of(&parsed);
         let mut config = parsed.config;
         keep_what_is_fixed(&mut config.agent, &running.agent);
         Ok(Some(config))
@@ -175,6 +175,13 @@ fn remembered(content: &Result<Vec<u8>, LoadError>) -> Result<Vec<u8>, String> {
     }
 }
 
+/// What looks wrong all the same. A certificate that cannot be used must not keep the agent from
+/// everything else; its file can be put right without a reload.
+fn warn_of(parsed: &config::Parsed) {
+    let findings = parsed.certificate_findings();
+    parsed.warnings_here().chain(&findings).for_each(|warning| warn!("{warning}"));
+}
+
 /// What cannot change while the program is loaded keeps its value, and the log says so.
 fn keep_what_is_fixed(new: &mut Agent, running: &Agent) {
     let Agent {
@@ -190,6 +197,7 @@ fn keep_what_is_fixed(new: &mut Agent, running: &Agent) {
         once_seen_table_size,
         api_socket,
         tunnel_sources: _,
+        cookie_key: _,
     } = new;
     keep("interfaces", interfaces, &running.interfaces);
     keep("role", role, &running.role);
@@ -225,6 +233,10 @@ mod tests {
             security_groups: None,
             cross_zone: true,
             listeners: Vec::new(),
+            kind: config::LoadBalancerType::Network,
+            zones: config::AddressZones::new(),
+            proxied: Vec::new(),
+            attributes: config::Attributes::default(),
         };
         running.load_balancers.insert("web".into(), balancer);
         std::fs::write(&path, " \n").unwrap();

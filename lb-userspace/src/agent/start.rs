@@ -126,6 +126,7 @@ impl Agent {
             last_walk: Instant::now(),
             last_walk_took: Duration::ZERO,
             snat_walks: super::snat::Walks::default(),
+            serving: super::serve::Serving::new(),
             is_ready: false,
         };
         let events = Events {

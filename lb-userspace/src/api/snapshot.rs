@@ -122,9 +122,15 @@ pub enum AttachMode {
 pub struct LoadBalancer {
     /// Its name in the configuration.
     pub name: String,
-    /// `network`.
+    /// `network` or `application`.
     #[serde(rename = "type")]
     pub kind: String,
+    /// What it is called in the zone of `[dns]`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dns_name: Option<String>,
+    /// What the proxy counted of it, by CloudWatch's names; only if it has listeners of the proxy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<serde_json::Value>,
     /// `internal` or `internet-facing`.
     pub scheme: String,
     /// Its addresses.
@@ -136,15 +142,19 @@ pub struct LoadBalancer {
 /// A listener; its counters are sums over the load balancer's addresses.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Listener {
-    /// `tcp` or `udp`.
+    /// `tcp`, `udp`, `tls`, `http` or `https`.
     pub protocol: String,
     /// The port that clients connect to.
     pub port: u16,
-    /// Name of the target group that it forwards to; of several, the first.
+    /// Name of the target group that it forwards to; of several, the first. Empty where the default
+    /// action forwards to none.
     pub target_group: String,
-    /// All target groups that it forwards to.
+    /// All target groups that it forwards to; without those of rules.
     #[serde(default)]
     pub target_groups: Vec<WeightedTargetGroup>,
+    /// How many rules it has beside the default action; only listeners of the proxy have them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rules: Option<usize>,
     /// Packets from clients.
     pub packets: u64,
     /// Bytes from clients, IP header and payload.
@@ -191,6 +201,9 @@ pub struct Target {
     /// listener of its group does not remember every flow (`flow_tracking`).
     #[serde(default)]
     pub flows: Option<u64>,
+    /// What the proxy counted of it, by CloudWatch's names; only if requests are forwarded to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<serde_json::Value>,
     /// Packets to it.
     pub packets: u64,
     /// Bytes to it, IP header and payload.
@@ -226,6 +239,8 @@ pub(crate) mod fixture {
                     LoadBalancer {
                         name: "dns".into(),
                         kind: "network".into(),
+                        dns_name: None,
+                        metrics: None,
                         scheme: "internal".into(),
                         addresses: vec!["10.0.0.53".parse().unwrap()],
                         listeners: vec![Listener {
@@ -233,6 +248,7 @@ pub(crate) mod fixture {
                             port: 53,
                             target_group: "resolvers".into(),
                             target_groups: vec![weighted("resolvers", 1)],
+                            rules: None,
                             packets: 0,
                             bytes: 0,
                             new_flows: 0,
@@ -243,6 +259,8 @@ pub(crate) mod fixture {
                     LoadBalancer {
                         name: "web".into(),
                         kind: "network".into(),
+                        dns_name: None,
+                        metrics: None,
                         scheme: "internet-facing".into(),
                         addresses: vec![
                             "10.0.0.100".parse().unwrap(),
@@ -254,6 +272,7 @@ pub(crate) mod fixture {
                                 port: 80,
                                 target_group: "web".into(),
                                 target_groups: vec![weighted("web", 90), weighted("canary", 10)],
+                                rules: None,
                                 packets: 12_345_678,
                                 bytes: 1_234_567_890,
                                 new_flows: 45_678,
@@ -265,6 +284,7 @@ pub(crate) mod fixture {
                                 port: 8443,
                                 target_group: "web".into(),
                                 target_groups: vec![weighted("web", 1)],
+                                rules: None,
                                 packets: 10,
                                 bytes: 740,
                                 new_flows: 2,
@@ -340,6 +360,7 @@ pub(crate) mod fixture {
             description: None,
             next_hop: "02:00:0a:00:02:0b on eth1".into(),
             flows: None,
+            metrics: None,
             packets: 0,
             bytes: 0,
             reply_packets: 0,

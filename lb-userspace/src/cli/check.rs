@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::output;
-use crate::config::{self, Config};
+use crate::config::{self, Config, ConfigErrors, LoadError};
 
 /// Checks `file`: a summary goes to stdout, warnings go to stderr.
 ///
@@ -11,14 +11,19 @@ use crate::config::{self, Config};
 /// [`config::LoadError`] with everything that is wrong with it.
 pub(super) fn run(file: &Path) -> anyhow::Result<()> {
     let parsed = config::load(file)?;
-    for warning in parsed.warnings_here() {
+    let findings = parsed.certificate_findings();
+    if let Some(errors) = ConfigErrors::among(&findings) {
+        return Err(LoadError::Invalid(errors).into());
+    }
+    for warning in parsed.warnings_here().chain(&findings) {
         output::complain(&format!("{warning}\n\n"));
     }
     output::print(&summary(file, &parsed.config))
 }
 
 fn summary(file: &Path, config: &Config) -> String {
-    let listeners = config.load_balancers.values().map(|it| it.listeners.len()).sum();
+    let listeners =
+        config.load_balancers.values().map(|it| it.listeners.len() + it.proxied.len()).sum();
     let targets = config.target_groups.values().map(|it| it.targets.len()).sum();
     let counts = [
         counted(config.load_balancers.len(), "load balancer"),

@@ -93,9 +93,10 @@ fn own_target(target: &OwnTarget) -> String {
 }
 
 fn heading(load_balancer: &LoadBalancer) -> String {
-    let LoadBalancer { name, kind, scheme, addresses, .. } = load_balancer;
+    let LoadBalancer { name, kind, scheme, addresses, dns_name, .. } = load_balancer;
     let addresses: Vec<_> = addresses.iter().map(ToString::to_string).collect();
-    format!("Load balancer {name} ({kind}, {scheme}) on {}", addresses.join(", "))
+    let name_there = dns_name.as_ref().map_or_else(String::new, |it| format!(", called {it}"));
+    format!("Load balancer {name} ({kind}, {scheme}) on {}{name_there}", addresses.join(", "))
 }
 
 fn listeners(load_balancer: &LoadBalancer, style: Style) -> String {
@@ -119,19 +120,40 @@ fn listeners(load_balancer: &LoadBalancer, style: Style) -> String {
             Cell::new(bytes(listener.reply_bytes)),
         ]
     });
-    output::table(style, &columns, rows.collect())
+    output::table(style, &columns, rows.collect()) + &metrics(load_balancer, style)
 }
 
-/// The one group, or all with their weights.
+/// What the proxy counted; empty if that is nothing.
+fn metrics(load_balancer: &LoadBalancer, style: Style) -> String {
+    let counted = load_balancer.metrics.as_ref().and_then(|metrics| metrics.as_object());
+    let counts = counted.into_iter().flatten();
+    let counts = counts.filter_map(|(name, value)| Some((name, value.as_u64()?)));
+    let rows: Vec<_> = counts
+        .filter(|(_, number)| *number > 0)
+        .map(|(name, number)| vec![Cell::new(name), Cell::new(count(number))])
+        .collect();
+    if rows.is_empty() {
+        return String::new();
+    }
+    format!("\n{}", output::table(style, &[Column::Text("METRIC"), Column::Number("COUNT")], rows))
+}
+
+/// The one group, or all with their weights, and how many rules may lead elsewhere.
 fn target_groups(listener: &Listener) -> String {
-    match listener.target_groups.as_slice() {
+    let default = match listener.target_groups.as_slice() {
         [] | [_] => listener.target_group.clone(),
         groups => {
             let groups: Vec<_> =
                 groups.iter().map(|group| format!("{} ({})", group.name, group.weight)).collect();
             groups.join(", ")
         }
-    }
+    };
+    let rules = match listener.rules {
+        None | Some(0) => return default,
+        Some(1) => "1 rule".to_owned(),
+        Some(rules) => format!("{rules} rules"),
+    };
+    if default.is_empty() { rules } else { format!("{default}, {rules}") }
 }
 
 fn flow_tables(tables: &[FlowTable], style: Style) -> String {

@@ -15,7 +15,9 @@ pub(super) fn render(targets: &[Target], style: Style) -> String {
     if targets.is_empty() {
         return "no targets are registered\n".to_owned();
     }
-    let columns = [
+    // Only where there is a proxy.
+    let has_requests = targets.iter().any(|target| target.metrics.is_some());
+    let mut columns = vec![
         Column::Text("TARGET GROUP"),
         Column::Text("TARGET"),
         Column::Text("ZONE"),
@@ -27,8 +29,11 @@ pub(super) fn render(targets: &[Target], style: Style) -> String {
         Column::Number("REPLY PACKETS"),
         Column::Number("REPLY BYTES"),
     ];
+    if has_requests {
+        columns.push(Column::Number("REQUESTS"));
+    }
     let rows = targets.iter().map(|target| {
-        vec![
+        let mut row = vec![
             Cell::new(&target.target_group),
             Cell::new(endpoint(target)),
             Cell::new(target.availability_zone.as_deref().unwrap_or(NOTHING)),
@@ -39,7 +44,13 @@ pub(super) fn render(targets: &[Target], style: Style) -> String {
             Cell::new(bytes(target.bytes)),
             Cell::new(count(target.reply_packets)),
             Cell::new(bytes(target.reply_bytes)),
-        ]
+        ];
+        if has_requests {
+            let counted =
+                target.metrics.as_ref().and_then(|metrics| metrics["RequestCount"].as_u64());
+            row.push(Cell::new(counted.map_or_else(|| NOTHING.to_owned(), count)));
+        }
+        row
     });
     output::table(style, &columns, rows.collect()) + &reasons(targets)
 }

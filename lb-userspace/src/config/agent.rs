@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::model::{Agent, Role, TunnelSources, XdpMode};
+use super::model::{Agent, CookieKey, Role, TunnelSources, XdpMode};
 use super::reader::{Table, Value, Wrong};
 use super::tunnel_sources;
 
@@ -24,6 +24,7 @@ impl Default for Agent {
             once_seen_table_size: 262_144,
             api_socket: PathBuf::from(DEFAULT_API_SOCKET),
             tunnel_sources: TunnelSources::default(),
+            cookie_key: None,
         }
     }
 }
@@ -64,6 +65,7 @@ pub(super) fn read(mut table: Table<'_>) -> Agent {
             .optional("tunnel_sources")
             .map(tunnel_sources::read)
             .unwrap_or_default(),
+        cookie_key: table.optional("cookie_key").and_then(cookie_key),
     };
     table.not_supported_yet(&["metrics_listen"]);
     table.finish();
@@ -107,6 +109,25 @@ fn hash_seed(value: Value<'_>) -> Option<u64> {
             .and_then(|digits| u64::from_str_radix(digits, 16).ok())
             .ok_or_else(|| Wrong::new(value.refusal(), help))
     })
+}
+
+fn cookie_key(value: Value<'_>) -> Option<CookieKey> {
+    let help = "write 64 hexadecimal digits in quotes, such as those of `openssl rand -hex 32`";
+    let text = value.string(help)?;
+    let key = hex_key(text);
+    if key.is_none() {
+        value.error("`cookie_key` is not 64 hexadecimal digits", help);
+    }
+    key.map(CookieKey)
+}
+
+fn hex_key(text: &str) -> Option<[u8; 32]> {
+    let mut key = [0; 32];
+    let is_hex = text.len() == 2 * key.len() && text.bytes().all(|b| b.is_ascii_hexdigit());
+    for (byte, at) in key.iter_mut().zip((0..).step_by(2)) {
+        *byte = u8::from_str_radix(text.get(at..at + 2)?, 16).ok()?;
+    }
+    is_hex.then_some(key)
 }
 
 fn flow_table_size(value: Option<Value<'_>>) -> Option<u32> {

@@ -8,6 +8,8 @@ use std::sync::Arc;
 
 use annotate_snippets::{AnnotationKind, Group, Level, Renderer, Snippet};
 
+use super::model::CertificateFiles;
+
 /// How much a [`Diagnostic`] weighs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Severity {
@@ -43,6 +45,14 @@ pub struct Diagnostic {
     underline: Range<usize>,
 }
 
+impl Diagnostic {
+    /// Another finding at the same place.
+    pub(super) fn with(&self, severity: Severity, message: String, help: String) -> Self {
+        let (message, help) = (printable(&message), printable(&help));
+        Self { severity, message, help, ..self.clone() }
+    }
+}
+
 impl Display for Diagnostic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (name, level) = match self.severity {
@@ -66,6 +76,13 @@ impl Display for Diagnostic {
 pub struct ConfigErrors(Vec<Diagnostic>);
 
 impl ConfigErrors {
+    /// The errors among the findings, if there are some.
+    pub fn among(findings: &[Diagnostic]) -> Option<Self> {
+        let errors = findings.iter().filter(|finding| finding.severity == Severity::Error);
+        let errors: Vec<Diagnostic> = errors.cloned().collect();
+        (!errors.is_empty()).then_some(Self(errors))
+    }
+
     /// The errors, in the file's order.
     pub fn diagnostics(&self) -> &[Diagnostic] {
         &self.0
@@ -97,6 +114,7 @@ pub(super) struct Report<'a> {
     line_starts: Vec<usize>,
     found: RefCell<Vec<(Span, Diagnostic)>>,
     unless_local: RefCell<Vec<(IpAddr, Diagnostic)>>,
+    certificates: RefCell<Vec<(CertificateFiles, Diagnostic)>>,
 }
 
 impl<'a> Report<'a> {
@@ -109,6 +127,7 @@ impl<'a> Report<'a> {
             line_starts,
             found: RefCell::default(),
             unless_local: RefCell::default(),
+            certificates: RefCell::default(),
         }
     }
 
@@ -137,6 +156,17 @@ impl<'a> Report<'a> {
     /// Those warnings.
     pub(super) fn take_unless_local(&self) -> Vec<(IpAddr, Diagnostic)> {
         self.unless_local.take()
+    }
+
+    /// Notes where the file names a certificate.
+    pub(super) fn certificate(&self, span: &Span, files: CertificateFiles) {
+        let place = self.diagnostic(Severity::Warning, span, String::new(), String::new());
+        self.certificates.borrow_mut().push((files, place));
+    }
+
+    /// Those certificates.
+    pub(super) fn take_certificates(&self) -> Vec<(CertificateFiles, Diagnostic)> {
+        self.certificates.take()
     }
 
     /// The text at `span` as it can stand in a message: one line, not long.

@@ -3,7 +3,8 @@
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use super::model::{HealthCheck, HttpProbe, ProbeKind};
+use super::model::{GrpcProbe, HealthCheck, HttpProbe, HttpVersion, ProbeKind};
+use super::protocol::AnyProtocol;
 use super::reader::{Table, Value, Wrong, show_duration};
 
 const DEFAULT_INTERVAL: Duration = Duration::from_secs(10);
@@ -29,25 +30,42 @@ impl Default for HealthCheck {
 
 impl Default for HttpProbe {
     fn default() -> Self {
-        Self { path: "/".to_owned(), matcher: vec![200..=299, 301..=301] }
+        Self { path: "/".to_owned(), matcher: vec![200..=299, 301..=301], http2: false }
     }
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Tcp,
     Http,
     Https,
 }
 
-pub(super) fn read(table: Option<Table<'_>>) -> HealthCheck {
-    let Some(mut table) = table else { return HealthCheck::default() };
-    let kinds = [("tcp", Kind::Tcp), ("http", Kind::Http), ("https", Kind::Https)];
-    let kind = match table.optional("protocol") {
-        Some(protocol) => protocol.choice(&kinds, &[]),
-        None => Some(Kind::Http),
+/// What a group's targets speak.
+#[derive(Clone, Copy)]
+pub(super) struct Spoken {
+    /// `None` where it could not be read.
+    pub(super) protocol: Option<AnyProtocol>,
+    pub(super) version: HttpVersion,
+}
+
+impl Spoken {
+    /// What is asked where the file does not say it.
+    fn default_kind(self) -> Kind {
+        match self.protocol {
+            Some(AnyProtocol::Tls) => Kind::Tcp,
+            Some(AnyProtocol::Https) => Kind::Https,
+            _ => Kind::Http,
+        }
+    }
+}
+
+pub(super) fn read(table: Option<Table<'_>>, spoken: Spoken) -> HealthCheck {
+    let Some(mut table) = table else {
+        let probe = probe(Some(spoken.default_kind()), spoken, None, None);
+        return HealthCheck { probe, ..HealthCheck::default() };
     };
-    let probe = probe(kind, table.optional("path"), table.optional("matcher"));
+    let probe = read_probe(&mut table, spoken);
     let (interval, timeout) = interval_and_timeout(&mut table);
     let threshold = |value: Option<Value<'_>>| value.and_then(|value| value.integer(THRESHOLDS));
     let health_check = HealthCheck {
@@ -64,7 +82,27 @@ pub(super) fn read(table: Option<Table<'_>>) -> HealthCheck {
     health_check
 }
 
-fn probe(kind: Option<Kind>, path: Option<Value<'_>>, matcher: Option<Value<'_>>) -> ProbeKind {
+fn read_probe(table: &mut Table<'_>, spoken: Spoken) -> ProbeKind {
+    let kinds = [("tcp", Kind::Tcp), ("http", Kind::Http), ("https", Kind::Https)];
+    let value = table.optional("protocol");
+    let kind = value.map_or(Some(spoken.default_kind()), |value| value.choice(&kinds, &[]));
+    let (path, matcher) = (table.optional("path"), table.optional("matcher"));
+    if let (Some(value), Some(Kind::Tcp)) = (value, kind)
+        && spoken.protocol.is_some_and(AnyProtocol::is_http)
+    {
+        let message = "`protocol = \"tcp\"` cannot check an http or https target group";
+        value.error(message, "write \"http\" or \"https\", or leave it out");
+        return ProbeKind::Tcp;
+    }
+    probe(kind, spoken, path, matcher)
+}
+
+fn probe(
+    kind: Option<Kind>,
+    spoken: Spoken,
+    path: Option<Value<'_>>,
+    matcher: Option<Value<'_>>,
+) -> ProbeKind {
     if let Some(Kind::Tcp) = kind {
         for value in [path, matcher].into_iter().flatten() {
             value.error(
@@ -74,12 +112,30 @@ fn probe(kind: Option<Kind>, path: Option<Value<'_>>, matcher: Option<Value<'_>>
         }
         return ProbeKind::Tcp;
     }
+    let is_https = kind == Some(Kind::Https);
+    if spoken.version == HttpVersion::Grpc {
+        return grpc_probe(is_https, path, matcher);
+    }
     let default = HttpProbe::default();
     let http = HttpProbe {
         path: path.and_then(parse_path).unwrap_or(default.path),
         matcher: matcher.and_then(parse_matcher).unwrap_or(default.matcher),
+        http2: spoken.version == HttpVersion::Http2,
     };
-    if let Some(Kind::Https) = kind { ProbeKind::Https(http) } else { ProbeKind::Http(http) }
+    if is_https { ProbeKind::Https(http) } else { ProbeKind::Http(http) }
+}
+
+/// AWS's defaults: a method that no target has, and the status for that (UNIMPLEMENTED).
+fn grpc_probe(tls: bool, path: Option<Value<'_>>, matcher: Option<Value<'_>>) -> ProbeKind {
+    let help =
+        "write gRPC status codes from 0 to 99 in quotes, such as \"0\", \"0-99\" or \"0,12\"";
+    let path = path.and_then(parse_path);
+    let matcher = matcher.and_then(|value| parse_codes(value, &(0..=99), help));
+    ProbeKind::Grpc(GrpcProbe {
+        path: path.unwrap_or_else(|| "/AWS.ALB/healthcheck".to_owned()),
+        matcher: matcher.unwrap_or_else(|| vec![12..=12]),
+        tls,
+    })
 }
 
 fn interval_and_timeout(table: &mut Table<'_>) -> (Duration, Duration) {
@@ -139,11 +195,19 @@ fn parse_path(value: Value<'_>) -> Option<String> {
 fn parse_matcher(value: Value<'_>) -> Option<Vec<RangeInclusive<u16>>> {
     let help = "write status codes from 200 to 599 in quotes, such as \"200\", \"200-299\" or \
                 \"200-299,301\"";
+    parse_codes(value, &(200..=599), help)
+}
+
+fn parse_codes(
+    value: Value<'_>,
+    known: &RangeInclusive<u16>,
+    help: &str,
+) -> Option<Vec<RangeInclusive<u16>>> {
     value.parsed(help, |text| {
         let wrong = || Wrong::new(value.refusal(), help);
         let parse = |code: &str| {
             let code = code.trim().parse::<u16>().ok();
-            code.filter(|code| (200..=599).contains(code)).ok_or_else(wrong)
+            code.filter(|code| known.contains(code)).ok_or_else(wrong)
         };
         text.split(',')
             .map(|range| {

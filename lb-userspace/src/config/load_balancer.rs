@@ -1,23 +1,38 @@
 //! `[load_balancer.NAME]`: where packets come in.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
 use lb_common::flow::{MAX_IDLE, TCP_IDLE, UDP_IDLE};
 
 use super::address::{ADDRESS_HELP, host_address};
-use super::model::{Listener, LoadBalancer, Protocol, Scheme, WeightedTargetGroup};
+use super::agent::availability_zone;
+use super::application;
+use super::forward::{GroupDraft, target_groups};
+use super::model::{
+    AddressZones, Attributes, Listener, LoadBalancer, LoadBalancerType, Protocol, Scheme,
+};
+use super::protocol::{AnyProtocol, of_listener};
 use super::reader::{Table, Value};
-use super::target_group::protocol;
 
 /// A load balancer as far as it could be read, with where the file has what checks across
 /// sections are about.
 pub(super) struct Draft<'a> {
+    /// `None` where it could not be read.
+    pub(super) kind: Option<LoadBalancerType>,
     pub(super) scheme: Scheme,
     pub(super) addresses: Vec<(Value<'a>, IpAddr)>,
     pub(super) security_groups: Option<Vec<(Value<'a>, &'a str)>>,
+    pub(super) zones: AddressZones,
     pub(super) cross_zone: Option<(Value<'a>, bool)>,
+    /// Those whose packets are forwarded.
     pub(super) listeners: Vec<ListenerDraft<'a>>,
+    /// Those whose connections end in the proxy.
+    pub(super) proxied: Vec<application::Draft<'a>>,
+    pub(super) attributes: Attributes,
+    /// Where the file has `access_logs`.
+    pub(super) access_logs: Option<Value<'a>>,
 }
 
 /// A listener as far as it could be read.
@@ -29,29 +44,38 @@ pub(super) struct ListenerDraft<'a> {
     pub(super) idle_timeout: Duration,
 }
 
-/// A target group of a listener.
-pub(super) struct GroupDraft<'a> {
-    /// Where the file has its name.
-    pub(super) value: Value<'a>,
-    pub(super) name: &'a str,
-    pub(super) weight: u16,
-}
+impl<'a> Draft<'a> {
+    /// Every target group that a listener names.
+    pub(super) fn groups(&self) -> impl Iterator<Item = &GroupDraft<'a>> {
+        let forwarded = self.listeners.iter().flat_map(|listener| &listener.target_groups);
+        forwarded.chain(self.proxied.iter().flat_map(|listener| &listener.groups))
+    }
 
-impl Draft<'_> {
+    pub(super) fn listener_count(&self) -> usize {
+        self.listeners.len() + self.proxied.len()
+    }
+
+    /// Ports, whatever listens there.
+    pub(super) fn ports(&self) -> impl Iterator<Item = u16> {
+        let forwarded = self.listeners.iter().map(|listener| listener.port);
+        forwarded.chain(self.proxied.iter().map(|listener| listener.port)).flatten()
+    }
+
     /// The load balancer, where nothing was wrong with it.
     pub(super) fn into_load_balancer(self) -> LoadBalancer {
         let complete = |draft: ListenerDraft<'_>| {
-            let groups = draft.target_groups.into_iter();
-            let groups = groups
-                .map(|group| WeightedTargetGroup { name: group.name.into(), weight: group.weight });
             Some(Listener {
                 protocol: draft.protocol?,
                 port: draft.port?,
-                target_groups: groups.collect(),
+                target_groups: draft.target_groups.iter().map(Into::into).collect(),
                 idle_timeout: draft.idle_timeout,
             })
         };
         LoadBalancer {
+            kind: self.kind.unwrap_or(LoadBalancerType::Network),
+            zones: self.zones,
+            proxied: self.proxied.into_iter().filter_map(|draft| draft.listener).collect(),
+            attributes: self.attributes,
             scheme: self.scheme,
             addresses: self.addresses.into_iter().map(|(_, address)| address).collect(),
             security_groups: self
@@ -64,17 +88,19 @@ impl Draft<'_> {
 }
 
 pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
-    if let Some(kind) = table.optional("type") {
-        kind.choice(&[("network", ())], &["application"]);
-    }
+    let kinds =
+        [("network", LoadBalancerType::Network), ("application", LoadBalancerType::Application)];
+    let kind = table.optional("type");
+    let kind = kind.map_or(Some(LoadBalancerType::Network), |kind| kind.choice(&kinds, &[]));
     let schemes = [("internal", Scheme::Internal), ("internet-facing", Scheme::InternetFacing)];
     let scheme = table
         .optional("scheme")
         .and_then(|scheme| scheme.choice(&schemes, &[]))
         .unwrap_or(Scheme::Internal);
+    let mut zones = AddressZones::new();
     let addresses = table
         .required("addresses", "add addresses = [\"10.0.0.100\"], what clients connect to")
-        .map(addresses)
+        .map(|value| addresses(value, &mut zones))
         .unwrap_or_default();
     let security_groups = table.optional("security_groups").map(security_groups);
     let listener = table.optional("listener");
@@ -82,27 +108,53 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
         let message = format!("{} has no listener and takes no packets", table.name());
         table.warning(message, "add a section [[load_balancer.NAME.listener]]");
     }
-    let listeners = listener.map(listeners).unwrap_or_default();
+    let (attributes, access_logs) = application::attributes(&mut table, kind);
+    let (listeners, proxied) =
+        listener.map(|value| listeners(value, kind, attributes.http2)).unwrap_or_default();
     let cross_zone = table.optional("cross_zone");
     let cross_zone = cross_zone.and_then(|value| Some((value, value.boolean()?)));
     table.finish();
-    Draft { scheme, addresses, security_groups, cross_zone, listeners }
+    Draft {
+        kind,
+        scheme,
+        addresses,
+        security_groups,
+        zones,
+        cross_zone,
+        listeners,
+        proxied,
+        attributes,
+        access_logs,
+    }
 }
 
-fn addresses<'a>(value: Value<'a>) -> Vec<(Value<'a>, IpAddr)> {
+fn addresses<'a>(value: Value<'a>, zones: &mut AddressZones) -> Vec<(Value<'a>, IpAddr)> {
     let help = "write a list of addresses, such as [\"10.0.0.100\", \"2001:db8::100\"]";
     let Some(items) = value.items(help) else { return Vec::new() };
     if items.is_empty() {
         value.error("`addresses` is [], so no client can connect", help);
     }
-    let read = |item: Value<'a>| {
+    let mut read = |item: Value<'a>| {
         if item.is_table() {
-            item.error("an address as a table is not supported yet", ADDRESS_HELP);
-            return None;
+            return zoned_address(item, zones);
         }
         host_address(item).map(|address| (item, address))
     };
-    items.into_iter().filter_map(read).collect()
+    items.into_iter().filter_map(&mut read).collect()
+}
+
+/// An address that stands in a zone.
+fn zoned_address<'a>(value: Value<'a>, zones: &mut AddressZones) -> Option<(Value<'a>, IpAddr)> {
+    let mut table = value.table("this address", ADDRESS_HELP)?;
+    let address = table.required("address", "add address = \"10.0.0.100\"");
+    let zone = table.optional("availability_zone").and_then(availability_zone);
+    table.finish();
+    let address_value = address?;
+    let address = host_address(address_value)?;
+    if let Some(zone) = zone {
+        zones.insert(address, zone);
+    }
+    Some((address_value, address))
 }
 
 fn security_groups<'a>(value: Value<'a>) -> Vec<(Value<'a>, &'a str)> {
@@ -123,25 +175,35 @@ fn security_groups<'a>(value: Value<'a>) -> Vec<(Value<'a>, &'a str)> {
     groups
 }
 
-fn listeners<'a>(value: Value<'a>) -> Vec<ListenerDraft<'a>> {
+type Listeners<'a> = (Vec<ListenerDraft<'a>>, Vec<application::Draft<'a>>);
+
+fn listeners<'a>(value: Value<'a>, kind: Option<LoadBalancerType>, http2: bool) -> Listeners<'a> {
     let help = "write a section [[load_balancer.NAME.listener]] for each listener, with two \
                 brackets";
-    let mut listeners: Vec<ListenerDraft<'a>> = Vec::new();
+    let mut listeners: Listeners<'a> = (Vec::new(), Vec::new());
+    let mut taken: BTreeSet<(Protocol, u16)> = BTreeSet::new();
     for item in value.items(help).unwrap_or_default() {
         let Some(mut table) = item.table("this listener", help) else { continue };
-        let listener = listener(&mut table);
-        let same = |other: &ListenerDraft<'_>| {
-            other.protocol == listener.protocol && other.port == listener.port
+        let protocol = of_listener(&mut table, kind);
+        let port = if let Some(protocol) = protocol.and_then(AnyProtocol::proxied) {
+            let draft = application::listener(&mut table, protocol, http2);
+            let port = draft.port;
+            listeners.1.push(draft);
+            port
+        } else {
+            let draft = listener(&mut table, protocol);
+            let port = draft.port;
+            listeners.0.push(draft);
+            port
         };
-        if let (Some(protocol), Some(port)) = (listener.protocol, listener.port)
-            && listeners.iter().any(same)
+        if let Some((protocol, port)) = protocol.map(AnyProtocol::transport).zip(port)
+            && !taken.insert((protocol, port))
         {
             let message =
                 format!("this load balancer has two listeners for {protocol} port {port}");
             table.error(message, "leave one out, or give it another port");
         }
         table.finish();
-        listeners.push(listener);
     }
     listeners
 }
@@ -149,14 +211,25 @@ fn listeners<'a>(value: Value<'a>) -> Vec<ListenerDraft<'a>> {
 /// Port of a listener that names none.
 const DEFAULT_PORT: u16 = 80;
 
-fn listener<'a>(table: &mut Table<'a>) -> ListenerDraft<'a> {
-    let protocol = protocol(table);
+/// A listener that forwards packets, or one whose protocol could not be read.
+fn listener<'a>(table: &mut Table<'a>, protocol: Option<AnyProtocol>) -> ListenerDraft<'a> {
+    let protocol = match protocol {
+        Some(protocol) => {
+            let place = format!("in {protocol} listener");
+            let help = "leave it out: such a listener forwards packets as they are";
+            table.meaningless(&application::KEYS, &place, help);
+            protocol.forwarded()
+        }
+        None => {
+            table.ignore(&application::KEYS);
+            None
+        }
+    };
     let port = match table.optional("port") {
         Some(port) => port.port(),
         None => Some(DEFAULT_PORT),
     };
     let target_groups = target_groups(table);
-    table.not_supported_yet(&["certificates", "rule"]);
     let idle_timeout = idle_timeout(table, protocol);
     ListenerDraft { protocol, port, target_groups, idle_timeout }
 }
@@ -185,66 +258,4 @@ fn idle_timeout(table: &mut Table<'_>, protocol: Option<Protocol>) -> Duration {
         timeout = whole.unwrap_or(Duration::from_secs(default.into()));
     }
     timeout
-}
-
-const GROUPS_HELP: &str = "write [{ name = \"NAME\", weight = 90 }, { name = \"OTHER\", weight = \
-                           10 }], or target_group = \"NAME\"";
-const NAME_HELP: &str = "write the name of a target group in quotes";
-const MAX_WEIGHT: u32 = 999;
-const DEFAULT_WEIGHT: u16 = 1;
-
-/// `target_group = NAME`, or `target_groups`.
-fn target_groups<'a>(table: &mut Table<'a>) -> Vec<GroupDraft<'a>> {
-    match (table.optional("target_group"), table.optional("target_groups")) {
-        (Some(value), None) => {
-            let name = value.string(NAME_HELP);
-            name.map(|name| GroupDraft { value, name, weight: DEFAULT_WEIGHT })
-                .into_iter()
-                .collect()
-        }
-        (None, Some(value)) => weighted_groups(value),
-        (Some(_), Some(value)) => {
-            let message = "this listener has both `target_group` and `target_groups`";
-            value.error(message, "leave one of them out");
-            Vec::new()
-        }
-        (None, None) => {
-            let message = format!("{} has no `target_group`", table.name());
-            table.error(message, "add target_group = \"NAME\", where its packets go");
-            Vec::new()
-        }
-    }
-}
-
-fn weighted_groups<'a>(value: Value<'a>) -> Vec<GroupDraft<'a>> {
-    let Some(items) = value.items(GROUPS_HELP) else { return Vec::new() };
-    let mut groups: Vec<GroupDraft<'a>> = Vec::new();
-    for item in &items {
-        let Some(group) = weighted_group(*item) else { continue };
-        if groups.iter().any(|other| other.name == group.name) {
-            let message = format!("`target_groups` has {} twice", group.value.quote());
-            group.value.error(message, "leave one out");
-        }
-        groups.push(group);
-    }
-    let nowhere = "so packets have nowhere to go";
-    if items.is_empty() {
-        value.error(format!("`target_groups` is [], {nowhere}"), GROUPS_HELP);
-    } else if groups.len() == items.len() && groups.iter().all(|group| group.weight == 0) {
-        let message = format!("every weight in `target_groups` is 0, {nowhere}");
-        value.error(message, format!("give one of them a weight from 1 to {MAX_WEIGHT}"));
-    }
-    groups
-}
-
-fn weighted_group<'a>(item: Value<'a>) -> Option<GroupDraft<'a>> {
-    let mut table = item.table("this target group", GROUPS_HELP)?;
-    let weight = match table.optional("weight") {
-        Some(weight) => weight.integer(0..=MAX_WEIGHT).and_then(|weight| weight.try_into().ok()),
-        None => Some(DEFAULT_WEIGHT),
-    };
-    let value = table.required("name", "add name = \"NAME\"");
-    let name = value.and_then(|value| value.string(NAME_HELP));
-    table.finish();
-    Some(GroupDraft { value: value?, name: name?, weight: weight? })
 }

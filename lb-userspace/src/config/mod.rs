@@ -7,11 +7,16 @@
 
 mod address;
 mod agent;
+mod application;
+mod certificate;
 mod diagnostic;
+mod dns;
 mod file;
+mod forward;
 mod health_check;
 mod load_balancer;
 pub mod model;
+mod protocol;
 mod reader;
 mod references;
 mod security_group;
@@ -26,6 +31,7 @@ mod tunnel_sources;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use rustls::pki_types::UnixTime;
 use toml::de::DeTable;
 
 pub use agent::DEFAULT_API_SOCKET;
@@ -47,9 +53,22 @@ pub struct Parsed {
     pub warnings: Vec<Diagnostic>,
     /// Warnings that hold on a machine without this address.
     pub unless_local: Vec<(IpAddr, Diagnostic)>,
+    /// Where the file names certificates; [`Self::certificate_findings`] looks at them.
+    certificates: Vec<(CertificateFiles, Diagnostic)>,
 }
 
 impl Parsed {
+    /// What is wrong with the files of certificates, as they are now: errors where they cannot be
+    /// used, warnings where clients will not take them. A target has no use for them.
+    pub fn certificate_findings(&self) -> Vec<Diagnostic> {
+        if self.config.agent.role == Role::Target {
+            return Vec::new();
+        }
+        let now = UnixTime::now();
+        let certificates = self.certificates.iter();
+        certificates.filter_map(|(files, place)| certificate::finding(files, place, now)).collect()
+    }
+
     /// All warnings that hold on this machine, in its network namespace.
     pub fn warnings_here(&self) -> impl Iterator<Item = &Diagnostic> {
         let local: BTreeSet<IpAddr> =
@@ -87,7 +106,8 @@ pub fn parse(file_name: &str, text: &str) -> Result<Parsed, ConfigErrors> {
         Config::default()
     };
     let unless_local = report.take_unless_local();
-    Ok(Parsed { warnings: report.finish()?, unless_local, config })
+    let certificates = report.take_certificates();
+    Ok(Parsed { warnings: report.finish()?, unless_local, certificates, config })
 }
 
 /// Reads the whole file; worth nothing if it notes an error.
@@ -111,12 +131,12 @@ fn read_sections<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
             .into_iter()
             .map(|section| (section.name, load_balancer::read(section.table)))
             .collect(),
+        dns: root.subtable("dns", "[dns]".to_owned()).and_then(dns::read),
     };
-    root.not_supported_yet(&["dns"]);
     root.finish();
     references::check(report, &sections);
     snat::check(&sections.target_groups, &sections.load_balancers);
-    let Sections { security_groups, target_groups, load_balancers, .. } = sections;
+    let Sections { security_groups, target_groups, load_balancers, dns, .. } = sections;
     Config {
         agent,
         security_groups: owned(
@@ -126,6 +146,7 @@ fn read_sections<'a>(report: &'a Report<'a>, root: &'a DeTable<'a>) -> Config {
         load_balancers: owned(
             load_balancers.into_iter().map(|(name, draft)| (name, draft.into_load_balancer())),
         ),
+        dns: dns.map(Into::into),
     }
 }
 

@@ -9,6 +9,10 @@ use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
+mod application;
+
+pub use application::*;
+
 /// A whole configuration file. Names are unique by the maps, every reference resolves.
 ///
 /// The default is that of an empty file, and of none at all: nothing is balanced.
@@ -22,6 +26,8 @@ pub struct Config {
     pub target_groups: BTreeMap<String, TargetGroup>,
     /// Load balancers by name.
     pub load_balancers: BTreeMap<String, LoadBalancer>,
+    /// The `[dns]` table; `None`: no names are answered.
+    pub dns: Option<Dns>,
 }
 
 /// The `[agent]` table.
@@ -51,6 +57,8 @@ pub struct Agent {
     pub api_socket: PathBuf,
     /// Sources of tunnels' outer headers; host bits are zero.
     pub tunnel_sources: TunnelSources,
+    /// Key of the stickiness cookies; `None`: a random one for this node.
+    pub cookie_key: Option<CookieKey>,
 }
 
 /// The networks that sources of outer headers are taken from, by the target's family. The last
@@ -245,6 +253,8 @@ pub struct TargetGroup {
     pub targets: Vec<Target>,
     /// How their health is found out.
     pub health_check: HealthCheck,
+    /// For connections that the proxy opens to its targets.
+    pub proxy: ProxySettings,
 }
 
 impl TargetGroup {
@@ -304,6 +314,8 @@ pub enum ProbeKind {
     Http(HttpProbe),
     /// A GET request over HTTPS; the certificate is not verified, as on AWS.
     Https(HttpProbe),
+    /// A unary gRPC call with an empty message.
+    Grpc(GrpcProbe),
 }
 
 /// The request of an HTTP or HTTPS health check.
@@ -313,21 +325,51 @@ pub struct HttpProbe {
     pub path: String,
     /// Status codes that pass, 200 to 599.
     pub matcher: Vec<RangeInclusive<u16>>,
+    /// Whether HTTP/2 is spoken, in plain text with prior knowledge.
+    pub http2: bool,
 }
 
-/// A load balancer (type `network`).
+/// The call of a gRPC health check.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GrpcProbe {
+    /// `/PACKAGE.SERVICE/METHOD`.
+    pub path: String,
+    /// gRPC status codes that pass, 0 to 99.
+    pub matcher: Vec<RangeInclusive<u16>>,
+    /// Whether the call goes through TLS; the certificate is not verified, as on AWS.
+    pub tls: bool,
+}
+
+/// What a load balancer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LoadBalancerType {
+    /// It forwards packets; its `tls` listeners are the proxy's.
+    Network,
+    /// It forwards requests: every listener is the proxy's.
+    Application,
+}
+
+/// A load balancer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoadBalancer {
+    /// What it is.
+    pub kind: LoadBalancerType,
     /// Internal or internet-facing, for information.
     pub scheme: Scheme,
     /// Its addresses, at least one, unique in the configuration; never IPv4-mapped.
     pub addresses: Vec<IpAddr>,
+    /// The zones of those that have one.
+    pub zones: AddressZones,
     /// Names of the attached security groups; `None`: open to all.
     pub security_groups: Option<Vec<String>>,
     /// Whether targets of other zones than the agent's take new flows while one in its zone could.
     pub cross_zone: bool,
-    /// Its listeners; (protocol, port) is unique.
+    /// Its listeners whose packets are forwarded in the kernel; (protocol, port) is unique.
     pub listeners: Vec<Listener>,
+    /// Its listeners whose connections end in the proxy; no port is another TCP listener's.
+    pub proxied: Vec<ProxyListener>,
+    /// For [`Self::proxied`].
+    pub attributes: Attributes,
 }
 
 /// Where a load balancer's clients are.

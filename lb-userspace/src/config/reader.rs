@@ -12,6 +12,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::diagnostic::{Report, Span};
+use super::model::CertificateFiles;
 
 /// A value that a string did not give: what is wrong with it, and what would be right.
 pub(super) struct Wrong {
@@ -68,9 +69,19 @@ impl<'a> Value<'a> {
         self.report.warning_unless_local(self.span(), address, message, help);
     }
 
+    /// Notes that the value names a certificate.
+    pub(super) fn is_certificate(&self, files: CertificateFiles) {
+        self.report.certificate(&self.span(), files);
+    }
+
     /// Whether the value is a string; other forms may be allowed in its place.
     pub(super) fn is_string(&self) -> bool {
         self.node.get_ref().is_str()
+    }
+
+    /// Whether the value is this string.
+    pub(super) fn is(&self, text: &str) -> bool {
+        self.node.get_ref().as_str() == Some(text)
     }
 
     /// Whether the value is a table; other forms may be allowed in its place.
@@ -128,6 +139,26 @@ impl<'a> Value<'a> {
             return None;
         }
         Some(duration)
+    }
+
+    /// A number of bytes, or a text of one with its unit.
+    pub(super) fn bytes(&self, range: RangeInclusive<u64>) -> Option<u64> {
+        let (min, max) = (range.start(), range.end());
+        let help = format!(
+            "write bytes from {min} to {max}, as a number or with a unit in quotes, such as \"1MB\" \
+             or \"512KiB\""
+        );
+        let value = self.node.get_ref();
+        let bytes = match (value.as_integer(), value.as_str()) {
+            (Some(integer), _) => u64::from_str_radix(integer.as_str(), integer.radix()).ok(),
+            (None, Some(text)) => bytes_of(text),
+            (None, None) => return self.wrong_type("an integer or a string", &help),
+        };
+        let in_range = bytes.filter(|bytes| range.contains(bytes));
+        if in_range.is_none() {
+            self.refuse(help);
+        }
+        in_range
     }
 
     /// One of `known`; the values in `later` are refused as not supported yet.
@@ -226,6 +257,8 @@ pub(super) struct Table<'a> {
     entries: BTreeMap<&'a str, (Span, Value<'a>)>,
     /// Keys that were asked for, so that an unknown one can be answered with them.
     accepted: Vec<&'static str>,
+    /// Keys that are known, but have no meaning here.
+    meaningless: Vec<&'static str>,
 }
 
 impl<'a> Table<'a> {
@@ -242,7 +275,7 @@ impl<'a> Table<'a> {
                 (name, (key.span(), Value { report, key: name, in_list: false, node }))
             })
             .collect();
-        Self { report, name, span, entries, accepted: Vec::new() }
+        Self { report, name, span, entries, accepted: Vec::new(), meaningless: Vec::new() }
     }
 
     pub(super) fn name(&self) -> &str {
@@ -282,6 +315,23 @@ impl<'a> Table<'a> {
         }
     }
 
+    /// Refuses keys that are others' in this place, such as "in an http listener".
+    pub(super) fn meaningless(&mut self, keys: &[&'static str], place: &str, help: &str) {
+        for key in keys {
+            if let Some((span, _)) = self.entries.remove(*key) {
+                self.report.error(span, format!("`{key}` has no meaning {place}"), help);
+            }
+        }
+        self.meaningless.extend(keys);
+    }
+
+    /// Passes over keys of which nobody can say whether they belong here.
+    pub(super) fn ignore(&mut self, keys: &[&str]) {
+        for key in keys {
+            self.entries.remove(*key);
+        }
+    }
+
     /// The sections `[key.NAME]`, in the file's order.
     pub(super) fn sections(&mut self, key: &'static str) -> Vec<Section<'a>> {
         let form = format!("write a section [{key}.NAME]");
@@ -309,10 +359,12 @@ impl<'a> Table<'a> {
 
     /// Refuses every key that nobody asked for.
     pub(super) fn finish(self) {
-        let keys: Vec<String> = self.accepted.iter().map(|key| format!("`{key}`")).collect();
+        let mut accepted = self.accepted;
+        accepted.retain(|key| !self.meaningless.contains(key));
+        let keys: Vec<String> = accepted.iter().map(|key| format!("`{key}`")).collect();
         let keys = enumerate(&keys, "and");
         for (key, (span, _)) in &self.entries {
-            let help = did_you_mean(key, &self.accepted) + &format!("{} takes {keys}", self.name);
+            let help = did_you_mean(key, &accepted) + &format!("{} takes {keys}", self.name);
             self.report.error(span.clone(), format!("unknown key `{key}` in {}", self.name), help);
         }
     }
@@ -332,7 +384,7 @@ impl<'a> Table<'a> {
 }
 
 /// `a`, `a or b`, `a, b or c`.
-fn enumerate(names: &[String], conjunction: &str) -> String {
+pub(super) fn enumerate(names: &[String], conjunction: &str) -> String {
     match names {
         [] => String::new(),
         [only] => only.clone(),
@@ -358,5 +410,37 @@ pub(super) fn show_duration(duration: Duration) -> String {
         format!("{}s", duration.as_secs())
     } else {
         format!("{}ms", duration.as_millis())
+    }
+}
+
+/// Bytes of a text such as `1MB`; powers of 1000, and of 1024 with an `i`.
+fn bytes_of(text: &str) -> Option<u64> {
+    const UNITS: [(&str, u64); 7] = [
+        ("B", 1),
+        ("KB", 1000),
+        ("MB", 1_000_000),
+        ("GB", 1_000_000_000),
+        ("KiB", 1 << 10),
+        ("MiB", 1 << 20),
+        ("GiB", 1 << 30),
+    ];
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let (_, factor) = UNITS.iter().find(|(name, _)| *name == unit)?;
+    number.parse::<u64>().ok()?.checked_mul(*factor)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bytes_of;
+
+    #[test]
+    fn bytes_have_units() {
+        assert_eq!(bytes_of("7B"), Some(7));
+        assert_eq!(bytes_of("1MB"), Some(1_000_000));
+        assert_eq!(bytes_of("3GiB"), Some(3 << 30));
+        for wrong in ["", "1", "MB", "1mb", "1 MB", "-1MB", "1.5MB", "99999999999GB"] {
+            assert_eq!(bytes_of(wrong), None, "{wrong}");
+        }
     }
 }

@@ -5,9 +5,13 @@ use std::net::IpAddr;
 
 use lb_common::tables;
 
+use super::application;
 use super::diagnostic::Report;
-use super::load_balancer::{self, GroupDraft, ListenerDraft};
+use super::dns;
+use super::forward::GroupDraft;
+use super::load_balancer::{self, ListenerDraft};
 use super::model::{Forwarding, Stickiness, Target};
+use super::protocol::AnyProtocol;
 use super::reader::{Value, did_you_mean};
 use super::security_group;
 use super::security_group_uses;
@@ -32,9 +36,10 @@ pub(super) struct Sections<'a> {
     pub(super) security_groups: BTreeMap<&'a str, security_group::Draft<'a>>,
     pub(super) target_groups: Vec<(&'a str, target_group::Draft<'a>)>,
     pub(super) load_balancers: Vec<(&'a str, load_balancer::Draft<'a>)>,
+    pub(super) dns: Option<dns::Draft<'a>>,
 }
 
-type Groups<'a> = BTreeMap<&'a str, &'a target_group::Draft<'a>>;
+pub(super) type Groups<'a> = BTreeMap<&'a str, &'a target_group::Draft<'a>>;
 
 pub(super) fn check(report: &Report<'_>, sections: &Sections<'_>) {
     let groups: Groups<'_> =
@@ -44,6 +49,7 @@ pub(super) fn check(report: &Report<'_>, sections: &Sections<'_>) {
         for listener in &load_balancer.listeners {
             check_listener(listener, &groups);
         }
+        application::check(load_balancer, &groups);
         warn_of_missing_families(load_balancer, &groups);
         check_zone(load_balancer, &groups, sections.availability_zone.as_deref());
     }
@@ -106,17 +112,15 @@ fn check_group(
     group: &target_group::Draft<'_>,
 ) {
     let value = draft.value;
-    if let (Some(ours), Some(theirs)) = (listener.protocol, group.protocol)
+    if let (Some(ours), Some(theirs)) = (listener.protocol.map(AnyProtocol::from), group.protocol)
         && ours != theirs
     {
         value.error(
-            format!(
-                "a {ours} listener cannot forward to {}, a {theirs} target group",
-                value.quote()
-            ),
+            format!("{ours} listener cannot forward to {}, {theirs} target group", value.quote()),
             "use a target group of the listener's protocol",
         );
     }
+    application::check_forwarded(draft, group);
     let Some((port, other)) = other_port(listener, group) else { return };
     if group.forwarding == Some(Forwarding::DsrL2) {
         let message = format!(
@@ -212,8 +216,7 @@ fn check_zone(
         value.error(message, "add availability_zone = \"NAME\" to [agent], or leave the key out");
         return;
     };
-    let drafts = load_balancer.listeners.iter().flat_map(|listener| &listener.target_groups);
-    let names: BTreeSet<&str> = drafts.map(|draft| draft.name).collect();
+    let names: BTreeSet<&str> = load_balancer.groups().map(|draft| draft.name).collect();
     for name in names {
         let Some(group) = groups.get(name) else { continue };
         let in_zone =
@@ -242,6 +245,17 @@ fn check_addresses(sections: &Sections<'_>) {
             }
         }
     }
+    if let Some((value, socket)) = sections.dns.as_ref().map(|dns| dns.listen)
+        && let Some(owner) = owners.get(&socket.ip())
+    {
+        value.error(
+            format!("{} is a listener address", value.quote()),
+            format!(
+                "listen on another address of this machine; that one is in line {}",
+                owner.line()
+            ),
+        );
+    }
     for (_, group) in &sections.target_groups {
         for (value, target) in group.target_values.iter().zip(&group.group.targets) {
             if let Some(owner) = owners.get(&target.address) {
@@ -261,7 +275,7 @@ fn check_addresses(sections: &Sections<'_>) {
 fn check_limits(report: &Report<'_>, sections: &Sections<'_>) {
     let load_balancers = || sections.load_balancers.iter().map(|(_, load_balancer)| load_balancer);
     let endpoints: usize =
-        load_balancers().map(|each| each.addresses.len() * each.listeners.len()).sum();
+        load_balancers().map(|each| each.addresses.len() * each.listener_count()).sum();
     let targets: usize =
         sections.target_groups.iter().map(|(_, group)| group.group.targets.len()).sum();
     let actions: BTreeSet<_> = load_balancers()

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 
 use super::model::{Forwarding, Member};
+use super::protocol::AnyProtocol;
 use super::reader::Value;
 use super::references::{Sections, refuse_unknown};
 use super::security_group;
@@ -51,7 +52,10 @@ fn check_target_group(
     value: Value<'_>,
     carried: &security_group::Draft<'_>,
 ) {
-    let Some(forwarding) = target_group.forwarding else { return };
+    let (Some(protocol), Some(forwarding)) = (target_group.protocol, target_group.forwarding)
+    else {
+        return;
+    };
     let in_front = groups_in_front(sections, name);
     let groups = carried
         .references
@@ -59,8 +63,10 @@ fn check_target_group(
         .filter(|(_, group)| in_front.as_ref().is_none_or(|groups| groups.contains(group)))
         .filter_map(|(_, group)| Some((*group, sections.security_groups.get(group)?)))
         .filter(|(_, group)| !group.group.members.is_empty());
-    for (group, members) in groups.map(|(name, draft)| (name, &draft.group.members)) {
-        let needed = needed(forwarding);
+    let needs = needs(sections, name, protocol, forwarding);
+    let pairs = groups.flat_map(|group| needs.iter().map(move |needed| (group, needed)));
+    for ((group, draft), needed) in pairs {
+        let members = &draft.group.members;
         if members.iter().any(|member| needed.matches(*member)) {
             if !members.iter().any(|member| !matches!(member, Member::Tunnels(_))) {
                 warn_of_health_checks(value, group);
@@ -71,14 +77,37 @@ fn check_target_group(
         if in_front.is_some() || carried.references.len() == 1 {
             value.error(
                 format!(
-                    "target group \"{name}\" forwards by {}, so packets come {}: \"sg:{group}\" \
-                     lets none of them in",
+                    "target group \"{name}\" {}, so packets come {}: \"sg:{group}\" lets none of \
+                     them in",
                     needed.mode, needed.how
                 ),
                 format!("add {} to `members` of [security_group.{group}]", needed.what),
             );
         }
     }
+}
+
+/// By which ways packets come, as forwarded ones or in connections of the proxy.
+fn needs(
+    sections: &Sections<'_>,
+    name: &str,
+    protocol: AnyProtocol,
+    forwarding: Forwarding,
+) -> Vec<Needed> {
+    let load_balancers = || sections.load_balancers.iter().map(|(_, it)| it);
+    let mut forwarded = load_balancers().flat_map(|it| &it.listeners);
+    let mut proxied = load_balancers().flat_map(|it| &it.proxied);
+    let is_forwarded = forwarded.any(|it| it.target_groups.iter().any(|group| group.name == name));
+    let is_proxied = protocol.proxied().is_some()
+        || proxied.any(|it| it.groups.iter().any(|group| group.name == name));
+    let mut needs = Vec::new();
+    if is_forwarded || !is_proxied {
+        needs.push(needed(forwarding));
+    }
+    if is_proxied {
+        needs.push(PROXIED);
+    }
+    needs
 }
 
 fn warn_of_health_checks(value: Value<'_>, group: &str) {
@@ -101,11 +130,7 @@ fn groups_in_front<'a>(
         .load_balancers
         .iter()
         .map(|(_, load_balancer)| load_balancer)
-        .filter(|load_balancer| {
-            let listeners = load_balancer.listeners.iter();
-            let mut groups = listeners.flat_map(|listener| &listener.target_groups);
-            groups.any(|group| group.name == target_group)
-        })
+        .filter(|load_balancer| load_balancer.groups().any(|group| group.name == target_group))
         .peekable();
     load_balancers.peek()?;
     let groups = load_balancers.flat_map(|each| each.security_groups.iter().flatten());
@@ -133,18 +158,25 @@ const MAC: &str = "the MAC address that the load balancer sends from";
 const ADDRESS: &str = "the addresses that the load balancer sends from";
 const TUNNELS: &str = "the networks of its tunnel sources";
 
+/// Of connections that the proxy opens.
+const PROXIED: Needed = Needed {
+    mode: "is behind the proxy",
+    how: "from the load balancer's own address",
+    what: ADDRESS,
+};
+
 fn needed(forwarding: Forwarding) -> Needed {
     let segment = "with the client's address from the load balancer's MAC address";
     let tunnel = "in tunnels from its tunnel sources";
     match forwarding {
-        Forwarding::Nat => Needed { mode: "nat", how: segment, what: MAC },
+        Forwarding::Nat => Needed { mode: "forwards by nat", how: segment, what: MAC },
         Forwarding::Snat => Needed {
-            mode: "snat",
+            mode: "forwards by snat",
             how: "from the load balancer's own address or its snat_addresses",
             what: ADDRESS,
         },
-        Forwarding::DsrL2 => Needed { mode: "dsr_l2", how: segment, what: MAC },
-        Forwarding::DsrIpip => Needed { mode: "dsr_ipip", how: tunnel, what: TUNNELS },
-        Forwarding::DsrGue => Needed { mode: "dsr_gue", how: tunnel, what: TUNNELS },
+        Forwarding::DsrL2 => Needed { mode: "forwards by dsr_l2", how: segment, what: MAC },
+        Forwarding::DsrIpip => Needed { mode: "forwards by dsr_ipip", how: tunnel, what: TUNNELS },
+        Forwarding::DsrGue => Needed { mode: "forwards by dsr_gue", how: tunnel, what: TUNNELS },
     }
 }

@@ -122,8 +122,7 @@ fn check_listeners(
         if !balancer.addresses.iter().any(|(_, known)| *known == address) {
             continue;
         }
-        let listening = balancer.listeners.iter().filter_map(|listener| listener.port);
-        if let Some(port) = listening.into_iter().find(|port| ports.contains(port)) {
+        if let Some(port) = balancer.ports().find(|port| ports.contains(port)) {
             value.error(
                 format!(
                     "{} is an address of load balancer \"{name}\", whose port {port} is one of \

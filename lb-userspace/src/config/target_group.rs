@@ -6,8 +6,12 @@ use std::time::Duration;
 
 use super::address::{host_address, parse_host_address};
 use super::agent::availability_zone;
-use super::health_check;
-use super::model::{Algorithm, Forwarding, Protocol, Snat, Stickiness, Target, TargetGroup};
+use super::application;
+use super::health_check::{self, Spoken};
+use super::model::{
+    Algorithm, Forwarding, Protocol, RequestAlgorithm, Snat, Stickiness, Target, TargetGroup,
+};
+use super::protocol::{AnyProtocol, of_target_group};
 use super::reader::{Table, Value, Wrong, show_duration};
 use super::snat;
 
@@ -17,7 +21,9 @@ use super::snat;
 /// sections must not build on it. So they use the fields beside it.
 pub(super) struct Draft<'a> {
     pub(super) group: TargetGroup,
-    pub(super) protocol: Option<Protocol>,
+    pub(super) protocol: Option<AnyProtocol>,
+    /// Where the file has `proxy_protocol_v2 = true`.
+    pub(super) proxy_protocol: Option<Value<'a>>,
     pub(super) forwarding: Option<Forwarding>,
     /// Where the file has each of `group.snat.addresses`.
     pub(super) snat_addresses: Vec<(Value<'a>, IpAddr)>,
@@ -42,16 +48,14 @@ const MAX_SLOW_START: Duration = Duration::from_secs(900);
 /// AWS's bounds of deregistration_delay.timeout_seconds.
 const MAX_DEREGISTRATION_DELAY: Duration = Duration::from_secs(3600);
 
-/// What a target group or a listener speaks.
-pub(super) fn protocol(table: &mut Table<'_>) -> Option<Protocol> {
-    let known = [("tcp", Protocol::Tcp), ("udp", Protocol::Udp)];
-    let later = ["tcp_udp", "tls", "http", "https"];
-    let value = table.optional("protocol");
-    value.map_or(Some(Protocol::Tcp), |value| value.choice(&known, &later))
-}
-
 pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
-    let protocol = protocol(&mut table);
+    let protocol = of_target_group(&mut table);
+    let is_proxied = protocol.is_some_and(|protocol| protocol.proxied().is_some());
+    if let Some(protocol) = protocol.filter(|_| is_proxied) {
+        let place = format!("in {protocol} target group");
+        let help = "leave it out: the load balancer opens its own connections to these targets";
+        table.meaningless(&application::FORWARDED_KEYS, &place, help);
+    }
     let port = match table.optional("port") {
         Some(port) => port.port().unwrap_or(UNKNOWN_PORT),
         None => DEFAULT_PORT,
@@ -71,7 +75,7 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
     };
     let (snat_addresses, snat_ports) = snat::read(&mut table, forwarding);
     let gue_port = gue_port(table.optional("gue_port"), forwarding);
-    let algorithm = table.optional("algorithm").and_then(algorithm);
+    let (algorithm, request_algorithm) = application::algorithm(&mut table, protocol);
     let deregistration_delay = table
         .optional("deregistration_delay")
         .and_then(|delay| delay.duration(Duration::ZERO..=MAX_DEREGISTRATION_DELAY))
@@ -87,10 +91,17 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
     let security_group = table.optional("security_group").and_then(|value| {
         Some((value, value.string("write the name of a security group in quotes")?))
     });
-    let stickiness = match table.optional("stickiness") {
+    if protocol == Some(AnyProtocol::Tls) {
+        table.meaningless(&["stickiness"], "in a tls target group", "leave it out");
+    }
+    let sticky = table.optional("stickiness");
+    let is_http = protocol.is_some_and(AnyProtocol::is_http);
+    let stickiness = match sticky.filter(|_| !is_http) {
         Some(value) => stickiness(value),
         None => Some(Stickiness::None),
     };
+    let proxy =
+        application::group(&mut table, protocol, request_algorithm, sticky.filter(|_| is_http));
     if let (Some((value, Algorithm::LeastConnections)), Some(Stickiness::SourceIp)) =
         (algorithm, stickiness)
     {
@@ -100,15 +111,15 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
              one of the two keys",
         );
     }
-    let slow_start = table.optional("slow_start").and_then(slow_start).unwrap_or_default();
+    let slow_start = slow_start(&mut table, request_algorithm);
     let (target_values, targets) = targets(table.optional("targets"), port).into_iter().unzip();
     let name = table.name().trim_end_matches(']').to_owned();
+    let spoken = Spoken { protocol, version: proxy.settings.version };
     let health_check =
-        health_check::read(table.subtable("health_check", format!("{name}.health_check]")));
-    table.not_supported_yet(&["protocol_version", "proxy_protocol_v2"]);
+        health_check::read(table.subtable("health_check", format!("{name}.health_check]")), spoken);
     table.finish();
     let group = TargetGroup {
-        protocol: protocol.unwrap_or(Protocol::Tcp),
+        protocol: protocol.map_or(Protocol::Tcp, AnyProtocol::transport),
         port,
         forwarding: forwarding.unwrap_or(Forwarding::Nat),
         snat: Snat {
@@ -125,20 +136,31 @@ pub(super) fn read<'a>(mut table: Table<'a>) -> Draft<'a> {
         slow_start,
         targets,
         health_check,
+        proxy: proxy.settings,
     };
-    Draft { group, protocol, forwarding, snat_addresses, security_group, stickiness, target_values }
-}
-
-fn algorithm(value: Value<'_>) -> Option<(Value<'_>, Algorithm)> {
-    let known = [("maglev", Algorithm::Maglev), ("least_connections", Algorithm::LeastConnections)];
-    let later = ["round_robin", "least_outstanding_requests", "weighted_random"];
-    Some((value, value.choice(&known, &later)?))
+    let proxy_protocol = proxy.proxy_protocol;
+    Draft {
+        group,
+        protocol,
+        proxy_protocol,
+        forwarding,
+        snat_addresses,
+        security_group,
+        stickiness,
+        target_values,
+    }
 }
 
 fn stickiness(value: Value<'_>) -> Option<Stickiness> {
     let mut table = value.table("stickiness", STICKINESS_HELP)?;
     let kind = table.required("type", STICKINESS_HELP).and_then(|kind| {
-        kind.choice(&[("source_ip", Stickiness::SourceIp)], &["lb_cookie", "app_cookie"])
+        let cookies = ["lb_cookie", "app_cookie"].into_iter();
+        if let Some(name) = cookies.into_iter().find(|name| kind.is(name)) {
+            let message = format!("`type = \"{name}\"` is for target groups of http and https");
+            kind.error(message, STICKINESS_HELP);
+            return None;
+        }
+        kind.choice(&[("source_ip", Stickiness::SourceIp)], &[])
     });
     if let Some(duration) = table.optional("duration") {
         duration.error(
@@ -151,16 +173,25 @@ fn stickiness(value: Value<'_>) -> Option<Stickiness> {
 }
 
 /// AWS's bounds of slow_start.duration_seconds; 0 switches it off.
-fn slow_start(value: Value<'_>) -> Option<Duration> {
+fn slow_start(table: &mut Table<'_>, algorithm: RequestAlgorithm) -> Duration {
+    let Some(value) = table.optional("slow_start") else { return Duration::ZERO };
     let (least, most) = (show_duration(MIN_SLOW_START), show_duration(MAX_SLOW_START));
     let help = format!("write a duration from {least} to {most} in quotes, or \"0s\" for none");
-    let duration = humantime::parse_duration(value.string(&help)?).ok();
+    let Some(text) = value.string(&help) else { return Duration::ZERO };
+    let duration = humantime::parse_duration(text).ok();
     let within = MIN_SLOW_START..=MAX_SLOW_START;
     let right = duration.filter(|duration| duration.is_zero() || within.contains(duration));
-    if right.is_none() {
-        value.refuse(help);
+    match right {
+        None => value.refuse(help),
+        Some(duration) if !duration.is_zero() && algorithm != RequestAlgorithm::RoundRobin => {
+            value.error(
+                "`slow_start` has no meaning with this algorithm",
+                "leave it out, or use algorithm = \"round_robin\", whose shares can grow",
+            );
+        }
+        Some(_) => {}
     }
-    right
+    right.unwrap_or_default()
 }
 
 fn gue_port(value: Option<Value<'_>>, forwarding: Option<Forwarding>) -> u16 {

@@ -12,6 +12,7 @@ use proptest::sample::Index;
 use super::*;
 
 mod refused;
+mod refused_application;
 
 const MANUAL: &str = include_str!("../../../docs/configuration.md");
 
@@ -19,6 +20,9 @@ const MANUAL: &str = include_str!("../../../docs/configuration.md");
 const COMPLETE: &str = include_str!("tests/complete.toml");
 /// The example of the configuration contract, without what is not supported yet.
 const CONTRACT: &str = include_str!("tests/contract.toml");
+
+/// Every key of what the proxy serves.
+const APPLICATION: &str = include_str!("tests/application.toml");
 
 /// How the warnings of a usable file read.
 fn warnings(text: &str) -> String {
@@ -50,6 +54,13 @@ fn every_key_is_read() {
     let parsed = parse("lb.toml", COMPLETE).unwrap_or_else(|errors| panic!("{errors}"));
     assert_eq!(parsed.warnings, []);
     insta::assert_debug_snapshot!("complete", parsed.config);
+}
+
+#[test]
+fn every_key_of_the_proxy_is_read() {
+    let parsed = parse("lb.toml", APPLICATION).unwrap_or_else(|errors| panic!("{errors}"));
+    assert_eq!(parsed.warnings, []);
+    insta::assert_debug_snapshot!("application", parsed.config);
 }
 
 #[test]
@@ -87,11 +98,17 @@ fn the_manual_s_errors_are_the_real_ones() {
 fn the_manual_has_every_key() {
     let every_section = "x = 1\n[agent]\nx = 1\n[security_group.a]\nx = 1\n\
         ingress = [{ x = 1 }]\n[target_group.a]\nx = 1\ntargets = [{ x = 1 }]\n\
-        [target_group.a.health_check]\nx = 1\n[load_balancer.a]\nx = 1\nlistener = [{ x = 1 }]";
+        [target_group.a.health_check]\nx = 1\n[load_balancer.a]\nx = 1\nlistener = [{ x = 1 }]\n\
+        [dns]\nx = 1\n[target_group.b]\nprotocol = \"http\"\nx = 1\nstickiness = { x = 1 }\n\
+        [load_balancer.b]\ntype = \"application\"\naddresses = [{ x = 1 }]\nx = 1\n\
+        access_logs = { x = 1 }\n[[load_balancer.b.listener]]\nprotocol = \"https\"\nx = 1\n\
+        certificates = [{ x = 1 }]\nredirect = { x = 1 }\nrule = [{ x = 1, \
+        http_header = { x = 1 }, query_string = [{ x = 1 }], url_rewrite = { x = 1 }, \
+        fixed_response = { x = 1 } }, { forward = [{ x = 1 }] }]";
     let errors = parse("lb.toml", every_section).unwrap_err();
     let unknown: Vec<_> =
         errors.diagnostics().iter().filter(|d| d.message.starts_with("unknown key `x`")).collect();
-    assert_eq!(unknown.len(), 9);
+    assert_eq!(unknown.len(), 24);
     for key in unknown.iter().skip(1).flat_map(|d| d.help.split('`').skip(1).step_by(2)) {
         let documented = MANUAL.contains(&format!("| `{key}` |"))
             || MANUAL.contains(&format!("[target_group.NAME.{key}]"));
@@ -457,9 +474,9 @@ proptest! {
     #[test]
     fn mutated_files_never_panic(
         edits in prop::collection::vec(edit(), 1..6),
-        complete in any::<bool>(),
+        file in prop::sample::select(vec![COMPLETE, CONTRACT, APPLICATION]),
     ) {
-        let mut text: Vec<char> = if complete { COMPLETE } else { CONTRACT }.chars().collect();
+        let mut text: Vec<char> = file.chars().collect();
         for edit in &edits {
             apply(&mut text, edit);
         }

@@ -21,12 +21,14 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 
 use super::machine::Outcome;
 use super::status::Reason;
 use super::{CheckSpec, tls};
 use crate::config::model::{HttpProbe, ProbeKind};
 
+mod http2;
 #[cfg(test)]
 mod tests;
 
@@ -51,12 +53,25 @@ pub trait Probe: Send + Sync + 'static {
 #[derive(Debug)]
 pub struct Prober {
     tls: Arc<ClientConfig>,
+    /// For HTTP/2.
+    tls_h2: Arc<ClientConfig>,
 }
 
 impl Prober {
     /// A prober; one serves any number of targets at a time.
     pub fn new() -> Self {
-        Self { tls: tls::client_config() }
+        Self { tls: tls::client_config(&[]), tls_h2: tls::client_config(&[b"h2"]) }
+    }
+
+    async fn secure(
+        &self,
+        stream: TcpStream,
+        peer: SocketAddr,
+        http2: bool,
+    ) -> io::Result<TlsStream<TcpStream>> {
+        let config = if http2 { &self.tls_h2 } else { &self.tls };
+        let name = ServerName::IpAddress(peer.ip().into());
+        TlsConnector::from(config.clone()).connect(name, stream).await
     }
 
     async fn try_probe(&self, spec: &CheckSpec) -> Result<(), Failure> {
@@ -67,25 +82,36 @@ impl Prober {
             .await
             .map_err(|_| Failure::timeout("connection", limit))??;
 
+        let late = |_| Failure::timeout("answer", limit);
         let (http, answer) = match &spec.check.probe {
             ProbeKind::Tcp => return Ok(()),
             ProbeKind::Http(http) => {
-                let get = get(stream, peer, http);
-                (http, timeout_at(deadline, get).await)
+                (http, timeout_at(deadline, get(stream, peer, http, "http")).await)
             }
             ProbeKind::Https(http) => {
                 let get = async {
-                    let name = ServerName::IpAddress(peer.ip().into());
-                    let tls = TlsConnector::from(self.tls.clone());
-                    get(tls.connect(name, stream).await?, peer, http).await
+                    let stream = self.secure(stream, peer, http.http2).await?;
+                    get(stream, peer, http, "https").await
                 };
                 (http, timeout_at(deadline, get).await)
             }
+            ProbeKind::Grpc(grpc) => {
+                let call = async {
+                    if grpc.tls {
+                        let stream = self.secure(stream, peer, true).await?;
+                        http2::call(stream, peer, &grpc.path, "https").await
+                    } else {
+                        http2::call(stream, peer, &grpc.path, "http").await
+                    }
+                };
+                let code = timeout_at(deadline, call).await.map_err(late)??;
+                return expect_code("gRPC status ", &grpc.matcher, code);
+            }
         };
-        let answer = answer.map_err(|_| Failure::timeout("answer", limit))??;
-        let status = answer.status;
+        let answer = answer.map_err(late)??;
+        let status = answer.status.as_u16();
         answer.finish(LINGER).await;
-        expect_status(&http.matcher, status)
+        expect_code("", &http.matcher, status)
     }
 }
 
@@ -131,11 +157,25 @@ impl Answer {
 }
 
 /// Sends the request and waits for the headers of the answer. Redirects are answers like others.
-async fn get<S>(stream: S, peer: SocketAddr, http: &HttpProbe) -> Result<Answer, Failure>
+async fn get<S>(
+    stream: S,
+    peer: SocketAddr,
+    http: &HttpProbe,
+    scheme: &str,
+) -> Result<Answer, Failure>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let request = request(peer, &http.path)?;
+    if http.http2 {
+        return http2::get(stream, peer, &http.path, scheme).await;
+    }
+    let request = Request::get(Uri::from(path_and_query(&http.path)?))
+        .header(header::HOST, peer.to_string())
+        .header(header::USER_AGENT, USER_AGENT)
+        .header(header::ACCEPT, "*/*")
+        .header(header::CONNECTION, "close")
+        .body(Empty::<Bytes>::new())
+        .map_err(Failure::request)?;
     let (mut sender, connection) = http1::Builder::new()
         .max_header_size(MAX_HEAD)
         .max_buf_size(MAX_HEAD)
@@ -147,20 +187,14 @@ where
     Ok(Answer { status: head.status, body, connection: driver })
 }
 
-fn request(peer: SocketAddr, path: &str) -> Result<Request<Empty<Bytes>>, Failure> {
-    let path = PathAndQuery::try_from(path)
-        .map_err(|error| Failure::check(format!("path {path:?} cannot be requested: {error}")))?;
-    Request::get(Uri::from(path))
-        .header(header::HOST, peer.to_string())
-        .header(header::USER_AGENT, USER_AGENT)
-        .header(header::ACCEPT, "*/*")
-        .header(header::CONNECTION, "close")
-        .body(Empty::new())
-        .map_err(|error| Failure::check(format!("the request cannot be built: {error}")))
+fn path_and_query(path: &str) -> Result<PathAndQuery, Failure> {
+    PathAndQuery::try_from(path)
+        .map_err(|error| Failure::check(format!("path {path:?} cannot be requested: {error}")))
 }
 
-fn expect_status(matcher: &[RangeInclusive<u16>], status: StatusCode) -> Result<(), Failure> {
-    if matcher.iter().any(|codes| codes.contains(&status.as_u16())) {
+/// `kind` says what the codes are, where they are not HTTP's.
+fn expect_code(kind: &str, matcher: &[RangeInclusive<u16>], code: u16) -> Result<(), Failure> {
+    if matcher.iter().any(|codes| codes.contains(&code)) {
         return Ok(());
     }
     let expected: Vec<_> = matcher
@@ -172,7 +206,7 @@ fn expect_status(matcher: &[RangeInclusive<u16>], status: StatusCode) -> Result<
         .collect();
     Err(Failure {
         reason: Reason::ResponseCodeMismatch,
-        description: format!("expected {}, got {}", expected.join(","), status.as_u16()),
+        description: format!("expected {kind}{}, got {code}", expected.join(",")),
     })
 }
 
@@ -185,6 +219,10 @@ struct Failure {
 impl Failure {
     fn check(description: impl Into<String>) -> Self {
         Self { reason: Reason::FailedHealthChecks, description: description.into() }
+    }
+
+    fn request(error: hyper::http::Error) -> Self {
+        Self::check(format!("the request cannot be built: {error}"))
     }
 
     fn timeout(missing: &str, limit: Duration) -> Self {

@@ -21,13 +21,14 @@ use crate::reconcile::{Desired, Prefix};
 use super::actions::Candidates;
 use super::admission::{Service, admitted};
 use super::own_macs::own_macs;
+use super::proxied::proxied_keys;
 use super::tunnels::{mode, too_narrow};
 use super::{ListenerKey, State, TargetKey, listener_keys, protocol_number};
 
 /// Admitted sources by load balancer, service and family (IPv4 or not); `None`: everybody.
 pub type Admissions = BTreeMap<(String, Service, bool), Admission>;
 /// Who is admitted; `None`: everybody.
-type Admission = Option<Arc<BTreeSet<Prefix>>>;
+pub type Admission = Option<Arc<BTreeSet<Prefix>>>;
 
 impl State {
     /// Everything the kernel's tables should hold. Gives out numbers and turns rings, so it is
@@ -77,7 +78,9 @@ impl State {
         };
         let left_out = targets.iter().filter(|key| self.targets.number(key, now).is_none());
         self.alerts.extend(left_out_of("targets", left_out.map(name).collect(), rest));
-        let listeners: BTreeSet<_> = listener_keys(&self.config).map(|(key, ..)| key).collect();
+        let forwarded = listener_keys(&self.config).map(|(key, ..)| key);
+        let proxied = proxied_keys(&self.config).map(|(key, ..)| key);
+        let listeners: BTreeSet<_> = forwarded.chain(proxied).collect();
         self.listeners.retain(&listeners, now);
         self.tracked.retain(|number, _| self.listeners.has(*number));
         let name =
@@ -91,7 +94,7 @@ impl State {
         let (mut warnings, mut alerts) = (Vec::new(), Vec::new());
         let in_ring: BTreeSet<u32> =
             self.rings.iter().flat_map(|(_, ring)| ring.members()).copied().collect();
-        for (key, target) in self.all_targets() {
+        for (key, target) in self.all_targets().filter(|(key, _)| !self.is_proxied(key)) {
             let (Some(number), Some(group)) =
                 (self.targets.get(key), self.config.target_groups.get(&*key.target_group))
             else {
@@ -244,19 +247,17 @@ impl State {
                     idle: u32::try_from(listener.idle_timeout.as_secs()).unwrap_or(u32::MAX),
                 },
             );
-            let is_v4 = key.address.is_ipv4();
             let ring_number = self.rings.of(&key).map(|(number, _)| number);
             if ring_number.is_none() && self.waits(&key) {
                 // Its first ring comes with its targets' first checks.
                 continue;
             }
-            let service = Service::Port(key.protocol, key.port);
-            let admission = self.admissions.get(&(balancer.clone(), service, is_v4));
-            let class = classes.number(admission, &mut self.next_class);
+            let class =
+                classes.number(admission(&self.admissions, &key, balancer), &mut self.next_class);
             let is_tracked =
                 sharing.contains(&number) || self.any_group(listener, |g| g.tracks_every_flow());
             if !is_tracked {
-                uncounted.extend(listener.target_groups.iter().map(|group| group.name.as_str()));
+                uncounted.extend(listener.target_groups.iter().map(|group| group.name.clone()));
             }
             let by_connections =
                 self.any_group(listener, |g| g.algorithm == Algorithm::LeastConnections);
@@ -283,29 +284,38 @@ impl State {
                 class,
             };
             desired.endpoints.insert(endpoint.key(), endpoint);
-
-            if let Some(admission) = self.admissions.get(&(balancer.clone(), Service::Echo, is_v4))
-            {
-                let protocol = if is_v4 { flow::ICMP } else { flow::ICMPV6 };
-                let class = classes.number(Some(admission), &mut self.next_class);
-                let guard = Endpoint {
-                    address,
-                    protocol,
-                    kind: Endpoint::GUARD,
-                    class,
-                    ..Endpoint::default()
-                };
-                desired.endpoints.insert(guard.key(), guard);
-            }
         }
+        self.put_proxied(desired, &mut classes);
+        self.put_guards(desired, &mut classes);
         let names = self.registered.keys();
         let is_counted =
-            |name: &&Arc<str>| self.used.contains(&***name) && !uncounted.contains(&***name);
+            |name: &&Arc<str>| self.forwarded.contains(&***name) && !uncounted.contains(&***name);
         self.counted = names.filter(is_counted).cloned().collect();
         self.put_ways_back(ways_back, desired);
         self.put_target_admissions(desired, &mut classes);
         desired.classes = classes.new.iter().cloned().collect();
         self.classes = classes.new;
+    }
+
+    /// Echo requests to load balancers that have security groups.
+    fn put_guards(&mut self, desired: &mut Desired, classes: &mut Classes) {
+        for (name, balancer) in &self.config.load_balancers {
+            for address in &balancer.addresses {
+                let is_v4 = address.is_ipv4();
+                let Some(admission) = self.admissions.get(&(name.clone(), Service::Echo, is_v4))
+                else {
+                    continue;
+                };
+                let guard = Endpoint {
+                    address: Address::from(*address),
+                    protocol: if is_v4 { flow::ICMP } else { flow::ICMPV6 },
+                    kind: Endpoint::GUARD,
+                    class: classes.number(Some(admission), &mut self.next_class),
+                    ..Endpoint::default()
+                };
+                desired.endpoints.insert(guard.key(), guard);
+            }
+        }
     }
 
     /// Which (listener, target) a packet from a target's address and port can be a reply of.
@@ -440,6 +450,16 @@ impl Classes {
     }
 }
 
+/// Who may come in by a listener of a load balancer; `None`: everybody.
+pub fn admission<'a>(
+    admissions: &'a Admissions,
+    key: &ListenerKey,
+    balancer: &str,
+) -> Option<&'a Admission> {
+    let service = Service::Port(key.protocol, key.port);
+    admissions.get(&(balancer.to_owned(), service, key.address.is_ipv4()))
+}
+
 /// Compiles the security groups of every load balancer that has some.
 pub fn compile_admissions(config: &Config) -> Admissions {
     let mut admissions = BTreeMap::new();
@@ -448,7 +468,8 @@ pub fn compile_admissions(config: &Config) -> Admissions {
         let groups: Vec<_> =
             names.iter().filter_map(|name| config.security_groups.get(name)).collect();
         let ports = balancer.listeners.iter().map(|l| Service::Port(l.protocol, l.port));
-        for service in ports.chain([Service::Echo]) {
+        let proxied = balancer.proxied.iter().map(|l| Service::Port(config::Protocol::Tcp, l.port));
+        for service in ports.chain(proxied).chain([Service::Echo]) {
             for is_v4 in [true, false] {
                 let prefixes =
                     admitted(&groups, &config.security_groups, service, is_v4).map(Arc::new);

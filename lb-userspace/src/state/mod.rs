@@ -5,8 +5,10 @@ mod actions;
 mod admission;
 mod desired;
 mod own_macs;
+mod proxied;
 mod registry;
 mod rings;
+mod routes;
 mod selection;
 mod slow_start;
 mod snapshot;
@@ -16,7 +18,7 @@ mod tunnels;
 mod walk;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -26,6 +28,7 @@ use lb_common::tables::{Endpoint, EndpointKey, MAX_LISTENERS, MAX_TARGETS, NO_RI
 use crate::config::{self, Config, LoadBalancer, Protocol};
 use crate::health::{CheckKey, CheckSpec, Health, HealthEvent, HealthState, Reason};
 use crate::netlink::Network;
+use crate::proxy::routes::ListenerRoute;
 use crate::reconcile::{Desired, Prefix};
 
 use actions::{Action, Rings};
@@ -65,6 +68,13 @@ pub struct State {
     known: BTreeSet<TargetKey>,
     /// Groups that a listener names.
     used: BTreeSet<String>,
+    /// Those of [`Self::used`] that packets are forwarded to; the proxy opens connections to the
+    /// others.
+    forwarded: BTreeSet<String>,
+    /// The proxy's listeners.
+    served: BTreeMap<SocketAddr, ListenerRoute>,
+    /// Groups of which every target has been checked once.
+    known_groups: BTreeSet<Arc<str>>,
     /// What each listener does.
     actions: BTreeMap<ListenerKey, Action>,
     ring_size: u32,
@@ -107,6 +117,9 @@ impl State {
             registered: BTreeMap::new(),
             known: BTreeSet::new(),
             used: BTreeSet::new(),
+            forwarded: BTreeSet::new(),
+            served: BTreeMap::new(),
+            known_groups: BTreeSet::new(),
             actions: BTreeMap::new(),
             ring_size,
             health: BTreeMap::new(),
@@ -158,7 +171,13 @@ impl State {
         self.known = self.registered.values().flatten().map(|(key, _)| key.clone()).collect();
         let listeners = || listener_keys(&self.config);
         let groups = listeners().flat_map(|(_, listener, ..)| &listener.target_groups);
-        self.used = groups.map(|group| group.name.clone()).collect();
+        self.forwarded = groups.map(|group| group.name.clone()).collect();
+        let proxied = self.config.load_balancers.values().flat_map(|balancer| &balancer.proxied);
+        let groups = proxied.flat_map(config::ProxyListener::target_groups);
+        let groups = groups.map(|group| &group.name).chain(&self.forwarded);
+        self.used = groups.cloned().collect();
+        self.served = routes::listener_routes(&self.config);
+        self.known_groups.retain(|name| self.used.contains(&**name));
         let action = |(key, listener, _, balancer): (ListenerKey, _, _, &LoadBalancer)| {
             let action = Action::new(listener, !balancer.cross_zone, key.address.is_ipv4());
             (key, action)
@@ -219,6 +238,7 @@ impl State {
             self.slow_start.begin(key.clone(), duration, now);
         }
         self.health.insert(key, health);
+        self.note_known_groups();
     }
 
     /// The network as it is now.

@@ -156,6 +156,7 @@ impl State {
     /// reached, so the way to it is about to be known.
     pub(super) fn is_settled(&self, key: &TargetKey) -> bool {
         let has_way = match self.network.next_hops.get(&key.address) {
+            _ if self.is_proxied(key) => true,
             None | Some(Err(Unresolved::NoNeighbour { .. })) => false,
             Some(_) => true,
         };
@@ -164,11 +165,13 @@ impl State {
     }
 
     /// Whether a target that becomes healthy now is to get its share step by step: others carry the
-    /// load, and the group's ring is not its first.
+    /// load, and the group's ring is not its first; nor, for the proxy, are its first checks.
     pub(super) fn starts_slowly(&self, key: &TargetKey) -> bool {
+        let is_proxied = self.is_proxied(key);
         let carries = |(other, target): &(TargetKey, config::Target)| {
             other != key
-                && self.takes(&key.target_group, key.address.is_ipv4(), other.address)
+                && (is_proxied
+                    || self.takes(&key.target_group, key.address.is_ipv4(), other.address))
                 && target.weight > 0
                 && self.is_healthy(other)
                 && self.slow_start.share(other) == STEPS
@@ -177,7 +180,8 @@ impl State {
             self.takes(&key.target_group, is_v4, key.address)
                 && self.rings.has_group(&key.target_group, is_v4)
         };
-        (in_ring(true) || in_ring(false))
+        let is_known = is_proxied && self.known_groups.contains(&key.target_group);
+        (is_known || in_ring(true) || in_ring(false))
             && self.registered.get(&*key.target_group).into_iter().flatten().any(carries)
     }
 }

@@ -7,7 +7,8 @@ use lb_common::tables::Traffic;
 use lb_common::verdict::DropReason;
 
 use crate::api::snapshot::{self, Agent, Interface, LoadBalancer, Snapshot, Status};
-use crate::config::{self, Scheme};
+use crate::config::{self, Action, LoadBalancerType, Protocol, ProxyListener, Scheme};
+use crate::dns;
 use crate::health::Health;
 
 use super::{ListenerKey, State, TargetKey};
@@ -88,9 +89,17 @@ impl State {
         counters: &dyn Counters,
     ) -> anyhow::Result<LoadBalancer> {
         let listeners = balancer.listeners.iter();
+        let proxied = balancer.proxied.iter();
+        let proxied = proxied.map(|it| self.proxied_listener(it, &balancer.addresses, counters));
+        let zone = self.config.dns.as_ref().map(|dns| dns.zone.as_str());
         Ok(LoadBalancer {
             name: name.into(),
-            kind: "network".into(),
+            dns_name: zone.map(|zone| format!("{}.{zone}", dns::label(name, balancer.scheme))),
+            metrics: None,
+            kind: match balancer.kind {
+                LoadBalancerType::Network => "network".into(),
+                LoadBalancerType::Application => "application".into(),
+            },
             scheme: match balancer.scheme {
                 Scheme::Internal => "internal".into(),
                 Scheme::InternetFacing => "internet-facing".into(),
@@ -98,6 +107,7 @@ impl State {
             addresses: balancer.addresses.clone(),
             listeners: listeners
                 .map(|listener| self.listener(listener, &balancer.addresses, counters))
+                .chain(proxied)
                 .collect::<anyhow::Result<_>>()?,
         })
     }
@@ -108,20 +118,9 @@ impl State {
         addresses: &[IpAddr],
         counters: &dyn Counters,
     ) -> anyhow::Result<snapshot::Listener> {
-        let mut sum = Traffic::default();
-        for address in addresses {
-            let config::Listener { protocol, port, .. } = *listener;
-            let key = ListenerKey { address: *address, protocol, port };
-            if let Some(number) = self.listeners.get(&key) {
-                let traffic = counters.listener(number)?;
-                sum.packets += traffic.packets;
-                sum.bytes += traffic.bytes;
-                sum.reply_packets += traffic.reply_packets;
-                sum.reply_bytes += traffic.reply_bytes;
-                sum.new_flows += traffic.new_flows;
-            }
-        }
+        let sum = self.traffic((listener.protocol, listener.port), addresses, counters)?;
         Ok(snapshot::Listener {
+            rules: None,
             protocol: listener.protocol.to_string(),
             port: listener.port,
             target_group: listener
@@ -135,6 +134,55 @@ impl State {
             reply_packets: sum.reply_packets,
             reply_bytes: sum.reply_bytes,
         })
+    }
+
+    /// A listener whose connections end in the proxy. What targets answer does not pass the kernel's
+    /// tables.
+    fn proxied_listener(
+        &self,
+        listener: &ProxyListener,
+        addresses: &[IpAddr],
+        counters: &dyn Counters,
+    ) -> anyhow::Result<snapshot::Listener> {
+        let sum = self.traffic((Protocol::Tcp, listener.port), addresses, counters)?;
+        let groups = match &listener.default_action {
+            Action::Forward(forward) => &forward.target_groups[..],
+            Action::Redirect(_) | Action::FixedResponse(_) => &[],
+        };
+        Ok(snapshot::Listener {
+            protocol: listener.protocol.to_string(),
+            port: listener.port,
+            target_group: groups.first().map_or_else(String::new, |group| group.name.clone()),
+            target_groups: groups.iter().map(weighted).collect(),
+            rules: Some(listener.rules.len()),
+            packets: sum.packets,
+            bytes: sum.bytes,
+            new_flows: sum.new_flows,
+            reply_packets: sum.reply_packets,
+            reply_bytes: sum.reply_bytes,
+        })
+    }
+
+    /// The sum over all addresses.
+    fn traffic(
+        &self,
+        (protocol, port): (Protocol, u16),
+        addresses: &[IpAddr],
+        counters: &dyn Counters,
+    ) -> anyhow::Result<Traffic> {
+        let mut sum = Traffic::default();
+        for address in addresses {
+            let key = ListenerKey { address: *address, protocol, port };
+            if let Some(number) = self.listeners.get(&key) {
+                let traffic = counters.listener(number)?;
+                sum.packets += traffic.packets;
+                sum.bytes += traffic.bytes;
+                sum.reply_packets += traffic.reply_packets;
+                sum.reply_bytes += traffic.reply_bytes;
+                sum.new_flows += traffic.new_flows;
+            }
+        }
+        Ok(sum)
     }
 
     fn target(
@@ -155,7 +203,9 @@ impl State {
             state: state.to_string(),
             reason: reason.map(|reason| reason.to_string()),
             description,
+            metrics: None,
             next_hop: match self.hop(target.address) {
+                _ if self.is_proxied(key) => "by the kernel's routes".into(),
                 Ok(hop) => self.describe(&hop),
                 Err(no_way) => no_way.problem,
             },

@@ -1,3 +1,5 @@
+mod application;
+mod proxied;
 mod selection;
 
 use std::time::Duration;

@@ -1,6 +1,10 @@
 //! Host against kernel on generated frames.
 
-use std::{collections::BTreeMap, env, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    env,
+    time::Duration,
+};
 
 use lb_common::tables::{EXCEPTION_WORDS, Slot, SlotState, Target};
 use lb_tests::generate::{Generator, MTUS};
@@ -66,12 +70,16 @@ fn assert_meaningful(scene: &Scene, actions: &BTreeMap<Action, u32>, counts: &Co
         assert_eq!(counts.drops.contains_key(&reason), !never, "{}", reason.name());
     }
     let began = Scene::everything().desired;
+    let proxied = began.endpoints.values().filter(|endpoint| endpoint.kind() == Endpoint::PROXIED);
+    let proxied: BTreeSet<u32> = proxied.map(|endpoint| endpoint.listener).collect();
     for listener in scene.desired.listeners.keys() {
         let ring = began.rings.get(listener);
         let targets = ring.into_iter().flat_map(|slots| slots.iter().map(|slot| slot.current));
         let mut ways = targets.map(|target| began.targets[&target].hop.ifindex);
         let is_counted = counts.listeners.contains_key(listener);
-        if ring.is_none() {
+        if proxied.contains(listener) {
+            assert!(is_counted, "listener {listener}");
+        } else if ring.is_none() {
             assert!(!is_counted, "listener {listener}");
         } else if ways.any(|ifindex| ifindex != 0) {
             assert!(is_counted, "listener {listener}");

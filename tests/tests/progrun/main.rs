@@ -11,6 +11,7 @@ mod generated;
 mod least_connections;
 mod mapped;
 mod passing;
+mod proxied;
 mod refusals;
 mod rewriting;
 mod selection;
@@ -41,6 +42,8 @@ enum Expect {
     Drop(DropReason, Option<IpAddr>),
     /// It goes to a target; whether a flow begins.
     Request { action: Action, frame: Vec<u8>, listener: u32, target: u32, is_new: bool },
+    /// The kernel gets it, untouched, for the proxy; whether a flow begins.
+    Proxied { listener: u32, is_new: bool },
     /// It goes back to the client.
     Reply { action: Action, frame: Vec<u8>, listener: u32, target: u32 },
     /// It dies for this reason, and the client is told by this frame.
@@ -91,7 +94,7 @@ fn check(world: &mut World<'_>, step: &Step) {
     let counted = world.counts().unwrap_or_else(|error| panic!("{what}: {error}"));
 
     let (action, frame) = match &step.expect {
-        Expect::Pass => (Action::Pass, &step.input),
+        Expect::Pass | Expect::Proxied { .. } => (Action::Pass, &step.input),
         // What is left of a dropped frame is nobody's business.
         Expect::Drop(..) => (Action::Drop, &outcome.frame),
         Expect::Request { action, frame, .. } | Expect::Reply { action, frame, .. } => {
@@ -128,6 +131,12 @@ fn after(mut counts: Counts, expect: &Expect, bytes: u64) -> Counts {
             traffic.bytes += bytes;
             traffic.new_flows += u64::from(is_new);
         }),
+        Expect::Proxied { listener, is_new } => {
+            let traffic = counts.listeners.entry(listener).or_default();
+            traffic.packets += 1;
+            traffic.bytes += bytes;
+            traffic.new_flows += u64::from(is_new);
+        }
         Expect::Reply { listener, target, .. } => count(listener, target, &|traffic| {
             traffic.reply_packets += 1;
             traffic.reply_bytes += bytes;
@@ -224,6 +233,11 @@ impl Step {
 
     fn pass(what: &'static str, input: impl Into<Vec<u8>>) -> Self {
         Self::new(what, input, Expect::Pass)
+    }
+
+    /// From a client to a listener of the proxy.
+    fn proxied(what: &'static str, input: &Packet, listener: u32) -> Self {
+        Self::new(what, input.build(), Expect::Proxied { listener, is_new: is_syn(input) })
     }
 
     fn drop(what: &'static str, input: impl Into<Vec<u8>>, reason: DropReason) -> Self {

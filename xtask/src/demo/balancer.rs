@@ -28,24 +28,31 @@ pub struct Balancer {
 
 impl Balancer {
     /// Writes the configuration into `folder` and starts the agent with it.
-    pub fn start(network: &Network, binary: &Path, folder: &Path) -> Result<Self> {
+    pub fn start(
+        network: &Network,
+        binary: &Path,
+        folder: &Path,
+        interfaces: &[&str],
+        text: &str,
+    ) -> Result<Self> {
         let configuration = folder.join("lb.toml");
         let socket = folder.join("lb.sock");
-        fs::write(&configuration, text(&socket))?;
+        fs::write(&configuration, text)?;
         let mut command = network.command(BALANCER, binary);
-        command.args(["--iface", "eth0", "--iface", "eth1", "--config"]).arg(&configuration);
+        command.args(interfaces.iter().flat_map(|interface| ["--iface", interface]));
+        command.arg("--api-socket").arg(&socket).arg("--config").arg(&configuration);
         let daemon = Daemon::start(command, &folder.join("lb-userspace.log"))?;
         Ok(Self { daemon, binary: binary.to_owned(), socket, configuration })
     }
 
-    /// Waits until all targets, of both families, are healthy.
-    pub fn wait_until_healthy(&mut self) -> Result<()> {
-        wait_for("all targets healthy", Duration::from_secs(20), || {
+    /// Waits until so many targets are in this state.
+    pub fn wait_until_all(&mut self, count: usize, state: &str) -> Result<()> {
+        wait_for(&format!("{count} targets {state}"), Duration::from_secs(20), || {
             self.daemon.still_runs().context("lb-userspace")?;
             // It does not answer before it listens; if it never does, the limit says so.
             let states = self.states().unwrap_or_default();
-            let healthy = states.values().filter(|state| *state == "healthy").count();
-            Ok((healthy == 2 * TARGETS.len()).then_some(()))
+            let those = states.values().filter(|it| *it == state).count();
+            Ok((those == count).then_some(()))
         })
     }
 
@@ -70,10 +77,15 @@ impl Balancer {
 
     /// How many packets were dropped for a reason.
     pub fn drops(&self, reason: &str) -> Result<u64> {
-        let status = self.json(&["status", "--json"])?;
+        let status = self.status()?;
         ensure!(status["drops"].is_object(), "`status --json` has no drops");
         // A reason that never occurred may be left out.
         Ok(status["drops"][reason].as_u64().unwrap_or(0))
+    }
+
+    /// What `status --json` says.
+    pub fn status(&self) -> Result<Value> {
+        self.json(&["status", "--json"])
     }
 
     /// A command of the agent's, as a user would run it.
@@ -101,15 +113,13 @@ impl Balancer {
     }
 }
 
-fn text(socket: &Path) -> String {
+/// The configuration of the network load balancer's demo.
+pub fn text() -> String {
     let [ipv4, ipv6] = ADDRESSES;
     let addresses = TARGETS.iter().flat_map(|target| [target.ipv4(), target.ipv6()]);
     let targets: Vec<_> = addresses.map(|address| format!("  \"{address}\",\n")).collect();
     format!(
-        r#"[agent]
-api_socket = "{}"
-
-[security_group.customers]            # 10.0.1.66 is not among them
+        r#"[security_group.customers]            # 10.0.1.66 is not among them
 ingress = [
   {{ protocol = "tcp", ports = "80", sources = ["10.0.1.0/26", "2001:db8:1::/64"] }},
   {{ protocol = "icmp", sources = ["0.0.0.0/0", "::/0"] }},
@@ -137,7 +147,6 @@ protocol = "tcp"
 port = 80
 target_group = "hello"
 "#,
-        socket.display(),
         targets.concat(),
     )
 }

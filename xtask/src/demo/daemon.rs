@@ -72,7 +72,8 @@ impl Daemon {
         bail!("it did not end within {} s of SIGTERM and was killed", PATIENCE.as_secs())
     }
 
-    fn signal(&self, signal: Signal) -> Result<()> {
+    /// Sends a signal to all of its processes.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
         let group = Pid::from_raw(self.child.id().try_into()?);
         killpg(group, signal).with_context(|| format!("send {signal} to process group {group}"))
     }

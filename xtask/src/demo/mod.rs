@@ -2,6 +2,7 @@
 //!
 //! Every step shows something and fails if it did not happen.
 
+mod alb;
 mod balancer;
 mod client;
 mod daemon;
@@ -18,9 +19,9 @@ use anyhow::{Context as _, Result, ensure};
 
 use self::balancer::{ADDRESSES, Balancer};
 use self::client::Request;
-use self::namespace::{BALANCER, CLIENT, FORBIDDEN, Network, PICTURE, TARGETS};
+use self::namespace::{BALANCER, CLIENT, FORBIDDEN, Network, PICTURE, Segment, TARGETS};
 use self::report::{heading, quote, shown, transcript};
-use self::server::Server;
+use self::server::{CLIENT_PAGE, Server};
 use crate::process::{as_root, capture, interrupted, is_root, pause, run as run_command};
 use crate::{agent, setup};
 
@@ -31,7 +32,7 @@ const REQUESTS: usize = 300;
 const LEAST_SHARE: usize = 55;
 
 /// Installs what is missing and builds, unless a binary is given; then shows it.
-pub fn run(binary: Option<PathBuf>) -> Result<()> {
+pub fn run(which: Which, binary: Option<PathBuf>) -> Result<()> {
     let binary = match binary {
         Some(binary) => fs::canonicalize(&binary).with_context(|| binary.display().to_string())?,
         None => {
@@ -42,12 +43,34 @@ pub fn run(binary: Option<PathBuf>) -> Result<()> {
     if !is_root() {
         let this = std::env::current_exe()?;
         let mut again = as_root(&this.to_string_lossy())?;
-        return run_command(again.args(["demo", "--agent"]).arg(binary));
+        return run_command(again.args(["demo", which.name(), "--agent"]).arg(binary));
     }
     let begin = Instant::now();
-    show(&binary)?;
+    match which {
+        Which::Network => show(&binary)?,
+        Which::Alb => alb::show(&binary)?,
+    }
     println!("\nAll shown, in {:.0} s.", begin.elapsed().as_secs_f64());
     Ok(())
+}
+
+/// What is shown.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Which {
+    /// The network load balancer
+    Network,
+    /// The application load balancer: HTTP, rules, names, two zones
+    Alb,
+}
+
+impl Which {
+    /// As the command line has it.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Network => "network",
+            Self::Alb => "alb",
+        }
+    }
 }
 
 /// A step: its heading and what it does.
@@ -93,20 +116,23 @@ fn show(binary: &Path) -> Result<()> {
 impl Demo {
     fn start(binary: &Path, folder: Folder) -> Result<Self> {
         heading("Two clients, a balancer and three targets in network namespaces");
-        let network = Network::new().context("make the namespaces")?;
+        let segments = [(Segment::Clients, "eth0"), (Segment::Targets, "eth1")];
+        let hosts: Vec<_> = [&CLIENT, &FORBIDDEN].into_iter().chain(&TARGETS).collect();
+        let network = Network::new(&segments, &hosts).context("make the namespaces")?;
         quote(PICTURE);
-        let start = |host| Server::start(&network, host, &folder.path).map(Some);
+        let start = |host| Server::start(&network, host, &folder.path, CLIENT_PAGE).map(Some);
         let servers = TARGETS.iter().map(start).collect::<Result<_>>()?;
         shown("nginx answers on each target");
         let balancer =
-            Balancer::start(&network, binary, &folder.path).context("start the agent")?;
+            Balancer::start(&network, binary, &folder.path, &["eth0", "eth1"], &balancer::text())
+                .context("start the agent")?;
         Ok(Self { balancer, servers, network, folder })
     }
 
     fn steps(&mut self) -> Result<()> {
         heading("lb-userspace --iface eth0 --iface eth1 --config lb.toml");
         quote(&fs::read_to_string(&self.balancer.configuration)?);
-        self.balancer.wait_until_healthy().context("start the agent")?;
+        self.balancer.wait_until_all(2 * TARGETS.len(), "healthy").context("start the agent")?;
         shown("all targets are healthy");
         for (name, step) in STEPS {
             heading(name);
@@ -248,7 +274,7 @@ fn target_killed(demo: &mut Demo) -> Result<()> {
 
 fn target_back(demo: &mut Demo) -> Result<()> {
     let host = &TARGETS[1];
-    demo.servers[1] = Some(Server::start(&demo.network, host, &demo.folder.path)?);
+    demo.servers[1] = Some(Server::start(&demo.network, host, &demo.folder.path, CLIENT_PAGE)?);
     demo.balancer.wait_for_state(&host.ipv4(), "healthy")?;
     shown(&format!("{} is healthy again", host.name));
     spread_over(demo, ADDRESSES[0])

@@ -26,15 +26,22 @@ pub struct Host {
     /// Its name, of which the namespace's name is made.
     pub name: &'static str,
     /// The segment it is on.
-    segment: Segment,
+    pub segment: Segment,
     /// Last part of its addresses: 10.0.x.N and 2001:db8:x::N.
-    number: &'static str,
+    pub number: &'static str,
 }
 
+/// A switch.
 #[derive(Clone, Copy)]
-enum Segment {
+pub enum Segment {
+    /// 10.0.1.0/24.
     Clients,
+    /// 10.0.2.0/24.
     Targets,
+    /// 10.0.2.0/24 of the application load balancer's demo.
+    ZoneA,
+    /// 10.0.3.0/24.
+    ZoneB,
 }
 
 impl Segment {
@@ -42,13 +49,16 @@ impl Segment {
         match self {
             Self::Clients => "clients",
             Self::Targets => "targets",
+            Self::ZoneA => "zone-a",
+            Self::ZoneB => "zone-b",
         }
     }
 
     const fn number(self) -> u8 {
         match self {
             Self::Clients => 1,
-            Self::Targets => 2,
+            Self::Targets | Self::ZoneA => 2,
+            Self::ZoneB => 3,
         }
     }
 }
@@ -87,19 +97,19 @@ pub struct Network {
 }
 
 impl Network {
-    /// Makes all of it.
-    pub fn new() -> Result<Self> {
+    /// Makes all of it: switches, each with the balancer's interface to it, and hosts.
+    pub fn new(segments: &[(Segment, &str)], hosts: &[&'static Host]) -> Result<Self> {
         let prefix = format!("lb-demo-{}-", std::process::id());
         let mut network = Self { prefix, made: Vec::new(), passes: Vec::new() };
         network.add(SWITCHES)?;
-        for segment in [Segment::Clients, Segment::Targets] {
+        for (segment, _) in segments {
             let bridge = segment.bridge();
             network.ip(SWITCHES, &format!("link add {bridge} type bridge mcast_snooping 0"))?;
             network.ip(SWITCHES, &format!("link set {bridge} up"))?;
         }
         network.add(BALANCER)?;
-        network.balancer()?;
-        for host in [&CLIENT, &FORBIDDEN].into_iter().chain(&TARGETS) {
+        network.balancer(segments)?;
+        for host in hosts {
             network.add(host.name)?;
             network.endpoint(host)?;
         }
@@ -197,8 +207,14 @@ impl Network {
         Ok(())
     }
 
-    fn balancer(&mut self) -> Result<()> {
-        for (segment, interface) in [(Segment::Clients, "eth0"), (Segment::Targets, "eth1")] {
+    /// Takes a segment's switch off the power, or puts it back.
+    pub fn switch(&self, segment: Segment, is_on: bool) -> Result<()> {
+        let state = if is_on { "up" } else { "down" };
+        self.ip(SWITCHES, &format!("link set {} {state}", segment.bridge())).map(drop)
+    }
+
+    fn balancer(&mut self, segments: &[(Segment, &str)]) -> Result<()> {
+        for &(segment, interface) in segments {
             let port = format!("bal-{interface}");
             self.plug(BALANCER, interface, segment, &port)?;
             let number = segment.number();

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use nix::sys::signal::Signal;
 
 use super::daemon::Daemon;
 use super::namespace::{Host, Network};
@@ -14,6 +15,9 @@ use crate::process::wait_for;
 /// The port they listen on.
 pub const PORT: u16 = 8080;
 
+/// The page that names who asks.
+pub const CLIENT_PAGE: &str = "client $remote_addr";
+
 /// nginx on a target; dropping it ends it.
 pub struct Server {
     daemon: Daemon,
@@ -21,11 +25,12 @@ pub struct Server {
 
 impl Server {
     /// Starts nginx on `host`, its files in `folder`, and waits until it answers there.
-    pub fn start(network: &Network, host: &Host, folder: &Path) -> Result<Self> {
+    /// Every path is the page: what follows "hello world from NAME".
+    pub fn start(network: &Network, host: &Host, folder: &Path, page: &str) -> Result<Self> {
         let prefix = folder.join(host.name);
         fs::create_dir_all(&prefix)?;
         let file = prefix.join("nginx.conf");
-        fs::write(&file, configuration(host.name, &prefix))?;
+        fs::write(&file, configuration(host.name, &prefix, page))?;
         let mut nginx = network.tool(host.name, "nginx");
         nginx.arg("-p").arg(&prefix).arg("-c").arg(&file);
         let mut server = Self { daemon: Daemon::start(nginx, &log(&prefix))? };
@@ -38,6 +43,11 @@ impl Server {
     /// Kills all of its processes at once; the kernel closes its connections.
     pub fn kill(mut self) -> Result<()> {
         self.daemon.kill()
+    }
+
+    /// Stops it where it is: it accepts connections, and does not answer. Or lets it go on.
+    pub fn freeze(&self, is_frozen: bool) -> Result<()> {
+        self.daemon.signal(if is_frozen { Signal::SIGSTOP } else { Signal::SIGCONT })
     }
 
     /// Ends it.
@@ -60,7 +70,7 @@ fn log(prefix: &Path) -> PathBuf {
     prefix.join("nginx.log")
 }
 
-fn configuration(name: &str, prefix: &Path) -> String {
+fn configuration(name: &str, prefix: &Path, page: &str) -> String {
     let prefix = prefix.display();
     format!(
         r#"daemon off;
@@ -74,7 +84,7 @@ http {{
   server {{
     listen {PORT};
     listen [::]:{PORT};
-    location / {{ return 200 "hello world from {name}, client $remote_addr\n"; }}
+    location / {{ return 200 "hello world from {name}, {page}\n"; }}
   }}
 }}
 "#

@@ -138,7 +138,6 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("tunnel_sources_mapped", "[agent]\ntunnel_sources = [\"::ffff:172.16.0.0/112\"]"),
     ("tunnel_sources_loopback", "[agent]\ntunnel_sources = [\"127.0.0.0/8\"]"),
     ("metrics_listen", "[agent]\nmetrics_listen = \"127.0.0.1:9901\""),
-    ("dns", "[dns]\nlisten = \"10.0.0.53:53\"\nzone = \"elb.internal\""),
     // security groups
     ("ingress_no_list", "[security_group.web]\ningress = { protocol = \"all\" }"),
     ("ingress_no_rule", "[security_group.web]\ningress = [\"tcp\"]"),
@@ -177,10 +176,10 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("target_group_port_zero", "[target_group.web]\nport = 0"),
     ("target_group_port_range", "[target_group.web]\nport = 70000"),
     ("target_group_port_string", "[target_group.web]\nport = \"80\""),
-    ("target_group_protocol_later", target_group!("protocol = \"http\"")),
+    ("target_group_protocol_later", target_group!("protocol = \"tcp_udp\"")),
     ("target_group_protocol", target_group!("protocol = \"sctp\"")),
     ("forwarding", target_group!("forwarding = \"dsr-l2\"")),
-    ("algorithm_later", target_group!("algorithm = \"round_robin\"")),
+    ("algorithm_of_requests", target_group!("algorithm = \"round_robin\"")),
     (
         "algorithm_sticky",
         target_group!("algorithm = \"least_connections\"\nstickiness = { type = \"source_ip\" }"),
@@ -193,7 +192,7 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("stickiness_no_table", target_group!("stickiness = \"source_ip\"")),
     ("stickiness_without_type", target_group!("stickiness = {}")),
     ("stickiness_type", target_group!("stickiness = { type = \"source-ip\" }")),
-    ("stickiness_type_later", target_group!("stickiness = { type = \"lb_cookie\" }")),
+    ("stickiness_cookie", target_group!("stickiness = { type = \"lb_cookie\" }")),
     (
         "stickiness_duration",
         target_group!("stickiness = { type = \"source_ip\", duration = \"1h\" }"),
@@ -278,7 +277,7 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("health_check_matcher_reversed", health_check!("protocol = \"https\"\nmatcher = \"299-200\"")),
     // load balancers
     (
-        "load_balancer_type_later",
+        "application_without_http_group",
         load_balancer!("type = \"application\"\naddresses = [\"192.0.2.1\"]"),
     ),
     ("load_balancer_type", load_balancer!("type = \"gateway\"\naddresses = [\"192.0.2.1\"]")),
@@ -302,10 +301,6 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ("address_loopback", load_balancer!("addresses = [\"::1\"]")),
     ("address_mapped", load_balancer!("addresses = [\"::ffff:192.0.2.1\"]")),
     ("address_link_local", load_balancer!("addresses = [\"fe80::1\"]")),
-    (
-        "address_zone",
-        load_balancer!("addresses = [{ address = \"192.0.2.1\", availability_zone = \"a\" }]"),
-    ),
     ("security_groups_empty", load_balancer!("addresses = [\"192.0.2.1\"]\nsecurity_groups = []")),
     (
         "security_groups_unknown",
@@ -323,7 +318,10 @@ const ONE_ERROR: &[(&str, &str)] = &[
         "listener_with_single_brackets",
         "[load_balancer.web]\naddresses = [\"192.0.2.1\"]\n[load_balancer.web.listener]\nport = 80",
     ),
-    ("listener_protocol_later", listener!("protocol = \"tls\"\nport = 80\ntarget_group = \"web\"")),
+    (
+        "listener_protocol_later",
+        listener!("protocol = \"tcp_udp\"\nport = 80\ntarget_group = \"web\""),
+    ),
     ("listener_protocol", listener!("protocol = \"TCP\"\nport = 80\ntarget_group = \"web\"")),
     (
         "listener_protocol_differs",
@@ -409,7 +407,7 @@ const ONE_ERROR: &[(&str, &str)] = &[
     ),
 ];
 
-fn assert_refused(name: &str, text: &str, error_count: usize) {
+pub(super) fn assert_refused(name: &str, text: &str, error_count: usize) {
     let errors = parse("lb.toml", text).expect_err(name);
     assert_eq!(errors.diagnostics().len(), error_count, "{name}:\n{errors}");
     let mut settings = insta::Settings::clone_current();
@@ -437,7 +435,7 @@ hash_sed = "0x1"
 ingress = [{ protocol = "tcp", ports = "80", sources = ["10.0.0.1/8", "sg:x", "oops"] }]
 
 [target_group.web]
-protocol = "tls"
+protocol = "tcp_udp"
 targets = ["10.0.2.11:0", "::1", { weight = 1000 }]
 
 [load_balancer.web]

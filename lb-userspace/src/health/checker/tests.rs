@@ -22,7 +22,7 @@ fn key(target: u16) -> CheckKey {
 }
 
 fn spec(key: &CheckKey, path: &str) -> CheckSpec {
-    let http = HttpProbe { path: path.to_owned(), matcher: vec![200..=299] };
+    let http = HttpProbe { path: path.to_owned(), matcher: vec![200..=299], http2: false };
     CheckSpec {
         check: HealthCheck {
             probe: ProbeKind::Http(http),

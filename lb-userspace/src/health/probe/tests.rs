@@ -8,7 +8,7 @@ use hyper::Response;
 use hyper::server::conn::http1 as server;
 use hyper::service::service_fn;
 use rustls::ServerConfig;
-use rustls::crypto::ring;
+use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::PrivateKeyDer;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
@@ -24,7 +24,7 @@ const PATIENT: Duration = Duration::from_secs(10);
 const SHORT: Duration = Duration::from_millis(300);
 
 fn http(matcher: &[RangeInclusive<u16>]) -> HttpProbe {
-    HttpProbe { path: "/health?deep=1".to_owned(), matcher: matcher.to_vec() }
+    HttpProbe { path: "/health?deep=1".to_owned(), matcher: matcher.to_vec(), http2: false }
 }
 
 async fn probe(kind: ProbeKind, address: SocketAddr, timeout: Duration) -> Outcome {
@@ -278,7 +278,8 @@ async fn a_target_may_finish_its_answer() {
     })
     .await;
     let stream = TcpStream::connect(address).await.unwrap();
-    let answer = get(stream, address, &http(&[])).await.unwrap_or_else(|_| panic!("no answer"));
+    let answer =
+        get(stream, address, &http(&[]), "http").await.unwrap_or_else(|_| panic!("no answer"));
     answer.finish(PATIENT).await;
     assert_eq!(ending.await.unwrap().unwrap(), 0);
 }
@@ -290,7 +291,7 @@ fn tls_server(versions: &[&'static rustls::SupportedProtocolVersion]) -> TlsAcce
     let key = rcgen::KeyPair::generate().unwrap();
     let certificate = params.self_signed(&key).unwrap();
     let key = PrivateKeyDer::Pkcs8(key.serialize_der().into());
-    let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+    let config = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
         .with_protocol_versions(versions)
         .unwrap()
         .with_no_client_auth()
@@ -338,7 +339,7 @@ async fn https_fails_where_plain_http_is_spoken() {
 #[tokio::test]
 async fn a_path_that_is_no_path_fails_without_a_panic() {
     let address = serve(hold).await;
-    let probe_kind = HttpProbe { path: "/a b".to_owned(), matcher: vec![200..=200] };
+    let probe_kind = HttpProbe { path: "/a b".to_owned(), matcher: vec![200..=200], http2: false };
     let outcome = probe(ProbeKind::Http(probe_kind), address, PATIENT).await;
     let Outcome::Fail { description, .. } = outcome else { panic!("passed") };
     assert!(description.contains("\"/a b\" cannot be requested"), "{description}");

@@ -1,5 +1,6 @@
-//! `cargo xtask bench`: what a packet costs.
+//! `cargo xtask bench`: what a packet costs, and what a request costs.
 
+mod http;
 mod packet;
 
 use std::path::PathBuf;
@@ -13,6 +14,8 @@ use clap::Parser;
 enum Command {
     /// The cost of a packet in the XDP program, beside that of programs with nothing to decide
     Packet(PacketOptions),
+    /// The cost of a request in the proxy, beside nginx and HAProxy
+    Http(http::HttpOptions),
 }
 
 /// How to measure packets.
@@ -47,5 +50,6 @@ struct PacketOptions {
 fn main() -> Result<()> {
     match Command::parse() {
         Command::Packet(options) => packet::run(&options),
+        Command::Http(options) => http::run(&options),
     }
 }

@@ -1,0 +1,363 @@
+//! One client's connection, from its first byte to its last.
+
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, Sleep, sleep, timeout};
+use tokio_rustls::TlsAcceptor;
+
+use super::BUFFER;
+use super::counters::Metric;
+use super::errors::ElbError;
+use super::exchange;
+use super::io::{Activity, Waiting, Watched};
+use super::listener::{FAREWELL, farewell, read_to_end};
+use super::request;
+use super::streams::Streams;
+use super::table::{Listener, Served};
+use super::tunnel::{self, Upgrade};
+use super::worker::Worker;
+use crate::config::model::{Attributes, ProxyProtocol};
+
+/// How long a TLS handshake may take.
+pub const HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// Bytes of a request's head, at most.
+pub const MAX_HEAD: usize = 64 * 1024;
+
+/// What a client sends first that knows that HTTP/2 is spoken (RFC 9113 3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Requests at a time on one HTTP/2 connection, as on AWS.
+const STREAMS: u32 = 128;
+
+/// Windows of HTTP/2 towards clients, in bytes: what may wait here for a slow target.
+const STREAM_WINDOW: u32 = 256 * 1024;
+const CONNECTION_WINDOW: u32 = 1024 * 1024;
+
+/// What the requests of a connection have in common.
+#[derive(Debug)]
+pub struct Connection {
+    /// The thread that serves it.
+    pub worker: Arc<Worker>,
+    /// Where it came.
+    pub listener: Arc<Listener>,
+    /// The client.
+    pub peer: SocketAddr,
+    /// Where the client connected to.
+    pub local: SocketAddr,
+    /// For connections in TLS.
+    pub tls: Option<Tls>,
+    /// Random, for access logs.
+    pub id: u64,
+    /// What happens on it.
+    pub activity: Arc<Activity>,
+    /// Set by a request after whose answer the connection becomes a tunnel.
+    pub upgrade: Mutex<Option<Upgrade>>,
+    /// Whether it ends with an answer to a request that the client may still be sending.
+    pub lingers: AtomicBool,
+}
+
+/// What a client's TLS handshake settled.
+#[derive(Debug, Clone)]
+pub struct Tls {
+    /// Such as `TLSv1.3`.
+    pub version: &'static str,
+    /// By OpenSSL's name for TLS 1.2, by the standard's for TLS 1.3.
+    pub cipher_suite: String,
+    /// The name that the client asked for.
+    pub server_name: Option<String>,
+    /// The protocol that was agreed on.
+    pub alpn: Option<String>,
+    /// How long the handshake took.
+    pub handshake: Duration,
+}
+
+/// Serves a connection until it ends.
+pub async fn serve(
+    worker: &Arc<Worker>,
+    listener: &Arc<Listener>,
+    served: Arc<Served>,
+    stream: TcpStream,
+    peer: SocketAddr,
+) {
+    // The socket inherits it from the one that listens; elsewhere it is harmless.
+    let _ = stream.set_nodelay(true);
+    let Ok(local) = stream.local_addr() else { return };
+    let mut connection = Connection {
+        worker: worker.clone(),
+        listener: listener.clone(),
+        peer,
+        local,
+        tls: None,
+        id: rand::random(),
+        activity: Activity::new(served.load_balancer.clone(), worker.index),
+        upgrade: Mutex::new(None),
+        lingers: AtomicBool::new(false),
+    };
+    let attributes = served.route.attributes.clone();
+    match (&served.tls, served.route.listener.protocol) {
+        (None, _) => plain(connection, &attributes, stream).await,
+        (Some(tls), ProxyProtocol::Tls) => {
+            tunnel::serve(connection, &served, tls.server.clone(), stream).await;
+        }
+        (Some(tls), _) => {
+            let began = Instant::now();
+            let acceptor = TlsAcceptor::from(tls.server.clone());
+            let Ok(Ok(stream)) = timeout(HANDSHAKE, acceptor.accept(stream)).await else {
+                served.load_balancer.counters.count(worker.index, Metric::ClientTlsErrors);
+                return;
+            };
+            connection.tls = Some(Tls::of(stream.get_ref().1, began.elapsed()));
+            if connection.tls.as_ref().is_some_and(|tls| tls.alpn.as_deref() == Some("h2")) {
+                http2(Arc::new(connection), &attributes, stream, Bytes::new()).await;
+            } else {
+                http1(Arc::new(connection), &attributes, stream, Bytes::new()).await;
+            }
+        }
+    }
+}
+
+impl Tls {
+    /// Of a handshake that took so long.
+    pub fn of(session: &rustls::ServerConnection, handshake: Duration) -> Self {
+        let version = match session.protocol_version() {
+            Some(rustls::ProtocolVersion::TLSv1_2) => "TLSv1.2",
+            _ => "TLSv1.3",
+        };
+        let suite = session.negotiated_cipher_suite().map(|it| it.suite());
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Self {
+            version,
+            cipher_suite: suite.map(cipher_suite_name).unwrap_or_default(),
+            server_name: session.server_name().map(str::to_owned),
+            alpn: session.alpn_protocol().map(text),
+            handshake,
+        }
+    }
+}
+
+/// AWS writes TLS 1.3's suites as the standard does, and TLS 1.2's as OpenSSL does.
+fn cipher_suite_name(suite: rustls::CipherSuite) -> String {
+    use rustls::CipherSuite as S;
+    match suite {
+        S::TLS13_AES_128_GCM_SHA256 => "TLS_AES_128_GCM_SHA256".to_owned(),
+        S::TLS13_AES_256_GCM_SHA384 => "TLS_AES_256_GCM_SHA384".to_owned(),
+        S::TLS13_CHACHA20_POLY1305_SHA256 => "TLS_CHACHA20_POLY1305_SHA256".to_owned(),
+        S::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256 => "ECDHE-ECDSA-AES128-GCM-SHA256".to_owned(),
+        S::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384 => "ECDHE-ECDSA-AES256-GCM-SHA384".to_owned(),
+        S::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256 => "ECDHE-RSA-AES128-GCM-SHA256".to_owned(),
+        S::TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384 => "ECDHE-RSA-AES256-GCM-SHA384".to_owned(),
+        other => format!("{other:?}"),
+    }
+}
+
+/// HTTP without TLS: which version is seen from the first bytes.
+async fn plain(connection: Connection, attributes: &Attributes, mut stream: TcpStream) {
+    let mut first = BytesMut::with_capacity(8 * 1024);
+    let is_http2 = loop {
+        match timeout(attributes.idle_timeout, stream.read_buf(&mut first)).await {
+            Ok(Ok(1..)) => {}
+            Ok(Ok(0) | Err(_)) => return,
+            Err(_) if first.is_empty() => return,
+            Err(_) => {
+                refuse(&connection, stream, ElbError::RequestTimeout, first.len()).await;
+                return;
+            }
+        }
+        let n = first.len().min(PREFACE.len());
+        if first[..n] != PREFACE[..n] {
+            break false;
+        }
+        if n == PREFACE.len() {
+            break true;
+        }
+    };
+    let connection = Arc::new(connection);
+    if is_http2 && attributes.http2 {
+        http2(connection, attributes, stream, first.freeze()).await;
+    } else {
+        http1(connection, attributes, stream, first.freeze()).await;
+    }
+}
+
+async fn http1<S>(connection: Arc<Connection>, attributes: &Attributes, stream: S, first: Bytes)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let io = TokioIo::new(Watched::new(stream, first, connection.activity.clone()));
+    let for_requests = connection.clone();
+    let service = service_fn(move |request| request::serve(for_requests.clone(), request));
+    let mut served = http1::Builder::new()
+        .max_buf_size(BUFFER)
+        .max_header_size(MAX_HEAD)
+        .header_read_timeout(None)
+        .serve_connection(io, service);
+    let mut watchdog = Watchdog::new(&connection, attributes);
+    let closed = connection.listener.closed();
+    tokio::pin!(closed);
+    let mut is_closing = false;
+    let ended = loop {
+        tokio::select! {
+            biased;
+            ended = &mut served => break ended,
+            () = &mut closed, if !is_closing => {
+                is_closing = true;
+                Pin::new(&mut served).graceful_shutdown();
+            }
+            verdict = watchdog.watch() => match verdict {
+                Overdue::Idle if !is_closing => {
+                    is_closing = true;
+                    Pin::new(&mut served).graceful_shutdown();
+                }
+                Overdue::Idle | Overdue::Silent => return,
+                Overdue::Head => {
+                    let stream = served.into_parts().io.into_inner();
+                    let received = stream.head_size();
+                    refuse(&connection, stream, ElbError::RequestTimeout, received).await;
+                    return;
+                }
+            },
+        }
+    };
+    if let Err(error) = &ended {
+        tracing::debug!(client = %connection.peer, %error, "connection failed");
+        let stream = served.into_parts().io.into_inner();
+        if let Some(error) = stream.refusal() {
+            exchange::note_refused(&connection, error, stream.head_size());
+            let _ = timeout(FAREWELL, read_to_end(stream)).await;
+        }
+        return;
+    }
+    let upgrade = connection.upgrade.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(upgrade) = upgrade {
+        let parts = served.into_parts();
+        let mut stream = parts.io.into_inner();
+        stream.unread(parts.read_buf);
+        upgrade.run(stream, &connection.activity, attributes.idle_timeout).await;
+    } else if connection.lingers.load(Relaxed) {
+        let stream = served.into_parts().io.into_inner();
+        let _ = timeout(FAREWELL, read_to_end(stream)).await;
+    }
+}
+
+async fn http2<S>(connection: Arc<Connection>, attributes: &Attributes, stream: S, first: Bytes)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let io = TokioIo::new(Watched::new(stream, first, connection.activity.clone()));
+    let for_requests = connection.clone();
+    let service = service_fn(move |request| request::serve(for_requests.clone(), request));
+    let streams = Streams { idle_timeout: attributes.idle_timeout };
+    let mut served = http2::Builder::new(streams)
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(STREAMS)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_send_buf_size(BUFFER)
+        .max_header_list_size(u32::try_from(MAX_HEAD).unwrap_or(u32::MAX))
+        .serve_connection(io, service);
+    let mut served = Pin::new(&mut served);
+    let mut watchdog = Watchdog::new(&connection, attributes);
+    // Streams that stall end by themselves; this is for what that does not help.
+    watchdog.silence *= 2;
+    let closed = connection.listener.closed();
+    tokio::pin!(closed);
+    let mut is_closing = false;
+    loop {
+        tokio::select! {
+            biased;
+            ended = &mut served => {
+                if let Err(error) = ended {
+                    tracing::debug!(client = %connection.peer, %error, "HTTP/2 connection failed");
+                }
+                return;
+            }
+            () = &mut closed, if !is_closing => {
+                is_closing = true;
+                served.as_mut().graceful_shutdown();
+            }
+            verdict = watchdog.watch() => match verdict {
+                Overdue::Idle | Overdue::Head if !is_closing => {
+                    is_closing = true;
+                    served.as_mut().graceful_shutdown();
+                }
+                _ => return,
+            },
+        }
+    }
+}
+
+/// Tells a client why its connection ends.
+async fn refuse<S>(connection: &Connection, stream: S, error: ElbError, received: usize)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    exchange::note_refused(connection, error, received);
+    let _ = timeout(FAREWELL, farewell(stream, &error.bytes())).await;
+}
+
+/// Sees when a client takes too long. One timer for a connection, moved when it fires and not with
+/// every byte.
+struct Watchdog {
+    activity: Arc<Activity>,
+    idle_timeout: Duration,
+    /// How long an answer may stall.
+    silence: Duration,
+    keep_alive: Duration,
+    timer: Pin<Box<Sleep>>,
+}
+
+/// What takes too long.
+enum Overdue {
+    /// The next request.
+    Idle,
+    /// The rest of a request's head.
+    Head,
+    /// The rest of an answer, or of a request's body.
+    Silent,
+}
+
+impl Watchdog {
+    fn new(connection: &Connection, attributes: &Attributes) -> Self {
+        Self {
+            activity: connection.activity.clone(),
+            idle_timeout: attributes.idle_timeout,
+            silence: attributes.idle_timeout,
+            keep_alive: attributes.client_keep_alive,
+            timer: Box::pin(sleep(attributes.idle_timeout)),
+        }
+    }
+
+    async fn watch(&mut self) -> Overdue {
+        loop {
+            self.timer.as_mut().await;
+            let (overdue, since, limit) = match self.activity.waiting() {
+                Waiting::Request(since) if self.activity.had_request() => {
+                    (Overdue::Idle, since, self.keep_alive)
+                }
+                Waiting::Request(since) => (Overdue::Idle, since, self.idle_timeout),
+                Waiting::Head(since) => (Overdue::Head, since, self.idle_timeout),
+                Waiting::Rest(since) => (Overdue::Silent, since, self.silence),
+                // Whoever waits for the answer has a timer of his own.
+                Waiting::Answer => (Overdue::Silent, Duration::ZERO, self.idle_timeout),
+            };
+            // A head can begin right after this look: what is due later is looked at in time for
+            // that.
+            let left = limit.saturating_sub(since).min(self.idle_timeout);
+            self.timer.as_mut().reset(Instant::now() + left.max(Duration::from_millis(1)));
+            if since >= limit {
+                return overdue;
+            }
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! What becomes of a request: the rules decide, a target or the load balancer answers.
+
+use std::convert::Infallible;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, PoisonError};
+
+use hyper::body::{Body, Incoming};
+use hyper::header::{self, HeaderValue};
+use hyper::http::uri::PathAndQuery;
+use hyper::{Method, Request, Response, StatusCode, Version};
+
+use super::body::ResponseBody;
+use super::connection::Connection;
+use super::counters::Metric;
+use super::desync::{self, Handling};
+use super::errors::{ElbError, SERVER_NAME};
+use super::exchange::{Exchange, Unanswered};
+use super::forward::{self, Route, Switch};
+use super::headers::{self, Oversize};
+use super::host::Host;
+use super::io::InProgress;
+use super::redirect::{FixedResponse, Origin, Redirect};
+use super::rewrite::RewriteFailed;
+use super::rules::{Action, Decision, RequestView};
+use super::select::{self, Keep};
+use crate::config::model::{Attributes, HttpVersion};
+
+/// Answers a request.
+pub async fn serve(
+    connection: Arc<Connection>,
+    request: Request<Incoming>,
+) -> Result<Response<ResponseBody>, Infallible> {
+    let mut in_progress = InProgress::begin(&connection.activity);
+    let is_http1 = request.version() <= Version::HTTP_11;
+    let mut unanswered = Unanswered(Some(Exchange::begin(&connection, &request)));
+    let answer = match &mut unanswered.0 {
+        Some(exchange) => answer(&connection, exchange, request).await,
+        None => Err(ElbError::Internal),
+    };
+    let mut response = answer.unwrap_or_else(|error| {
+        if let Some(exchange) = &mut unanswered.0 {
+            exchange.own_answer(error.code());
+        }
+        let mut response = error.response();
+        if is_http1 && error.ends_connection() {
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            connection.lingers.store(true, Relaxed);
+        }
+        response
+    });
+    in_progress.answered();
+    let Some(mut exchange) = unanswered.0.take() else { return Ok(response) };
+    if exchange.is_alone && is_http1 {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    exchange.answers(&response);
+    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+        if let Some(upgrade) = response.extensions_mut().remove::<Switch>() {
+            let mut slot = connection.upgrade.lock().unwrap_or_else(PoisonError::into_inner);
+            *slot = Some(upgrade.into_upgrade(exchange));
+        }
+        return Ok(response);
+    }
+    Ok(response.map(|body| body.with(exchange, in_progress)))
+}
+
+async fn answer(
+    connection: &Connection,
+    exchange: &mut Exchange,
+    request: Request<Incoming>,
+) -> Result<Response<ResponseBody>, ElbError> {
+    let served = exchange.served.clone();
+    check(&request, &served.route.attributes)?;
+    check_desync(exchange, &request)?;
+    let host = host(&request, connection)?;
+    let parsed = Host::parse(&host).ok_or(ElbError::BadRequest)?;
+    let view = RequestView {
+        method: request.method(),
+        host: parsed,
+        path: request.uri().path(),
+        query: request.uri().query(),
+        headers: request.headers(),
+        source: connection.peer.ip(),
+    };
+    let decision = served.rules.decide(&view);
+    if let Some(note) = &mut exchange.note {
+        note.rule_priority = Some(decision.priority);
+        note.action = Some(match decision.action {
+            Action::Forward(_) => "forward",
+            Action::Redirect(_) => "redirect",
+            Action::FixedResponse(_) => "fixed-response",
+        });
+    }
+    match &decision.action {
+        Action::Redirect(redirect) => {
+            let origin = Origin {
+                https: connection.tls.is_some(),
+                host: parsed,
+                port: served.route.listener.port,
+                path: view.path,
+                query: view.query,
+            };
+            exchange.count(Metric::Redirects);
+            exchange.own_answer(redirect.status.as_u16());
+            let response = redirection(redirect, &origin);
+            if let Some(note) = &mut exchange.note {
+                note.redirect_url = response.headers().get(header::LOCATION).cloned();
+            }
+            Ok(response)
+        }
+        Action::FixedResponse(fixed) => {
+            exchange.count(Metric::FixedResponses);
+            exchange.own_answer(fixed.status.as_u16());
+            Ok(fixed_response(fixed))
+        }
+        Action::Forward(forward) => {
+            let fields = request.headers();
+            let chosen = select::choose(connection, &served, decision, forward, fields)?;
+            let group = &*chosen.group;
+            if let Some(note) = &mut exchange.note {
+                let is_grpc = group.settings.version == HttpVersion::Grpc;
+                note.group = Some((group.name.clone(), is_grpc));
+            }
+            forward::check_version(&request, group.settings.version)?;
+            let target = chosen.target.ok_or(ElbError::ServiceUnavailable)?;
+            let address = target.address;
+            let keep = Keep::new(connection, forward, group, fields);
+            let host = host_for_target(&host, &parsed, decision, exchange)?;
+            let path = path_for_target(&request, decision)?;
+            if let Some(note) = &mut exchange.note {
+                let has_host = decision.host_header_rewrite.is_some();
+                let has_path = decision.url_rewrite.is_some();
+                note.transformed =
+                    (has_host.then(|| host.clone()), has_path.then(|| path.to_string()));
+            }
+            let route = Route { served: &served, group, target, host: &host, path };
+            let mut response = forward::forward(connection, exchange, route, request).await?;
+            if let Some(keep) = keep {
+                keep.put(&served, forward, group, address, response.headers_mut());
+            }
+            Ok(response)
+        }
+    }
+}
+
+/// What no rule decides about.
+fn check(request: &Request<Incoming>, attributes: &Attributes) -> Result<(), ElbError> {
+    if matches!(*request.method(), Method::TRACE | Method::CONNECT) {
+        return Err(ElbError::MethodNotAllowed);
+    }
+    let target = request.uri().path_and_query().map_or("", PathAndQuery::as_str);
+    headers::check_size(request.method().as_str(), target, request.headers()).map_err(
+        |oversize| match oversize {
+            Oversize::Line => ElbError::UriTooLong,
+            Oversize::Fields => ElbError::BadRequest,
+            Oversize::ForwardedFor => ElbError::TooManyForwardedAddresses,
+        },
+    )?;
+    // Twice `chunked` is for the desync mitigation.
+    let is_chunked = |it: &HeaderValue| {
+        let mut codings = it.as_bytes().split(|&byte| byte == b',').map(<[u8]>::trim_ascii);
+        codings.all(|it| it.eq_ignore_ascii_case(b"chunked"))
+    };
+    if !request.headers().get_all(header::TRANSFER_ENCODING).iter().all(is_chunked) {
+        return Err(ElbError::NotImplemented);
+    }
+    let is_larger = |most| request.body().size_hint().lower() > most;
+    if attributes.max_request_body_size.is_some_and(is_larger) {
+        return Err(ElbError::BodyTooLarge);
+    }
+    Ok(())
+}
+
+/// What servers may understand in different ways.
+fn check_desync(exchange: &mut Exchange, request: &Request<Incoming>) -> Result<(), ElbError> {
+    let Some(reason) = desync::classify(request.method(), request.headers()) else {
+        return Ok(());
+    };
+    exchange.count(Metric::DesyncNonCompliant);
+    if let Some(note) = &mut exchange.note {
+        note.classification = Some(reason);
+    }
+    match reason.class().handling(exchange.served.route.attributes.desync_mitigation) {
+        Handling::Forward => {}
+        Handling::ForwardAlone => exchange.is_alone = true,
+        Handling::Refuse => return Err(ElbError::BadRequest),
+    }
+    Ok(())
+}
+
+/// The host that a request names: in its URI, else in its `Host`, of which it may have one. A
+/// request of HTTP/1.0 may name none.
+fn host(request: &Request<Incoming>, connection: &Connection) -> Result<String, ElbError> {
+    let mut fields = request.headers().get_all(header::HOST).iter();
+    let (first, second) = (fields.next(), fields.next());
+    if second.is_some() {
+        return Err(ElbError::BadRequest);
+    }
+    if let Some(authority) = request.uri().authority() {
+        return Ok(authority.as_str().to_owned());
+    }
+    match first {
+        Some(host) => host.to_str().map(str::to_owned).map_err(|_| ElbError::BadRequest),
+        None if request.version() < Version::HTTP_11 => Ok(connection.local.to_string()),
+        None => Err(ElbError::BadRequest),
+    }
+}
+
+fn host_for_target(
+    host: &str,
+    parsed: &Host<'_>,
+    decision: &Decision,
+    exchange: &Exchange,
+) -> Result<String, ElbError> {
+    let route = &exchange.served.route;
+    let host = if route.attributes.preserve_host_header {
+        host.to_owned()
+    } else {
+        headers::host_for_target(parsed, route.listener.port)
+    };
+    let rewritten = match &decision.host_header_rewrite {
+        Some(rewrite) => rewrite.host(&host).map_err(|RewriteFailed| ElbError::Internal)?,
+        None => None,
+    };
+    Ok(rewritten.unwrap_or(host))
+}
+
+fn path_for_target(
+    request: &Request<Incoming>,
+    decision: &Decision,
+) -> Result<PathAndQuery, ElbError> {
+    let path = request.uri().path_and_query().cloned();
+    let path = path.unwrap_or_else(|| PathAndQuery::from_static("/"));
+    let rewritten = match &decision.url_rewrite {
+        Some(rewrite) => rewrite.url(path.as_str()).map_err(|RewriteFailed| ElbError::Internal)?,
+        None => None,
+    };
+    Ok(rewritten.unwrap_or(path))
+}
+
+fn redirection(redirect: &Redirect, origin: &Origin<'_>) -> Response<ResponseBody> {
+    let mut response = Response::new(ResponseBody::full(""));
+    *response.status_mut() = redirect.status;
+    let fields = response.headers_mut();
+    fields.insert(header::SERVER, HeaderValue::from_static(SERVER_NAME));
+    fields.insert(header::LOCATION, redirect.location(origin));
+    response
+}
+
+fn fixed_response(fixed: &FixedResponse) -> Response<ResponseBody> {
+    let mut response = Response::new(ResponseBody::full(fixed.body.clone()));
+    *response.status_mut() = fixed.status;
+    let fields = response.headers_mut();
+    fields.insert(header::SERVER, HeaderValue::from_static(SERVER_NAME));
+    if let Some(content_type) = &fixed.content_type {
+        fields.insert(header::CONTENT_TYPE, content_type.clone());
+    }
+    response
+}

@@ -1,0 +1,12 @@
+//! The proxy on the loopback device, between real clients and servers.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod decisions;
+mod errors;
+mod forwarding;
+mod harness;
+mod reload;
+mod stickiness;
+mod tls;
+mod upgrades;
