@@ -197,10 +197,11 @@ impl Place<'_> {
     }
 }
 
-/// Static answers without a log, connections kept.
+/// Static answers without a log, connections kept. One process: a worker would outlive a master that is
+/// killed.
 pub fn target_config(folder: &Path, address: SocketAddr) -> String {
     format!(
-        "daemon off; worker_processes 1; pid target.pid; error_log target.error; user root;
+        "daemon off; master_process off; pid target.pid; error_log target.error; user root;
 events {{ worker_connections 4096; }}
 http {{
     access_log off; keepalive_requests 1000000000; keepalive_timeout 3600; sendfile on; tcp_nopush on;
