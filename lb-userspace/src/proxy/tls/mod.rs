@@ -12,7 +12,7 @@ use rustls::{CipherSuite, ClientConfig, ServerConfig, SupportedProtocolVersion};
 pub use watch::Watch;
 
 use self::certificates::Certificates;
-use crate::any_certificate::AnyCertificate;
+use crate::any_certificate::client_config;
 use crate::config::model::{ListenerTls, TlsPolicy};
 
 /// Sessions with targets that are remembered, so that a new connection needs half a handshake.
@@ -84,15 +84,7 @@ fn provider(policy: TlsPolicy) -> CryptoProvider {
 
 /// The client side of TLS with targets, whose certificates are not verified.
 pub fn towards_targets(alpn: &[&[u8]]) -> Arc<ClientConfig> {
-    let provider = Arc::new(aws_lc_rs::default_provider());
-    let mut config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .expect("the provider has cipher suites of TLS 1.2 and 1.3")
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(AnyCertificate))
-        .with_no_client_auth();
-    config.alpn_protocols = alpn.iter().map(|it| it.to_vec()).collect();
-    config.resumption = Resumption::in_memory_sessions(SESSIONS);
+    let mut config = client_config(alpn, Resumption::in_memory_sessions(SESSIONS));
     config.enable_sni = false;
     Arc::new(config)
 }
