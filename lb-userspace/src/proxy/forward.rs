@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
 use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::http::uri::{self, Authority, PathAndQuery, Scheme};
 use hyper::upgrade::OnUpgrade;
@@ -128,6 +128,12 @@ fn prepare(
         fields.insert(header::TE, HeaderValue::from_static("trailers"));
     }
     if version == HttpVersion::Http1 {
+        // Else the HTTP library leaves out bodies of GET and HEAD whose length it does not know.
+        let fields = request.headers();
+        if !request.body().is_end_stream() && !fields.contains_key(header::CONTENT_LENGTH) {
+            let chunked = HeaderValue::from_static("chunked");
+            request.headers_mut().insert(header::TRANSFER_ENCODING, chunked);
+        }
         *request.version_mut() = Version::HTTP_11;
         let host = HeaderValue::try_from(route.host).map_err(|_| ElbError::BadRequest)?;
         request.headers_mut().insert(header::HOST, host);
