@@ -111,6 +111,10 @@ fn prepare(
         let counters = &route.served.load_balancer.counters;
         counters.count(connection.worker.index, Metric::DroppedInvalidHeaders);
     }
+    if !is_http1 {
+        // Of HTTP/1 the HTTP library lets one pass.
+        headers::unify_length(fields);
+    }
     let hop = headers::strip_hop_by_hop(fields);
     // Whoever waits for it has been told by us to go on.
     fields.remove(header::EXPECT);
@@ -249,6 +253,8 @@ fn take_over(
         return Err(ElbError::BadGateway);
     };
     let (mut head, incoming) = response.into_parts();
+    // Who says two lengths may mean another one than was read.
+    let is_alone = headers::unify_length(&mut head.headers) || is_alone;
     let hop = headers::strip_hop_by_hop(&mut head.headers);
     head.version = Version::HTTP_11;
     let Some(switch) = switch else {

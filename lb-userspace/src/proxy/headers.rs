@@ -83,6 +83,24 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> Hop {
     hop
 }
 
+/// Leaves one way to tell where a message ends, if there are several (RFC 9112 section 6.3):
+/// `Transfer-Encoding` takes `Content-Length` out, and of equal lengths, which are all that the
+/// HTTP library lets pass, one stays. Whether there were several. Comes before
+/// [`strip_hop_by_hop`].
+pub fn unify_length(headers: &mut HeaderMap) -> bool {
+    if headers.contains_key(header::TRANSFER_ENCODING) {
+        return headers.remove(header::CONTENT_LENGTH).is_some();
+    }
+    let one = {
+        let mut members = list(headers, &header::CONTENT_LENGTH);
+        let (first, second) = (members.next(), members.next());
+        first.filter(|_| second.is_some()).and_then(|it| HeaderValue::from_bytes(it).ok())
+    };
+    let Some(one) = one else { return false };
+    headers.insert(header::CONTENT_LENGTH, one);
+    true
+}
+
 /// Whether a protocol of `Upgrade` (RFC 9110 section 16.7) is HTTP itself.
 fn is_http(protocol: &[u8]) -> bool {
     let name = protocol.split(|&byte| byte == b'/').next().unwrap_or(protocol);
@@ -307,6 +325,25 @@ mod tests {
         let mut headers = map(&[("upgrade", "h2c")]);
         assert_eq!(strip_hop_by_hop(&mut headers).upgrade, None);
         assert!(headers.is_empty());
+    }
+
+    #[test]
+    fn one_length_stays() {
+        let unified = |fields: &[(&'static str, &str)]| {
+            let mut headers = map(fields);
+            let several = unify_length(&mut headers);
+            let lengths = headers.get_all(header::CONTENT_LENGTH).iter();
+            (several, lengths.map(|it| it.to_str().unwrap().to_owned()).collect::<Vec<_>>())
+        };
+        let one = vec!["5".to_owned()];
+        assert_eq!(unified(&[("x", "y")]), (false, Vec::new()));
+        assert_eq!(unified(&[("content-length", "5")]), (false, one.clone()));
+        assert_eq!(unified(&[("content-length", "5 , 5")]), (true, one.clone()));
+        let twice = [("content-length", "5"), ("content-length", "5")];
+        assert_eq!(unified(&twice), (true, one));
+        let both = [("content-length", "5"), ("transfer-encoding", "x")];
+        assert_eq!(unified(&both), (true, Vec::new()));
+        assert_eq!(unified(&[("transfer-encoding", "x")]), (false, Vec::new()));
     }
 
     #[test]

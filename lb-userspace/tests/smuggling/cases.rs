@@ -149,28 +149,30 @@ impl Case {
     }
 
     fn handled(&self, handling: Handling) -> Expected {
-        let (answers, closes) = &self.answers;
-        match handling {
-            Handling::Forward => Expected {
-                answers: answers.clone(),
-                closes: *closes,
-                alone: false,
-                sees: self.sees.clone(),
-            },
-            Handling::Alone => Expected {
-                answers: answers[..1].to_vec(),
-                closes: true,
-                alone: true,
-                sees: self.sees.iter().take(1).cloned().collect(),
-            },
-            Handling::Refuse => Expected {
-                answers: vec![self.refused],
-                closes: true,
-                alone: false,
-                sees: Vec::new(),
-            },
+        let (answers, closes) = self.answers.clone();
+        let forwarded = Expected { answers, closes, alone: false, sees: self.sees.clone() };
+        handled(handling, forwarded, self.refused)
+    }
+}
+
+fn handled(handling: Handling, mut forwarded: Expected, refused: u16) -> Expected {
+    match handling {
+        Handling::Forward => forwarded,
+        Handling::Alone => {
+            forwarded.answers.truncate(1);
+            forwarded.sees.truncate(1);
+            Expected { closes: true, alone: true, ..forwarded }
+        }
+        Handling::Refuse => {
+            Expected { answers: vec![refused], closes: true, alone: false, sees: Vec::new() }
         }
     }
+}
+
+/// What becomes of a request, for one of AWS's reasons, if this becomes of it where it is forwarded.
+pub fn in_mode(reason: &str, mode: DesyncMitigation, forwarded: Expected) -> Expected {
+    let class = class_of(reason).unwrap_or_else(|| panic!("{reason}?"));
+    handled(handling(class, mode), forwarded, 400)
 }
 
 /// Statuses, and `close`.

@@ -5,9 +5,12 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod cases;
+mod frames;
 #[path = "../proxy/harness.rs"]
 #[expect(dead_code, reason = "the other tests of the proxy need more of it")]
 mod harness;
+mod http2;
+mod mutations;
 mod notation;
 mod oracle;
 mod requests;
