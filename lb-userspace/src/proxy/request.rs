@@ -174,13 +174,19 @@ fn check(request: &Request<Incoming>, attributes: &Attributes) -> Result<(), Elb
     Ok(())
 }
 
-/// Whether the target has a form of RFC 9112 section 3.2: the asterisk is for OPTIONS, and a host
-/// alone for CONNECT. The HTTP library takes any word for a host, which then would be the one that
-/// the rules see.
+/// Whether the target has a form of RFC 9112 section 3.2 or RFC 9113 section 8.3.1: the asterisk is
+/// for OPTIONS, and a host alone for CONNECT. The HTTP library takes any word for a host, which then
+/// would be the one that the rules see.
 fn has_target_form<T>(request: &Request<T>) -> bool {
     let uri = request.uri();
-    let is_host_alone = uri.scheme().is_none() && uri.authority().is_some();
-    !is_host_alone && (uri.path() != "*" || request.method() == Method::OPTIONS)
+    let path = uri.path_and_query().map_or("", PathAndQuery::as_str);
+    match uri.scheme() {
+        _ if path == "*" => request.method() == Method::OPTIONS,
+        _ if path.starts_with('/') => true,
+        // `http://host?query`
+        Some(_) => request.version() <= Version::HTTP_11,
+        None => false,
+    }
 }
 
 /// What servers may understand in different ways.
@@ -257,7 +263,8 @@ fn path_for_target(
     request: &Request<Incoming>,
     decision: &Decision,
 ) -> Result<PathAndQuery, ElbError> {
-    let path = request.uri().path_and_query().cloned();
+    // That of `http://host#fragment` says that it is `/` and would be written as nothing.
+    let path = request.uri().path_and_query().filter(|it| it.as_str() != "/").cloned();
     let path = path.unwrap_or_else(|| PathAndQuery::from_static("/"));
     let rewritten = match &decision.url_rewrite {
         Some(rewrite) => rewrite.url(path.as_str()).map_err(|RewriteFailed| ElbError::Internal)?,

@@ -10,19 +10,19 @@ use lb_userspace::config::model::DesyncMitigation::Monitor;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::cases;
+use crate::cases::{self, Case, Exceptions};
 use crate::harness::Site;
 use crate::oracle::Answers;
 use crate::target::{Target, echo};
-use crate::traffic::{Client, Got, by_client};
+use crate::traffic::{Caused, Client, Got, by_client};
 
-const COUNT: u64 = 3000;
+const COUNT: u64 = 1500;
 
 /// At a time.
-const CLIENTS: usize = 64;
+const CLIENTS: usize = 128;
 
 /// What is put in: what means something somewhere in a message.
-const PIECES: [&[u8]; 34] = [
+const PIECES: [&[u8]; 33] = [
     b"\r",
     b"\n",
     b"\r\n",
@@ -55,14 +55,13 @@ const PIECES: [&[u8]; 34] = [
     b"Connection: upgrade\r\nUpgrade: x\r\n",
     b"Expect: 100-continue\r\n",
     b"HTTP/1.0",
-    b"HEAD /h HTTP/1.1\r\nHost: h\r\n\r\n",
     b"GET /g HTTP/1.1\r\nHost: g\r\n\r\n",
 ];
 
-/// One to four places of a request are changed, or exchanged with another one's.
+/// One to three places of a request are changed, or exchanged with another one's.
 fn mutate(random: &mut StdRng, raws: &[Vec<u8>]) -> Vec<u8> {
     let mut bytes = raws[random.random_range(0..raws.len())].clone();
-    for _ in 0..random.random_range(1..=4) {
+    for _ in 0..random.random_range(1..=3) {
         let at = random.random_range(0..=bytes.len());
         let to = (at + random.random_range(0..=8)).min(bytes.len());
         match random.random_range(0..6) {
@@ -82,30 +81,44 @@ fn mutate(random: &mut StdRng, raws: &[Vec<u8>]) -> Vec<u8> {
     bytes
 }
 
-/// Sends it. What a client was told: the bodies of the answers of 200, as far as they are whole.
-/// Answers to HEAD cannot be told from others here: behind one, nothing is looked at.
-async fn send(to: SocketAddr, bytes: Vec<u8>) -> (IpAddr, Vec<String>) {
+/// Sends it. All answers, as far as they are whole: status and body.
+async fn send(to: SocketAddr, bytes: Vec<u8>) -> (IpAddr, Vec<(u16, String)>) {
     let mut client = Client::connect(to).await;
     client.send(&bytes).await;
     let mut told = Vec::new();
     while let Got::Answer(message) = client.answer(Answers::Other).await {
-        if message.status() == 200 {
-            told.push(String::from_utf8_lossy(&message.body).into_owned());
-        }
+        told.push((message.status(), String::from_utf8_lossy(&message.body).into_owned()));
     }
     (client.address, told)
 }
 
+/// Whether a client was told of what the target saw, in order. Instead of any of it there may be an
+/// error (there is little time), and of the last nothing.
+fn fit(told: &[(u16, String)], caused: &Caused) -> bool {
+    let mut seen = caused.requests.iter().map(echo);
+    let of_target = told.iter().filter(|(status, _)| *status == 200);
+    of_target.clone().all(|(_, body)| seen.any(|it| it == *body))
+        && caused.requests.len() <= told.len() + 1
+}
+
 #[tokio::test]
 async fn mutations() {
-    let raws: Vec<_> = cases::all().into_iter().map(|case| case.raw).collect();
+    let cases = cases::all();
+    let exceptions = Exceptions::read(&cases);
+    // Not of those that are refused already, nor of HEAD, whose answers look like others' beginnings.
+    let is_forwarded = |case: &Case| {
+        exceptions.expected(case, Monitor).answers.contains(&200)
+            && !case.raw.windows(5).any(|it| it == b"HEAD ")
+    };
+    let raws: Vec<_> =
+        cases.iter().filter(|it| is_forwarded(it)).map(|it| it.raw.clone()).collect();
     let target = Target::start(HashMap::new()).await;
     let (site, address) = Site::new(&[target.address]);
     let site = site.attributes(|it| {
         it.desync_mitigation = Monitor;
         // For those that do not end.
-        it.idle_timeout = Duration::from_millis(200);
-        it.client_keep_alive = Duration::from_millis(200);
+        it.idle_timeout = Duration::from_millis(150);
+        it.client_keep_alive = Duration::from_millis(50);
     });
     let proxy = site.start();
     let send = |seed| {
@@ -118,19 +131,13 @@ async fn mutations() {
     let (clients, mut errors) = by_client(target.records().await);
     let mut answered = 0;
     for (seed, (client, told)) in sent {
-        let Some(caused) = clients.get(&client) else {
-            if !told.is_empty() {
-                errors.push(format!("seed {seed}: answers to nothing: {told:?}"));
-            }
-            continue;
-        };
-        let mut seen = caused.requests.iter().map(echo);
-        answered += told.len();
-        // The last one may have had no answer.
-        if !told.iter().all(|it| seen.next().as_ref() == Some(it)) || seen.count() > 1 {
+        let nothing = Caused::default();
+        let caused = clients.get(&client).unwrap_or(&nothing);
+        answered += told.iter().filter(|(status, _)| *status == 200).count();
+        if !fit(&told, caused) {
             errors.push(format!("seed {seed}: {told:?} for {:?}", caused.seen()));
         }
     }
-    assert!(answered > 500, "{answered}");
+    assert!(answered > 300, "{answered}");
     assert!(errors.is_empty(), "{}", errors.join("\n"));
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -16,11 +17,21 @@ use crate::oracle::{Message, Read, request};
 #[derive(Debug, Default)]
 pub struct Record {
     pub requests: Vec<Message>,
+    /// When each of them came, among all of the target's.
+    pub order: Vec<u64>,
     /// What came behind them, and is none.
     pub rest: Vec<u8>,
     /// Why the rest never becomes one.
     pub invalid: Option<String>,
     ended: bool,
+}
+
+impl Record {
+    fn push(&mut self, message: Message) {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        self.order.push(NEXT.fetch_add(1, Ordering::Relaxed));
+        self.requests.push(message);
+    }
 }
 
 /// An answer that a test wrote.
@@ -88,7 +99,7 @@ async fn serve(mut stream: TcpStream, record: &Mutex<Record>, scripts: &HashMap<
                 let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n{body}");
                 Script { bytes: answer.into_bytes(), closes: false }
             });
-            record.lock().unwrap().requests.push(message);
+            record.lock().unwrap().push(message);
             if stream.write_all(&script.bytes).await.is_err() {
                 break;
             }

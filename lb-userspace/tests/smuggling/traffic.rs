@@ -120,6 +120,7 @@ impl Caused {
 /// valid one are errors, and requests that tell of no client.
 pub fn by_client(records: Vec<Record>) -> (HashMap<IpAddr, Caused>, Vec<String>) {
     let mut clients: HashMap<IpAddr, Caused> = HashMap::new();
+    let mut orders: HashMap<IpAddr, Vec<u64>> = HashMap::new();
     let mut errors = Vec::new();
     for record in records {
         let rest = String::from_utf8_lossy(&record.rest).into_owned();
@@ -128,13 +129,18 @@ pub fn by_client(records: Vec<Record>) -> (HashMap<IpAddr, Caused>, Vec<String>)
         }
         let part = (!rest.is_empty()).then(|| client_of_part(&rest));
         let count = record.requests.len();
-        for (n, request) in record.requests.into_iter().enumerate() {
+        let requests = record.order.into_iter().zip(record.requests);
+        for (n, (order, request)) in requests.enumerate() {
             let Some(client) = request.one("x-forwarded-for").and_then(client) else {
                 errors.push(format!("whose request is this? {request:?}"));
                 continue;
             };
             let caused = clients.entry(client).or_default();
-            caused.requests.push(request);
+            // A client's requests may come over several connections.
+            let orders = orders.entry(client).or_default();
+            let at = orders.partition_point(|&it| it < order);
+            orders.insert(at, order);
+            caused.requests.insert(at, request);
             caused.is_followed = n + 1 < count || part.is_some();
         }
         match part {
