@@ -221,6 +221,10 @@ impl Exceptions {
         Self(entries)
     }
 
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(|entry| entry.name.as_str())
+    }
+
     /// What is expected of a case with its exception, if it has one. An exception that changes
     /// nothing is an error: it has to go.
     pub fn expected(&self, case: &Case, mode: DesyncMitigation) -> Expected {
