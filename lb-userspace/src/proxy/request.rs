@@ -1,5 +1,6 @@
 //! What becomes of a request: the rules decide, a target or the load balancer answers.
 
+use std::borrow::Cow;
 use std::convert::Infallible;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError};
@@ -190,18 +191,21 @@ fn check_desync(exchange: &mut Exchange, request: &Request<Incoming>) -> Result<
 
 /// The host that a request names: in its URI, else in its `Host`, of which it may have one. A
 /// request of HTTP/1.0 may name none.
-fn host(request: &Request<Incoming>, connection: &Connection) -> Result<String, ElbError> {
+fn host<'a>(
+    request: &'a Request<Incoming>,
+    connection: &Connection,
+) -> Result<Cow<'a, str>, ElbError> {
     let mut fields = request.headers().get_all(header::HOST).iter();
     let (first, second) = (fields.next(), fields.next());
     if second.is_some() {
         return Err(ElbError::BadRequest);
     }
     if let Some(authority) = request.uri().authority() {
-        return Ok(authority.as_str().to_owned());
+        return Ok(authority.as_str().into());
     }
     match first {
-        Some(host) => host.to_str().map(str::to_owned).map_err(|_| ElbError::BadRequest),
-        None if request.version() < Version::HTTP_11 => Ok(connection.local.to_string()),
+        Some(host) => host.to_str().map(Cow::from).map_err(|_| ElbError::BadRequest),
+        None if request.version() < Version::HTTP_11 => Ok(connection.local.to_string().into()),
         None => Err(ElbError::BadRequest),
     }
 }
