@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
 use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::http::uri::{self, Authority, PathAndQuery, Scheme};
 use hyper::upgrade::OnUpgrade;
@@ -114,6 +114,10 @@ fn prepare(
         let counters = &route.served.load_balancer.counters;
         counters.count(connection.worker.index, Metric::DroppedInvalidHeaders);
     }
+    if !is_http1 {
+        // Of HTTP/1 the HTTP library lets one pass.
+        headers::unify_length(fields);
+    }
     let hop = headers::strip_hop_by_hop(fields);
     // At once, rather than step by step with each that is added.
     fields.reserve(ADDED_FIELDS);
@@ -133,6 +137,12 @@ fn prepare(
         fields.insert(header::TE, HeaderValue::from_static("trailers"));
     }
     if version == HttpVersion::Http1 {
+        // Else the HTTP library leaves out bodies of GET and HEAD whose length it does not know.
+        let fields = request.headers();
+        if !request.body().is_end_stream() && !fields.contains_key(header::CONTENT_LENGTH) {
+            let chunked = HeaderValue::from_static("chunked");
+            request.headers_mut().insert(header::TRANSFER_ENCODING, chunked);
+        }
         *request.version_mut() = Version::HTTP_11;
         let host = HeaderValue::try_from(route.host).map_err(|_| ElbError::BadRequest)?;
         request.headers_mut().insert(header::HOST, host);
@@ -246,6 +256,8 @@ fn take_over(
         return Err(ElbError::BadGateway);
     };
     let (mut head, incoming) = response.into_parts();
+    // Who says two lengths may mean another one than was read.
+    let is_alone = headers::unify_length(&mut head.headers) || is_alone;
     let hop = headers::strip_hop_by_hop(&mut head.headers);
     head.version = Version::HTTP_11;
     let Some(switch) = switch else {
