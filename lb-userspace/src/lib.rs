@@ -18,3 +18,7 @@ pub mod reconcile;
 mod regular_expression;
 pub mod state;
 pub mod target;
+
+/// The proxy takes and gives back a few dozen pieces of memory for each request.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;

@@ -152,6 +152,10 @@ pub struct Listener {
     /// All target groups that it forwards to; without those of rules.
     #[serde(default)]
     pub target_groups: Vec<WeightedTargetGroup>,
+    /// What it does where no rule decides: `forward`, `redirect` or `fixed-response`; only listeners of
+    /// the proxy have more than one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub default_action: Option<String>,
     /// How many rules it has beside the default action; only listeners of the proxy have them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rules: Option<usize>,
@@ -248,6 +252,7 @@ pub(crate) mod fixture {
                             port: 53,
                             target_group: "resolvers".into(),
                             target_groups: vec![weighted("resolvers", 1)],
+                            default_action: None,
                             rules: None,
                             packets: 0,
                             bytes: 0,
@@ -272,6 +277,7 @@ pub(crate) mod fixture {
                                 port: 80,
                                 target_group: "web".into(),
                                 target_groups: vec![weighted("web", 90), weighted("canary", 10)],
+                                default_action: None,
                                 rules: None,
                                 packets: 12_345_678,
                                 bytes: 1_234_567_890,
@@ -284,12 +290,54 @@ pub(crate) mod fixture {
                                 port: 8443,
                                 target_group: "web".into(),
                                 target_groups: vec![weighted("web", 1)],
+                                default_action: None,
                                 rules: None,
                                 packets: 10,
                                 bytes: 740,
                                 new_flows: 2,
                                 reply_packets: 8,
                                 reply_bytes: 1023,
+                            },
+                        ],
+                    },
+                    LoadBalancer {
+                        name: "site".into(),
+                        kind: "application".into(),
+                        dns_name: Some("internal-site-0123456789.elb.internal".into()),
+                        metrics: Some(serde_json::json!({
+                            "HTTP_Redirect_Count": 3,
+                            "RequestCount": 1200,
+                            "TargetResponseTime": { "buckets": [] },
+                            "RejectedConnectionCount": 0,
+                        })),
+                        scheme: "internal".into(),
+                        addresses: vec!["10.0.0.101".parse().unwrap()],
+                        listeners: vec![
+                            Listener {
+                                protocol: "http".into(),
+                                port: 80,
+                                target_group: String::new(),
+                                target_groups: Vec::new(),
+                                default_action: Some("redirect".into()),
+                                rules: Some(0),
+                                packets: 18,
+                                bytes: 1200,
+                                new_flows: 3,
+                                reply_packets: 0,
+                                reply_bytes: 0,
+                            },
+                            Listener {
+                                protocol: "https".into(),
+                                port: 443,
+                                target_group: "pages".into(),
+                                target_groups: vec![weighted("pages", 1)],
+                                default_action: Some("forward".into()),
+                                rules: Some(2),
+                                packets: 6000,
+                                bytes: 500_000,
+                                new_flows: 100,
+                                reply_packets: 0,
+                                reply_bytes: 0,
                             },
                         ],
                     },

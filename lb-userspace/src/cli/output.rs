@@ -3,7 +3,7 @@
 use std::env;
 use std::io::{self, IsTerminal as _, Write as _};
 
-use comfy_table::presets::NOTHING;
+use comfy_table::presets;
 use comfy_table::{Cell, CellAlignment, Color, ContentArrangement, Row, Table};
 use serde::Serialize;
 
@@ -24,6 +24,9 @@ impl Style {
     }
 }
 
+/// What stands where there is nothing to say.
+pub(super) const NOTHING: &str = "-";
+
 /// A column's heading, by what stands under it.
 pub(super) enum Column {
     /// Words and names.
@@ -35,7 +38,7 @@ pub(super) enum Column {
 /// A table without lines. It never wraps cells: broken addresses and numbers are unreadable.
 pub(super) fn table(style: Style, columns: &[Column], rows: Vec<Vec<Cell>>) -> String {
     let mut table = Table::new();
-    table.load_style(NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     if style == Style::Plain {
         table.force_no_tty();
     }

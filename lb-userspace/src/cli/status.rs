@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use comfy_table::{Cell, Color};
 
-use super::output::{self, Column, Style, bytes, count};
+use super::output::{self, Column, NOTHING, Style, bytes, count};
 use crate::api::snapshot::{
     Agent, AttachMode, FlowTable, Listener, LoadBalancer, OwnTarget, Status,
 };
@@ -116,11 +116,16 @@ fn listeners(load_balancer: &LoadBalancer, style: Style) -> String {
             Cell::new(count(listener.new_flows)),
             Cell::new(count(listener.packets)),
             Cell::new(bytes(listener.bytes)),
-            Cell::new(count(listener.reply_packets)),
-            Cell::new(bytes(listener.reply_bytes)),
+            reply(listener, count(listener.reply_packets)),
+            reply(listener, bytes(listener.reply_bytes)),
         ]
     });
     output::table(style, &columns, rows.collect()) + &metrics(load_balancer, style)
+}
+
+/// Answers of the proxy leave by the kernel, which nobody counts by listener.
+fn reply(listener: &Listener, counted: String) -> Cell {
+    Cell::new(if listener.rules.is_some() { NOTHING.to_owned() } else { counted })
 }
 
 /// What the proxy counted; empty if that is nothing.
@@ -138,10 +143,11 @@ fn metrics(load_balancer: &LoadBalancer, style: Style) -> String {
     format!("\n{}", output::table(style, &[Column::Text("METRIC"), Column::Number("COUNT")], rows))
 }
 
-/// The one group, or all with their weights, and how many rules may lead elsewhere.
+/// The one group, or all with their weights, or what is done instead, and how many rules may lead elsewhere.
 fn target_groups(listener: &Listener) -> String {
     let default = match listener.target_groups.as_slice() {
-        [] | [_] => listener.target_group.clone(),
+        [] => listener.default_action.clone().unwrap_or_default(),
+        [_] => listener.target_group.clone(),
         groups => {
             let groups: Vec<_> =
                 groups.iter().map(|group| format!("{} ({})", group.name, group.weight)).collect();

@@ -5,11 +5,8 @@ use std::net::SocketAddr;
 
 use comfy_table::{Cell, Color};
 
-use super::output::{self, Column, Style, bytes, count};
+use super::output::{self, Column, NOTHING, Style, bytes, count};
 use crate::api::snapshot::Target;
-
-/// What stands where there is nothing to say.
-const NOTHING: &str = "-";
 
 pub(super) fn render(targets: &[Target], style: Style) -> String {
     if targets.is_empty() {
@@ -40,10 +37,10 @@ pub(super) fn render(targets: &[Target], style: Style) -> String {
             Cell::new(target.weight),
             state(&target.state),
             Cell::new(target.flows.map_or_else(|| NOTHING.to_owned(), count)),
-            Cell::new(count(target.packets)),
-            Cell::new(bytes(target.bytes)),
-            Cell::new(count(target.reply_packets)),
-            Cell::new(bytes(target.reply_bytes)),
+            forwarded(target, count(target.packets)),
+            forwarded(target, bytes(target.bytes)),
+            forwarded(target, count(target.reply_packets)),
+            forwarded(target, bytes(target.reply_bytes)),
         ];
         if has_requests {
             let counted =
@@ -53,6 +50,12 @@ pub(super) fn render(targets: &[Target], style: Style) -> String {
         row
     });
     output::table(style, &columns, rows.collect()) + &reasons(targets)
+}
+
+/// Of packets that were forwarded, of which a target of requests has none.
+fn forwarded(target: &Target, counted: String) -> Cell {
+    let has_none = target.metrics.is_some() && target.packets == 0 && target.reply_packets == 0;
+    Cell::new(if has_none { NOTHING.to_owned() } else { counted })
 }
 
 fn endpoint(target: &Target) -> SocketAddr {

@@ -19,6 +19,7 @@ use super::BUFFER;
 use super::counters::Metric;
 use super::errors::ElbError;
 use super::exchange;
+use super::headers::Told;
 use super::io::{Activity, Waiting, Watched};
 use super::listener::{FAREWELL, farewell, read_to_end};
 use super::request;
@@ -55,6 +56,8 @@ pub struct Connection {
     pub peer: SocketAddr,
     /// Where the client connected to.
     pub local: SocketAddr,
+    /// What targets are told of it.
+    pub told: Told,
     /// For connections in TLS.
     pub tls: Option<Tls>,
     /// Random, for access logs.
@@ -82,7 +85,8 @@ pub struct Tls {
     pub handshake: Duration,
 }
 
-/// Serves a connection until it ends.
+/// Serves a connection until it ends. What it becomes is boxed, so that each connection takes the
+/// memory of that alone.
 pub async fn serve(
     worker: &Arc<Worker>,
     listener: &Arc<Listener>,
@@ -98,6 +102,7 @@ pub async fn serve(
         listener: listener.clone(),
         peer,
         local,
+        told: Told::new(peer, served.route.listener.port),
         tls: None,
         id: rand::random(),
         activity: Activity::new(served.load_balancer.clone(), worker.index),
@@ -108,7 +113,7 @@ pub async fn serve(
     match (&served.tls, served.route.listener.protocol) {
         (None, _) => plain(connection, &attributes, stream).await,
         (Some(tls), ProxyProtocol::Tls) => {
-            tunnel::serve(connection, &served, tls.server.clone(), stream).await;
+            Box::pin(tunnel::serve(connection, &served, tls.server.clone(), stream)).await;
         }
         (Some(tls), _) => {
             let began = Instant::now();
@@ -119,9 +124,9 @@ pub async fn serve(
             };
             connection.tls = Some(Tls::of(stream.get_ref().1, began.elapsed()));
             if connection.tls.as_ref().is_some_and(|tls| tls.alpn.as_deref() == Some("h2")) {
-                http2(Arc::new(connection), &attributes, stream, Bytes::new()).await;
+                Box::pin(http2(Arc::new(connection), &attributes, stream, Bytes::new())).await;
             } else {
-                http1(Arc::new(connection), &attributes, stream, Bytes::new()).await;
+                Box::pin(http1(Arc::new(connection), &attributes, stream, Bytes::new())).await;
             }
         }
     }
@@ -184,9 +189,9 @@ async fn plain(connection: Connection, attributes: &Attributes, mut stream: TcpS
     };
     let connection = Arc::new(connection);
     if is_http2 && attributes.http2 {
-        http2(connection, attributes, stream, first.freeze()).await;
+        Box::pin(http2(connection, attributes, stream, first.freeze())).await;
     } else {
-        http1(connection, attributes, stream, first.freeze()).await;
+        Box::pin(http1(connection, attributes, stream, first.freeze())).await;
     }
 }
 

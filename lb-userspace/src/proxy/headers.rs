@@ -4,10 +4,10 @@
 //! Balancers", "Request tracing", "Host header preservation", "Edit attributes" and "Quotas" in
 //! AWS's guide to application load balancers for the rest.
 
-use std::fmt::Write as _;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use data_encoding::HEXLOWER;
 use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
 
 use super::host::Host;
@@ -64,6 +64,10 @@ pub struct Hop {
 /// say nothing to the next one.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> Hop {
     let mut hop = Hop::default();
+    // Few messages have any of them, and to look at the names is cheaper than to look for each.
+    if !headers.keys().any(|name| HOP_BY_HOP.contains(name)) {
+        return hop;
+    }
     if list(headers, &header::TE).any(|coding| coding.eq_ignore_ascii_case(b"trailers")) {
         hop.trailers = true;
     }
@@ -138,8 +142,9 @@ pub fn check_size(method: &str, target: &str, headers: &HeaderMap) -> Result<(),
     if line > MAX_REQUEST_LINE {
         return Err(Oversize::Line);
     }
-    let largest = headers.iter().map(|(name, value)| name.as_str().len() + value.len()).max();
-    if largest.unwrap_or(0) > MAX_FIELD || line + size(headers) > MAX_REQUEST_HEAD {
+    let is_long =
+        |(name, value): (&HeaderName, &HeaderValue)| name.as_str().len() + value.len() > MAX_FIELD;
+    if line + size(headers) > MAX_REQUEST_HEAD || headers.iter().any(is_long) {
         return Err(Oversize::Fields);
     }
     if list(headers, &X_FORWARDED_FOR).take(MAX_FORWARDED_FOR + 1).count() > MAX_FORWARDED_FOR {
@@ -166,13 +171,29 @@ pub fn drop_invalid(headers: &mut HeaderMap) -> usize {
     invalid.len()
 }
 
+/// What targets are told of every request of a client's connection, written once.
+#[derive(Debug, Clone)]
+pub struct Told {
+    client: SocketAddr,
+    /// `None` for what has no bytes that a field may not have: never.
+    address: Option<HeaderValue>,
+    port: HeaderValue,
+}
+
+impl Told {
+    /// Of a client that came to a listener of that port.
+    pub fn new(client: SocketAddr, port: u16) -> Self {
+        let client = SocketAddr::new(client.ip().to_canonical(), client.port());
+        let address = HeaderValue::try_from(client.ip().to_string()).ok();
+        Self { client, address, port: HeaderValue::from(port) }
+    }
+}
+
 /// What is known of a client's connection.
 #[derive(Debug, Clone, Copy)]
 pub struct ClientSide<'a> {
-    /// The client.
-    pub client: SocketAddr,
-    /// The listener's port.
-    pub port: u16,
+    /// The client, and the listener's port.
+    pub told: &'a Told,
     /// For HTTPS: version and cipher suite as OpenSSL names them, such as `TLSv1.2` and
     /// `ECDHE-RSA-AES128-GCM-SHA256`.
     pub tls: Option<(&'a str, &'a str)>,
@@ -184,7 +205,7 @@ pub struct ClientSide<'a> {
 pub fn add_client(headers: &mut HeaderMap, attributes: &Attributes, side: &ClientSide<'_>) {
     match attributes.x_forwarded_for {
         XForwardedFor::Append => {
-            append_forwarded_for(headers, side.client, attributes.x_forwarded_for_client_port);
+            append_forwarded_for(headers, side.told, attributes.x_forwarded_for_client_port);
         }
         XForwardedFor::Preserve => {}
         XForwardedFor::Remove => {
@@ -193,7 +214,7 @@ pub fn add_client(headers: &mut HeaderMap, attributes: &Attributes, side: &Clien
     }
     let protocol = if side.tls.is_some() { "https" } else { "http" };
     headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static(protocol));
-    headers.insert(X_FORWARDED_PORT, HeaderValue::from(side.port));
+    headers.insert(X_FORWARDED_PORT, side.told.port.clone());
     if attributes.tls_headers {
         headers.remove(TLS_VERSION);
         headers.remove(TLS_CIPHER_SUITE);
@@ -211,7 +232,13 @@ fn insert(headers: &mut HeaderMap, name: HeaderName, value: &str) {
 }
 
 /// One line of all that there are, with the client at its end.
-fn append_forwarded_for(headers: &mut HeaderMap, client: SocketAddr, with_port: bool) {
+fn append_forwarded_for(headers: &mut HeaderMap, told: &Told, with_port: bool) {
+    if let (Some(address), false) = (&told.address, with_port)
+        && !headers.contains_key(&X_FORWARDED_FOR)
+    {
+        headers.insert(X_FORWARDED_FOR, address.clone());
+        return;
+    }
     let mut value: Vec<u8> = Vec::with_capacity(64);
     for line in headers.get_all(X_FORWARDED_FOR) {
         let line = line.as_bytes().trim_ascii();
@@ -220,12 +247,7 @@ fn append_forwarded_for(headers: &mut HeaderMap, client: SocketAddr, with_port: 
             value.extend_from_slice(b", ");
         }
     }
-    let address = client.ip().to_canonical();
-    let client = match (with_port, address) {
-        (true, address) => SocketAddr::new(address, client.port()).to_string(),
-        (false, IpAddr::V4(address)) => address.to_string(),
-        (false, IpAddr::V6(address)) => address.to_string(),
-    };
+    let client = if with_port { told.client.to_string() } else { told.client.ip().to_string() };
     value.extend_from_slice(client.as_bytes());
     if let Ok(value) = HeaderValue::from_bytes(&value) {
         headers.insert(X_FORWARDED_FOR, value);
@@ -236,16 +258,18 @@ fn append_forwarded_for(headers: &mut HeaderMap, client: SocketAddr, with_port: 
 /// request.
 pub fn trace(headers: &mut HeaderMap, now: SystemTime, random: [u8; 12]) {
     let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as u32);
-    let mut id = format!("1-{seconds:08x}-");
-    for byte in random {
-        // Writing to a string does not fail.
-        let _ = write!(id, "{byte:02x}");
-    }
+    const ROOT: &str = "Root=";
+    let mut root = String::with_capacity("Root=1-01234567-0123456789abcdef01234567".len());
+    root.push_str(ROOT);
+    root.push_str("1-");
+    HEXLOWER.encode_append(&seconds.to_be_bytes(), &mut root);
+    root.push('-');
+    HEXLOWER.encode_append(&random, &mut root);
     let value = match headers.get(&TRACE_ID) {
-        Some(old) if size(headers) <= MAX_TRACED_HEAD => with_self(&id, old),
+        Some(old) if size(headers) <= MAX_TRACED_HEAD => with_self(&root[ROOT.len()..], old),
         _ => None,
     };
-    let value = value.or_else(|| HeaderValue::try_from(format!("Root={id}")).ok());
+    let value = value.or_else(|| HeaderValue::try_from(root).ok());
     if let Some(value) = value {
         headers.insert(TRACE_ID, value);
     }
@@ -273,7 +297,7 @@ pub fn host_for_target(host: &Host<'_>, listener_port: u16) -> String {
     let name = host.name;
     match listener_port {
         80 | 443 => name.to_owned(),
-        port => format!("{name}:{}", host.port.unwrap_or(port)),
+        port => [name, ":", &host.port.unwrap_or(port).to_string()].concat(),
     }
 }
 
@@ -387,7 +411,8 @@ mod tests {
         for line in before {
             headers.append(X_FORWARDED_FOR, HeaderValue::from_str(line).unwrap());
         }
-        let side = ClientSide { client: client.parse().unwrap(), port: 80, tls: None };
+        let told = Told::new(client.parse().unwrap(), 80);
+        let side = ClientSide { told: &told, tls: None };
         add_client(&mut headers, &attributes(mode, port), &side);
         let lines: Vec<_> = headers
             .get_all(X_FORWARDED_FOR)
@@ -426,7 +451,8 @@ mod tests {
             ("x-amzn-tls-version", "forged"),
         ]);
         let mut attributes = attributes(XForwardedFor::Append, false);
-        let plain = ClientSide { client: "192.0.2.1:1".parse().unwrap(), port: 8443, tls: None };
+        let told = Told::new("192.0.2.1:1".parse().unwrap(), 8443);
+        let plain = ClientSide { told: &told, tls: None };
         add_client(&mut headers, &attributes, &plain);
         assert_eq!(headers[X_FORWARDED_PROTO], "http");
         assert_eq!(headers.get_all(X_FORWARDED_PORT).iter().collect::<Vec<_>>(), ["8443"]);

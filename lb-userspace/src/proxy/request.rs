@@ -1,5 +1,6 @@
 //! What becomes of a request: the rules decide, a target or the load balancer answers.
 
+use std::borrow::Cow;
 use std::convert::Infallible;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError};
@@ -209,7 +210,10 @@ fn check_desync(exchange: &mut Exchange, request: &Request<Incoming>) -> Result<
 /// The host that a request names: in its URI, else in its `Host`, of which it may have one. A
 /// request of HTTP/1.0 may name none. RFC 9112 section 3.2 wants a valid `Host` beside the URI's,
 /// RFC 9113 section 8.3.1 the same one or none.
-fn host(request: &Request<Incoming>, connection: &Connection) -> Result<String, ElbError> {
+fn host<'a>(
+    request: &'a Request<Incoming>,
+    connection: &Connection,
+) -> Result<Cow<'a, str>, ElbError> {
     let version = request.version();
     let mut fields = request.headers().get_all(header::HOST).iter();
     let (first, second) = (fields.next(), fields.next());
@@ -227,8 +231,8 @@ fn host(request: &Request<Incoming>, connection: &Connection) -> Result<String, 
         (Some(authority), Some(field)) if !fit(authority, field, version, default_port) => {
             Err(ElbError::BadRequest)
         }
-        (Some(host), _) | (None, Some(host)) => Ok(host.to_owned()),
-        (None, None) if version < Version::HTTP_11 => Ok(connection.local.to_string()),
+        (Some(host), _) | (None, Some(host)) => Ok(host.into()),
+        (None, None) if version < Version::HTTP_11 => Ok(connection.local.to_string().into()),
         (None, None) => Err(ElbError::BadRequest),
     }
 }

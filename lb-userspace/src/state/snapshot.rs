@@ -120,6 +120,7 @@ impl State {
     ) -> anyhow::Result<snapshot::Listener> {
         let sum = self.traffic((listener.protocol, listener.port), addresses, counters)?;
         Ok(snapshot::Listener {
+            default_action: None,
             rules: None,
             protocol: listener.protocol.to_string(),
             port: listener.port,
@@ -145,15 +146,17 @@ impl State {
         counters: &dyn Counters,
     ) -> anyhow::Result<snapshot::Listener> {
         let sum = self.traffic((Protocol::Tcp, listener.port), addresses, counters)?;
-        let groups = match &listener.default_action {
-            Action::Forward(forward) => &forward.target_groups[..],
-            Action::Redirect(_) | Action::FixedResponse(_) => &[],
+        let (default_action, groups) = match &listener.default_action {
+            Action::Forward(forward) => ("forward", &forward.target_groups[..]),
+            Action::Redirect(_) => ("redirect", &[][..]),
+            Action::FixedResponse(_) => ("fixed-response", &[][..]),
         };
         Ok(snapshot::Listener {
             protocol: listener.protocol.to_string(),
             port: listener.port,
             target_group: groups.first().map_or_else(String::new, |group| group.name.clone()),
             target_groups: groups.iter().map(weighted).collect(),
+            default_action: Some(default_action.to_owned()),
             rules: Some(listener.rules.len()),
             packets: sum.packets,
             bytes: sum.bytes,
