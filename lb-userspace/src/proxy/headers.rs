@@ -45,6 +45,9 @@ const HOP_BY_HOP: [HeaderName; 7] = [
     HeaderName::from_static("proxy-connection"),
 ];
 
+/// What `Connection` mostly says, which names no field that could stay.
+const PERSISTENCE: [&[u8]; 2] = [b"keep-alive", b"close"];
+
 /// Fields that stay even if `Connection` names them: their loss would change what the message is.
 const NEVER_HOP_BY_HOP: [HeaderName; 4] =
     [header::HOST, header::CONTENT_LENGTH, header::COOKIE, header::AUTHORIZATION];
@@ -62,8 +65,15 @@ pub struct Hop {
 /// say nothing to the next one.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> Hop {
     let mut hop = Hop::default();
-    // Few messages have any of them, and to look at the names is cheaper than to look for each.
-    if !headers.keys().any(|name| HOP_BY_HOP.contains(name)) {
+    // Few messages have more than one of them, and to look at the names is cheaper than to look for
+    // each.
+    let mut is_there = [false; HOP_BY_HOP.len()];
+    for name in headers.keys() {
+        if let Some(place) = HOP_BY_HOP.iter().position(|it| it == name) {
+            is_there[place] = true;
+        }
+    }
+    if is_there == [false; HOP_BY_HOP.len()] {
         return hop;
     }
     if list(headers, &header::TE).any(|coding| coding.eq_ignore_ascii_case(b"trailers")) {
@@ -71,14 +81,17 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> Hop {
     }
     let mut named = Vec::new();
     for option in list(headers, &header::CONNECTION) {
-        if let Ok(name) = HeaderName::from_bytes(option) {
+        if !PERSISTENCE.iter().any(|it| option.eq_ignore_ascii_case(it))
+            && let Ok(name) = HeaderName::from_bytes(option)
+        {
             named.push(name);
         }
     }
     if named.contains(&header::UPGRADE) {
         hop.upgrade = headers.get(header::UPGRADE).cloned();
     }
-    for name in named.iter().filter(|name| !NEVER_HOP_BY_HOP.contains(name)).chain(&HOP_BY_HOP) {
+    let those = HOP_BY_HOP.iter().zip(is_there).filter_map(|(name, is)| is.then_some(name));
+    for name in named.iter().filter(|name| !NEVER_HOP_BY_HOP.contains(name)).chain(those) {
         headers.remove(name);
     }
     hop
