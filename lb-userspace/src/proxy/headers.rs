@@ -35,7 +35,7 @@ const TLS_VERSION: HeaderName = HeaderName::from_static("x-amzn-tls-version");
 const TLS_CIPHER_SUITE: HeaderName = HeaderName::from_static("x-amzn-tls-cipher-suite");
 
 /// RFC 9110 section 7.6.1, and section 10.1.4 for `TE`.
-const HOP_BY_HOP: [HeaderName; 7] = [
+static HOP_BY_HOP: [HeaderName; 7] = [
     header::CONNECTION,
     header::TE,
     header::TRAILER,
@@ -49,7 +49,7 @@ const HOP_BY_HOP: [HeaderName; 7] = [
 const PERSISTENCE: [&[u8]; 2] = [b"keep-alive", b"close"];
 
 /// Fields that stay even if `Connection` names them: their loss would change what the message is.
-const NEVER_HOP_BY_HOP: [HeaderName; 4] =
+static NEVER_HOP_BY_HOP: [HeaderName; 4] =
     [header::HOST, header::CONTENT_LENGTH, header::COOKIE, header::AUTHORIZATION];
 
 /// What the fields of one hop asked for.
@@ -67,13 +67,13 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> Hop {
     let mut hop = Hop::default();
     // Few messages have more than one of them, and to look at the names is cheaper than to look for
     // each.
-    let mut is_there = [false; HOP_BY_HOP.len()];
+    let mut there = 0_u32;
     for name in headers.keys() {
         if let Some(place) = HOP_BY_HOP.iter().position(|it| it == name) {
-            is_there[place] = true;
+            there |= 1 << place;
         }
     }
-    if is_there == [false; HOP_BY_HOP.len()] {
+    if there == 0 {
         return hop;
     }
     if list(headers, &header::TE).any(|coding| coding.eq_ignore_ascii_case(b"trailers")) {
@@ -90,7 +90,8 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> Hop {
     if named.contains(&header::UPGRADE) {
         hop.upgrade = headers.get(header::UPGRADE).cloned();
     }
-    let those = HOP_BY_HOP.iter().zip(is_there).filter_map(|(name, is)| is.then_some(name));
+    let those = HOP_BY_HOP.iter().enumerate().filter(|(place, _)| there >> place & 1 == 1);
+    let those = those.map(|(_, name)| name);
     for name in named.iter().filter(|name| !NEVER_HOP_BY_HOP.contains(name)).chain(those) {
         headers.remove(name);
     }
@@ -507,7 +508,7 @@ mod tests {
             strip_hop_by_hop(&mut headers);
             prop_assert_eq!(&headers, &once);
             prop_assert_eq!(headers.contains_key("host"), had_host);
-            for name in HOP_BY_HOP {
+            for name in &HOP_BY_HOP {
                 prop_assert!(!headers.contains_key(name));
             }
         }
