@@ -128,6 +128,9 @@ fn prepare(
         fields.insert(header::TE, HeaderValue::from_static("trailers"));
     }
     if version == HttpVersion::Http1 {
+        if !is_http1 {
+            headers::join_cookies(request.headers_mut());
+        }
         *request.version_mut() = Version::HTTP_11;
         let host = HeaderValue::try_from(route.host).map_err(|_| ElbError::BadRequest)?;
         request.headers_mut().insert(header::HOST, host);
