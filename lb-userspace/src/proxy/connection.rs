@@ -289,6 +289,8 @@ where
             }
             () = &mut closed, if !is_closing => {
                 is_closing = true;
+                // The end waits for an answer to a PING, which a client may leave out.
+                watchdog.keep_alive = attributes.idle_timeout;
                 served.as_mut().graceful_shutdown();
             }
             verdict = watchdog.watch() => match verdict {

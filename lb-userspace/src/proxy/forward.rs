@@ -137,6 +137,9 @@ fn prepare(
         fields.insert(header::TE, HeaderValue::from_static("trailers"));
     }
     if version == HttpVersion::Http1 {
+        if !is_http1 {
+            headers::join_cookies(request.headers_mut());
+        }
         // Else the HTTP library leaves out bodies of GET and HEAD whose length it does not know.
         let fields = request.headers();
         if !request.body().is_end_stream() && !fields.contains_key(header::CONTENT_LENGTH) {

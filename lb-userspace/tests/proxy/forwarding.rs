@@ -227,7 +227,7 @@ fn host(request: &Request<Incoming>) -> String {
 }
 
 /// A client of HTTP/2 with prior knowledge.
-async fn http2<B>(address: SocketAddr) -> client::conn::http2::SendRequest<B>
+pub async fn http2<B>(address: SocketAddr) -> client::conn::http2::SendRequest<B>
 where
     B: Body<Data = Bytes, Error = Infallible> + Send + Unpin + 'static,
 {

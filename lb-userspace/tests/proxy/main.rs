@@ -6,6 +6,7 @@ mod decisions;
 mod errors;
 mod forwarding;
 mod harness;
+mod http2;
 mod reload;
 mod stickiness;
 mod tls;

@@ -27,7 +27,7 @@ const POLICY: TlsPolicy =
     TlsPolicy { name: "ELBSecurityPolicy-TLS13-1-2-2021-06", tls12: true, tls13: true };
 
 /// Writes a certificate of these names, with its key.
-fn certificate(directory: &Path, file: &str, names: &[&str]) -> CertificateFiles {
+pub fn certificate(directory: &Path, file: &str, names: &[&str]) -> CertificateFiles {
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
     write(directory, file, names, &key)
 }
@@ -44,7 +44,7 @@ fn write(directory: &Path, file: &str, names: &[&str], key: &KeyPair) -> Certifi
     files
 }
 
-fn listener(certificates: Vec<CertificateFiles>) -> ListenerTls {
+pub fn listener(certificates: Vec<CertificateFiles>) -> ListenerTls {
     ListenerTls { certificates, policy: POLICY, alpn: Vec::new() }
 }
 
@@ -87,10 +87,10 @@ impl ServerCertVerifier for Any {
     }
 }
 
-const ALL: [SignatureScheme; 2] =
+pub const ALL: [SignatureScheme; 2] =
     [SignatureScheme::ECDSA_NISTP256_SHA256, SignatureScheme::ED25519];
 
-async fn handshake(
+pub async fn handshake(
     address: SocketAddr,
     name: &'static str,
     alpn: &[&str],
