@@ -143,8 +143,6 @@ trait Version: Ip {
     /// beyond the segment can send (RFC 4861 section 11.2), and multicast listener discovery (RFC
     /// 3810), without which a switch that snoops would hold neighbour discovery back.
     fn is_of_the_segment(kind: u8, hops: u8) -> bool;
-    /// Whether a message of its ICMP reports an error and quotes the packet that it is about.
-    fn is_error(kind: u8) -> bool;
 }
 
 impl Version for V4 {
@@ -158,12 +156,6 @@ impl Version for V4 {
     #[inline(always)]
     fn is_of_the_segment(_kind: u8, _hops: u8) -> bool {
         false
-    }
-
-    /// Destination unreachable, time exceeded, parameter problem (RFC 792).
-    #[inline(always)]
-    fn is_error(kind: u8) -> bool {
-        matches!(kind, 3 | 11 | 12)
     }
 }
 
@@ -182,11 +174,5 @@ impl Version for V6 {
             130..=132 | 143 => true,
             _ => false,
         }
-    }
-
-    /// Destination unreachable, packet too big, time exceeded, parameter problem (RFC 4443).
-    #[inline(always)]
-    fn is_error(kind: u8) -> bool {
-        matches!(kind, 1..=4)
     }
 }

@@ -19,6 +19,8 @@ pub struct Icmp {
 }
 
 impl Icmp {
+    /// Offset of [`Self::checksum`], bytes.
+    pub const CHECKSUM_AT: usize = 2;
     /// ICMP: echo request.
     pub const ECHO_REQUEST: u8 = 8;
     /// ICMP: destination unreachable; with code 3, port unreachable.

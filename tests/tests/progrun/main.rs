@@ -7,6 +7,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that fails says where")]
 
 mod connections;
+mod errors;
 mod generated;
 mod least_connections;
 mod mapped;
