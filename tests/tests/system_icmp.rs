@@ -102,3 +102,21 @@ fn a_client_hears_that_nobody_listens() {
         }
     }
 }
+
+/// The kernel answers nobody any more; the listener's addresses do.
+#[test]
+fn pings_are_answered_below_the_kernel() {
+    for picture in [Picture::TwoNics, Picture::OneNic] {
+        let site = Site::start(picture, 0).unwrap();
+        let balancer = &site.topology.balancer;
+        balancer.sysctl("net/ipv4/icmp_echo_ignore_all", "1").unwrap();
+        balancer.sysctl("net/ipv6/icmp/echo_ignore_all", "1").unwrap();
+        let own = Dual::new(TARGETS, 1).both();
+        for (listener, own) in site.topology.listener.both().into_iter().zip(own) {
+            site.client(|| {
+                clients::ping(own).unwrap_err();
+                clients::ping(listener).unwrap();
+            });
+        }
+    }
+}

@@ -17,6 +17,8 @@ pub trait Ip: Sized {
     const ICMP: u8;
     /// The type of its ICMP's echo request.
     const ECHO_REQUEST: u8;
+    /// The type of its echo reply.
+    const ECHO_REPLY: u8;
     /// Whether a message of its ICMP reports an error and quotes the packet that it is about.
     fn is_error(kind: u8) -> bool;
     /// The header without options.
@@ -112,6 +114,7 @@ const DESTINATION_AFTER_TTL: usize = Ipv4::DESTINATION_AT - Ipv4::TTL_AT;
 impl Ip for V4 {
     const ICMP: u8 = ICMP;
     const ECHO_REQUEST: u8 = Icmp::ECHO_REQUEST;
+    const ECHO_REPLY: u8 = Icmp::ECHO_REPLY;
     type Header = Ipv4;
 
     /// Destination unreachable, time exceeded, parameter problem (RFC 792).
@@ -286,6 +289,7 @@ fn walk_extensions<F: Frame>(frame: &F, l3: usize) -> Option<Upper> {
 impl Ip for V6 {
     const ICMP: u8 = ICMPV6;
     const ECHO_REQUEST: u8 = Icmp::V6_ECHO_REQUEST;
+    const ECHO_REPLY: u8 = Icmp::V6_ECHO_REPLY;
     type Header = Ipv6;
 
     /// Destination unreachable, packet too big, time exceeded, parameter problem (RFC 4443).

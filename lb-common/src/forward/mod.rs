@@ -15,6 +15,7 @@ macro_rules! hidden_zeros {
 pub(crate) use hidden_zeros;
 
 mod decide;
+mod echo;
 mod emit;
 mod error;
 pub(crate) mod ip;
@@ -188,6 +189,8 @@ pub fn go_on<F: Frame, T: Tables>(
         (Stage::SnatOpen, false) => snat::open::<V6, F, T>(frame, tables, step),
         (Stage::IcmpError, true) => error::handle::<V4, F, T>(frame, tables, step),
         (Stage::IcmpError, false) => error::handle::<V6, F, T>(frame, tables, step),
+        (Stage::Echo, true) => echo::answer::<V4, F>(frame, step),
+        (Stage::Echo, false) => echo::answer::<V6, F>(frame, step),
         (Stage::SnatReply, true) => snat::reply::<V4, F, T>(frame, tables, step),
         (Stage::SnatReply, false) => snat::reply::<V6, F, T>(frame, tables, step),
     })
@@ -208,7 +211,7 @@ fn to_listener<const SHAPE: bool, I: Answer, F: Frame, T: Tables>(
         _ if packet.protocol == I::ICMP => {
             let place = packet.place();
             let next = guard::<I, F, T>(frame, tables, &place, packet.fragment as u32);
-            if Next::is_icmp_error(next) {
+            if Next::is_stage(next) {
                 step.with_step(|step| step.place = place);
             }
             return next;
@@ -372,8 +375,8 @@ fn kind_of_address<T: Tables>(tables: &T, [high, low]: [u64; 2]) -> u8 {
     found.kind as u8 & (Endpoint::KIND | Endpoint::SNAT)
 }
 
-/// Echo requests to an address with security groups need a rule; neighbour discovery always passes.
-/// Errors about our flows are looked at elsewhere.
+/// Echo requests to an address with security groups need a rule, and are answered where the agent added
+/// the address; neighbour discovery always passes. Errors about our flows are looked at elsewhere.
 #[inline(never)]
 fn guard<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, place: &Place, fragment: u32) -> u64 {
     let pass = Next::with(Next::PASS, 0);
@@ -393,7 +396,7 @@ fn guard<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, place: &Place, fragm
     if endpoint.kind() == Endpoint::GUARD && admit(tables, &packet, &endpoint).is_err() {
         return Next::with(Next::DROP, DropReason::SecurityGroupDenied as u32);
     }
-    pass
+    if is_owned(tables, &packet) { Next::with(Next::ECHO, 0) } else { pass }
 }
 
 /// The security groups: a listener without one costs nothing.

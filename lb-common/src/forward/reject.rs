@@ -14,7 +14,7 @@ use super::parse::{Link, Packet, Place, whole};
 use super::{Frame, Next, Step};
 
 /// TTL or hop limit of our own packets.
-const HOPS: u8 = 64;
+pub const HOPS: u8 = 64;
 
 /// Counts the reason and turns the packet into its refusal, back to where it came from. A packet
 /// that must not be answered (a reset, a header with options where it would have to be quoted)

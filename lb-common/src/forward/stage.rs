@@ -33,11 +33,13 @@ pub enum Stage {
     SnatReply = 5,
     /// Sends an ICMP error to whom it is for.
     IcmpError = 6,
+    /// Answers a ping.
+    Echo = 7,
 }
 
 impl Stage {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Answer,
         Self::Encapsulate,
         Self::SnatRequest,
@@ -45,6 +47,7 @@ impl Stage {
         Self::SnatOpen,
         Self::SnatReply,
         Self::IcmpError,
+        Self::Echo,
     ];
 
     /// The name of its program.
@@ -57,6 +60,7 @@ impl Stage {
             Self::SnatOpen => "lb_snat_open",
             Self::SnatReply => "lb_snat_reply",
             Self::IcmpError => "lb_icmp_error",
+            Self::Echo => "lb_echo",
         }
     }
 }
@@ -87,6 +91,7 @@ impl Next {
     pub(super) const SNAT_OPEN: u32 = Self::STAGES + Stage::SnatOpen as u32;
     const SNAT_REPLY: u32 = Self::STAGES + Stage::SnatReply as u32;
     pub(super) const ICMP_ERROR: u32 = Self::STAGES + Stage::IcmpError as u32;
+    pub(super) const ECHO: u32 = Self::STAGES + Stage::Echo as u32;
 
     #[inline(always)]
     pub(super) fn with(action: u32, argument: u32) -> u64 {
@@ -104,10 +109,10 @@ impl Next {
         next as u32 == Self::RECALL
     }
 
-    /// Whether a function has returned that the packet is an ICMP error.
+    /// Whether a function has returned that a later stage comes next.
     #[inline(always)]
-    pub(super) fn is_icmp_error(next: u64) -> bool {
-        next as u32 == Self::ICMP_ERROR
+    pub(super) fn is_stage(next: u64) -> bool {
+        next as u32 >= Self::STAGES
     }
 
     /// The stage that comes next, if any.
@@ -121,6 +126,7 @@ impl Next {
             Self::SNAT_OPEN => Some(Stage::SnatOpen),
             Self::SNAT_REPLY => Some(Stage::SnatReply),
             Self::ICMP_ERROR => Some(Stage::IcmpError),
+            Self::ECHO => Some(Stage::Echo),
             _ => None,
         }
     }

@@ -133,9 +133,6 @@ impl Step {
 
 /// What the two IP versions' control protocols and fragments do differently.
 trait Version: Ip {
-    /// Type of its ICMP's echo reply.
-    const ECHO_REPLY: u8;
-
     /// Where a fragment belongs in the whole, in units of 8 bytes; `fragment` as
     /// [`Parsed`](crate::forward::ip::Parsed) has it.
     fn fragment_offset(fragment: u16) -> u16;
@@ -146,8 +143,6 @@ trait Version: Ip {
 }
 
 impl Version for V4 {
-    const ECHO_REPLY: u8 = 0;
-
     #[inline(always)]
     fn fragment_offset(fragment: u16) -> u16 {
         fragment & crate::wire::Ipv4::FRAGMENT_OFFSET
@@ -160,8 +155,6 @@ impl Version for V4 {
 }
 
 impl Version for V6 {
-    const ECHO_REPLY: u8 = 129;
-
     #[inline(always)]
     fn fragment_offset(fragment: u16) -> u16 {
         fragment >> 3
