@@ -132,7 +132,7 @@ fn destination(frame: &[u8]) -> IpAddr {
 /// The packet that the error quotes, if the checksums are right.
 fn quoted(frame: &[u8]) -> Vec<u8> {
     let packet = SlicedPacket::from_ethernet(frame).unwrap();
-    let quoted = match (packet.net.unwrap(), packet.transport.unwrap()) {
+    match (packet.net.unwrap(), packet.transport.unwrap()) {
         (NetSlice::Ipv4(ip), TransportSlice::Icmpv4(icmp)) => {
             let header = ip.header().to_header();
             assert_eq!(header.header_checksum, header.calc_header_checksum());
@@ -146,8 +146,7 @@ fn quoted(frame: &[u8]) -> Vec<u8> {
             icmp.payload().to_vec()
         }
         other => panic!("{other:?}"),
-    };
-    quoted
+    }
 }
 
 /// The heart of it: an error goes where a packet of its flow goes, quoting what that target sent.
