@@ -38,8 +38,8 @@ pub enum DropReason {
     Malformed = 7,
     /// Time to live or hop limit used up.
     TtlExceeded = 8,
-    /// Larger than the way out carries: a client that forbids fragmentation is told how large a
-    /// request may be.
+    /// Larger than the way out carries: a sender that forbids fragmentation, be it the client or the
+    /// target, is told how large its packets may be.
     TooBig = 9,
     /// A table names an entry that another table does not have; a bug.
     TableInconsistent = 10,

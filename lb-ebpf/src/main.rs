@@ -67,6 +67,18 @@ pub fn lb_snat_reply(ctx: XdpContext) -> u32 {
     later(&ctx, Stage::SnatReply)
 }
 
+/// Sends an ICMP error to whom it is for.
+#[xdp]
+pub fn lb_icmp_error(ctx: XdpContext) -> u32 {
+    later(&ctx, Stage::IcmpError)
+}
+
+/// Answers a ping.
+#[xdp]
+pub fn lb_echo(ctx: XdpContext) -> u32 {
+    later(&ctx, Stage::Echo)
+}
+
 /// A stage that another program has handed over to.
 #[inline(always)]
 fn later(ctx: &XdpContext, stage: Stage) -> u32 {

@@ -140,6 +140,8 @@ impl<'a> Maps<'a> {
             Stage::SnatSearch => jump::<{ Stage::SnatSearch as u32 }>(ctx),
             Stage::SnatOpen => jump::<{ Stage::SnatOpen as u32 }>(ctx),
             Stage::SnatReply => jump::<{ Stage::SnatReply as u32 }>(ctx),
+            Stage::IcmpError => jump::<{ Stage::IcmpError as u32 }>(ctx),
+            Stage::Echo => jump::<{ Stage::Echo as u32 }>(ctx),
         }
         // It is back: the agent has not put the stage there.
         self.count_drop(DropReason::TableInconsistent as u32);

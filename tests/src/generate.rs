@@ -7,6 +7,7 @@ use lb_common::flow::TCP;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
 
 use crate::{
+    icmp::{Complaint, IcmpError},
     packets::{Checksum, Packet, Transport},
     progrun::DEVICES,
     scene::{Scene, VIPS},
@@ -77,6 +78,7 @@ impl Generator {
         let mut frame = match self.rng.random_range(0..20) {
             0 => self.noise(),
             1 => self.other_protocol(),
+            2 => self.icmp_error(),
             _ => self.transport_packet(),
         };
         if self.rng.random_ratio(1, 4) {
@@ -226,6 +228,48 @@ impl Generator {
         frame.splice(l3 + 40..l3 + 40, headers);
         let payload = (frame.len() - l3 - 40) as u16;
         frame[l3 + 4..l3 + 6].copy_from_slice(&payload.to_be_bytes());
+    }
+
+    /// An ICMP error about a packet that answers one of [`Self::endpoints`]; mostly one that fits.
+    fn icmp_error(&mut self) -> Vec<u8> {
+        let (protocol, to, from) = self.endpoints();
+        let mut quoted = match protocol {
+            TCP => self.segment(from, to),
+            _ => Packet::udp(from, to),
+        };
+        let rng = &mut self.rng;
+        quoted.payload = vec![7; rng.random_range(0..30)];
+        quoted.checksum =
+            *[Checksum::Right, Checksum::Wrong, Checksum::Zero].choose(rng).expect("some");
+        if from.is_ipv4() && rng.random_ratio(1, 8) {
+            quoted.ipv4_options = vec![1; 4 * rng.random_range(1..=10)];
+        }
+        let complaints = [
+            Complaint::PortUnreachable,
+            Complaint::TooBig(1400),
+            Complaint::TimeExceeded,
+            Complaint::ParameterProblem(9),
+        ];
+        let complaint = *complaints.choose(rng).expect("some");
+        let kept = rng.random_range(0..60_usize).max(8);
+        let hop_limit = *[64, 64, 64, 2, 1].choose(rng).expect("some");
+        let vlans = (0..rng.random_range(0..5_u32).saturating_sub(2)).map(|_| 7).collect();
+        let own = self.rng.random_ratio(1, 2);
+        let source = if own { to } else { self.client(from) }.ip();
+        let destination = if self.rng.random_ratio(1, 10) { self.client(from) } else { from }.ip();
+        let macs = (quoted.source_mac, quoted.destination_mac);
+        let error = IcmpError {
+            source_mac: macs.0,
+            destination_mac: macs.1,
+            vlans,
+            source,
+            destination,
+            hop_limit,
+            complaint,
+            quoted,
+            kept,
+        };
+        error.build()
     }
 
     /// A well-made packet whose protocol is another: ICMP of both versions, SCTP, anything.

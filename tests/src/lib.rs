@@ -13,6 +13,7 @@ pub mod ecmp;
 pub mod frames;
 pub mod generate;
 pub mod history;
+pub mod icmp;
 pub mod netns;
 pub mod packets;
 pub mod programs;

@@ -111,8 +111,9 @@ pub struct Topology {
     pub listener: Dual,
     /// The balancer's interfaces, clients' side first.
     pub interfaces: &'static [&'static str],
+    /// Between clients and the targets' segment, by `eth0` to the clients; not in [`Picture::TwoNics`].
+    pub router: Option<Namespace>,
     // Namespaces and programs that only need to exist.
-    _router: Option<Namespace>,
     _switch: Namespace,
     _pass: Attached,
 }
@@ -176,7 +177,7 @@ impl Topology {
             targets,
             listener,
             interfaces,
-            _router: router,
+            router,
             _switch: switch,
             _pass: pass,
         })

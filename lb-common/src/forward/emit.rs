@@ -58,7 +58,7 @@ pub fn write_transport<I: Ip, F: Frame>(
 
 /// Zero says that there is none (RFC 768): then it stays so, and no other becomes zero.
 #[inline(always)]
-fn udp_checksum(old: Be16, sum: Sum) -> Be16 {
+pub fn udp_checksum(old: Be16, sum: Sum) -> Be16 {
     let checksum = sum.checksum();
     if old.raw() == 0 {
         old

@@ -17,6 +17,10 @@ pub trait Ip: Sized {
     const ICMP: u8;
     /// The type of its ICMP's echo request.
     const ECHO_REQUEST: u8;
+    /// The type of its echo reply.
+    const ECHO_REPLY: u8;
+    /// Whether a message of its ICMP reports an error and quotes the packet that it is about.
+    fn is_error(kind: u8) -> bool;
     /// The header without options.
     type Header: bytemuck::Pod;
 
@@ -110,7 +114,14 @@ const DESTINATION_AFTER_TTL: usize = Ipv4::DESTINATION_AT - Ipv4::TTL_AT;
 impl Ip for V4 {
     const ICMP: u8 = ICMP;
     const ECHO_REQUEST: u8 = Icmp::ECHO_REQUEST;
+    const ECHO_REPLY: u8 = Icmp::ECHO_REPLY;
     type Header = Ipv4;
+
+    /// Destination unreachable, time exceeded, parameter problem (RFC 792).
+    #[inline(always)]
+    fn is_error(kind: u8) -> bool {
+        matches!(kind, 3 | 11 | 12)
+    }
 
     const ETHER_TYPE: EtherType = EtherType::IPV4;
     const IS_V4: bool = true;
@@ -278,7 +289,14 @@ fn walk_extensions<F: Frame>(frame: &F, l3: usize) -> Option<Upper> {
 impl Ip for V6 {
     const ICMP: u8 = ICMPV6;
     const ECHO_REQUEST: u8 = Icmp::V6_ECHO_REQUEST;
+    const ECHO_REPLY: u8 = Icmp::V6_ECHO_REPLY;
     type Header = Ipv6;
+
+    /// Destination unreachable, packet too big, time exceeded, parameter problem (RFC 4443).
+    #[inline(always)]
+    fn is_error(kind: u8) -> bool {
+        matches!(kind, 1..=4)
+    }
 
     const ETHER_TYPE: EtherType = EtherType::IPV6;
     const IS_V4: bool = false;

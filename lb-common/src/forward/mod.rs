@@ -15,7 +15,9 @@ macro_rules! hidden_zeros {
 pub(crate) use hidden_zeros;
 
 mod decide;
+mod echo;
 mod emit;
+mod error;
 pub(crate) mod ip;
 mod least;
 pub(crate) mod parse;
@@ -37,7 +39,7 @@ use crate::wire::icmp::Icmp;
 use crate::wire::{Address, Be16, EtherType};
 
 use ip::{ANY, Ip, PLAIN, V4, V6};
-use parse::{Link, Packet, Place};
+use parse::{Link, Packet, Place, whole};
 use reject::Answer;
 use stage::{Recall, Selected};
 
@@ -83,7 +85,7 @@ enum Stop {
     Answer(DropReason),
     /// Its target is a matter of what is remembered of its flow: [`Step::recall`].
     Recall,
-    /// Larger than the way to [`Step::selected`] carries; the client hears of it.
+    /// Larger than its way carries, which is [`Step::mtu`]; its sender hears of it.
     TooBig,
     /// It is to go through a tunnel to [`Step::selected`].
     Encapsulate,
@@ -185,6 +187,10 @@ pub fn go_on<F: Frame, T: Tables>(
         (Stage::SnatSearch, _) => snat::search(tables, step),
         (Stage::SnatOpen, true) => snat::open::<V4, F, T>(frame, tables, step),
         (Stage::SnatOpen, false) => snat::open::<V6, F, T>(frame, tables, step),
+        (Stage::IcmpError, true) => error::handle::<V4, F, T>(frame, tables, step),
+        (Stage::IcmpError, false) => error::handle::<V6, F, T>(frame, tables, step),
+        (Stage::Echo, true) => echo::answer::<V4, F>(frame, step),
+        (Stage::Echo, false) => echo::answer::<V6, F>(frame, step),
         (Stage::SnatReply, true) => snat::reply::<V4, F, T>(frame, tables, step),
         (Stage::SnatReply, false) => snat::reply::<V6, F, T>(frame, tables, step),
     })
@@ -202,7 +208,14 @@ fn to_listener<const SHAPE: bool, I: Answer, F: Frame, T: Tables>(
         return Next::with(Next::PASS, 0);
     };
     let outcome = match &packet.transport {
-        _ if packet.protocol == I::ICMP => guard(frame, tables, &packet),
+        _ if packet.protocol == I::ICMP => {
+            let place = packet.place();
+            let next = guard::<I, F, T>(frame, tables, &place, packet.fragment as u32);
+            if Next::is_stage(next) {
+                step.with_step(|step| step.place = place);
+            }
+            return next;
+        }
         None => without_ports(tables, &packet),
         Some(transport) => {
             let port = transport.ports.destination;
@@ -299,7 +312,7 @@ fn from_target<const SHAPE: bool, I: Answer, F: Frame, T: Tables>(
     let Some((link, packet)) = parse::<SHAPE, I, F>(frame) else { return pass };
     let Some(transport) = &packet.transport else { return pass };
     let source = Found::unpacked(core::hint::black_box(source));
-    let outcome = reply::handle(frame, tables, &link, &packet, transport, &source);
+    let outcome = reply::handle(frame, tables, &link, &packet, transport, &source, step);
     stage::conclude(step, outcome, packet.place())
 }
 
@@ -362,20 +375,28 @@ fn kind_of_address<T: Tables>(tables: &T, [high, low]: [u64; 2]) -> u8 {
     found.kind as u8 & (Endpoint::KIND | Endpoint::SNAT)
 }
 
-/// Echo requests to an address with security groups need a rule; errors and neighbour discovery
-/// always pass.
-#[inline(always)]
-fn guard<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, packet: &Packet<I>) -> Outcome {
-    let Some(icmp) = frame.read::<Icmp>(packet.l4) else { return Ok(Verdict::Pass) };
-    if packet.is_fragment() || icmp.kind != I::ECHO_REQUEST {
-        return Ok(Verdict::Pass);
+/// Echo requests to an address with security groups need a rule, and are answered where the agent added
+/// the address; neighbour discovery always passes. Errors about our flows are looked at elsewhere.
+#[inline(never)]
+fn guard<I: Ip, F: Frame, T: Tables>(frame: &F, tables: &T, place: &Place, fragment: u32) -> u64 {
+    let pass = Next::with(Next::PASS, 0);
+    let Some(packet) = place.read::<I, F>(frame) else { return pass };
+    let Some(icmp) = whole(frame).read::<Icmp>(packet.l4) else { return pass };
+    if fragment != 0 {
+        return pass;
+    }
+    if I::is_error(icmp.kind) {
+        return Next::with(Next::ICMP_ERROR, 0);
+    }
+    if icmp.kind != I::ECHO_REQUEST {
+        return pass;
     }
     let key = EndpointKey::new(packet.destination, Default::default(), packet.protocol);
     let endpoint = lookup(tables, &key);
-    if endpoint.kind() == Endpoint::GUARD {
-        admit(tables, packet, &endpoint)?;
+    if endpoint.kind() == Endpoint::GUARD && admit(tables, &packet, &endpoint).is_err() {
+        return Next::with(Next::DROP, DropReason::SecurityGroupDenied as u32);
     }
-    Ok(Verdict::Pass)
+    if is_owned(tables, &packet) { Next::with(Next::ECHO, 0) } else { pass }
 }
 
 /// The security groups: a listener without one costs nothing.

@@ -1,4 +1,4 @@
-//! Refusals that the client can hear: a TCP reset, an ICMP port unreachable, or how large a packet
+//! Refusals that the sender can hear: a TCP reset, an ICMP port unreachable, or how large a packet
 //! may be.
 
 use crate::flow::TCP;
@@ -14,16 +14,17 @@ use super::parse::{Link, Packet, Place, whole};
 use super::{Frame, Next, Step};
 
 /// TTL or hop limit of our own packets.
-const HOPS: u8 = 64;
+pub const HOPS: u8 = 64;
 
 /// Counts the reason and turns the packet into its refusal, back to where it came from. A packet
 /// that must not be answered (a reset, a header with options where it would have to be quoted)
 /// is dropped for the same reason.
 #[inline(always)]
 pub fn answer<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &Step) -> u64 {
-    let (place, reason) = (&step.place, step.argument);
+    let place = &step.place;
+    let reason = step.argument;
     let refusal = if reason == DropReason::TooBig as u32 {
-        too_big::<I, F, T>(frame, tables, step)
+        quote_back::<I, F>(frame, place, step.mtu as u32)
     } else if place.protocol == TCP as u16 {
         reset::<I, F>(frame, place)
     } else {
@@ -62,13 +63,6 @@ fn reset<I: Answer, F: Frame>(frame: &mut F, place: &Place) -> Refusal {
     }
     let written = write_reset(frame, &packet);
     finish(frame, &ethernet, written)
-}
-
-/// Says how large a packet to the target may be.
-#[inline(never)]
-fn too_big<I: Answer, F: Frame, T: Tables>(frame: &mut F, tables: &T, step: &Step) -> Refusal {
-    let mtu = tables.target(step.selected.index).map_or(UNREACHABLE, |it| it.hop.mtu as u32);
-    quote_back::<I, F>(frame, &step.place, mtu)
 }
 
 /// Instead of an MTU: the port is unreachable.

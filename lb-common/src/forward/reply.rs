@@ -6,7 +6,7 @@ use crate::verdict::{DropReason, Verdict};
 
 use super::ip::{End, Ip};
 use super::parse::{Link, Packet, Place, Transport};
-use super::{Found, Frame, Next, Outcome, Stop, emit};
+use super::{Found, Frame, Handover, Next, Outcome, Stop, emit};
 
 /// Gives a reply the listener's address back and sends it to the client.
 ///
@@ -20,6 +20,7 @@ pub fn handle<I: Ip, F: Frame, T: Tables>(
     packet: &Packet<I>,
     transport: &Transport,
     target: &Found,
+    step: &mut impl Handover,
 ) -> Outcome {
     let kind = super::kind_of_address(tables, packet.destination.words());
     if kind != 0 {
@@ -52,7 +53,8 @@ pub fn handle<I: Ip, F: Frame, T: Tables>(
         return Err(DropReason::Malformed.into());
     }
     if packet.length > hop.mtu as usize {
-        return Err(DropReason::TooBig.into());
+        step.with_step(|step| step.mtu = hop.mtu as u64);
+        return Err(Stop::TooBig);
     }
     emit::translate::<I, F>(
         frame,

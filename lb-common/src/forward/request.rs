@@ -55,7 +55,7 @@ pub fn deliver<I: Ip, F: Frame, T: Tables>(
         return Err(DropReason::NextHopUnresolved.into());
     }
     if packet.length > target.hop.mtu as usize {
-        step.with_step(|step| step.selected = selected);
+        step.with_step(|step| step.mtu = target.hop.mtu as u64);
         return Err(Stop::TooBig);
     }
     if target.mode == Target::NAT {

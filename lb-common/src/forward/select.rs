@@ -32,11 +32,7 @@ pub fn select<I: Ip, T: Tables>(
     step: &mut impl Handover,
 ) -> Result<Selected, Stop> {
     let key = packet.flow(transport.ports);
-    let hash = if listener.has(Endpoint::BY_SOURCE) {
-        tables.keys().source(packet.source)
-    } else {
-        tables.keys().flow(&key)
-    };
+    let hash = hash(tables, &key, listener);
     let chosen = flow::slot(hash, tables.ring_size());
     let slot = slot(tables, listener.index, chosen)?;
     let is_tracked = listener.has(Endpoint::TRACKED);
@@ -51,6 +47,16 @@ pub fn select<I: Ip, T: Tables>(
         step.recall = Recall { slot, chosen, ring, listener, is_tracked, hash, key, flags };
     });
     Err(Stop::Recall)
+}
+
+/// The hash that chooses a flow's slot.
+#[inline(always)]
+pub fn hash<T: Tables>(tables: &T, key: &FlowKey, listener: &Found) -> u64 {
+    if listener.has(Endpoint::BY_SOURCE) {
+        tables.keys().source(key.source)
+    } else {
+        tables.keys().flow(key)
+    }
 }
 
 /// A client that talked to the target's own address talks to the listener now, from the same
@@ -164,7 +170,7 @@ fn remember<T: Tables>(tables: &T, recall: &Recall) -> Result<Selected, DropReas
 
 /// Whether what is remembered of a flow may be another target than the slot's.
 #[inline(always)]
-fn is_exception<T: Tables>(tables: &T, hash: u32) -> bool {
+pub fn is_exception<T: Tables>(tables: &T, hash: u32) -> bool {
     let (word, bit) = exception_place(hash);
     tables.exceptions(word) & bit != 0
 }

@@ -11,6 +11,7 @@ use crate::flow::FlowKey;
 use crate::tables::{Slot, Tables};
 use crate::verdict::{DropReason, Verdict};
 
+use super::error::Quote;
 use super::parse::Place;
 use super::{Outcome, Stop};
 
@@ -30,17 +31,23 @@ pub enum Stage {
     SnatOpen = 4,
     /// Sends a target's packet to the client whose flow has its destination port.
     SnatReply = 5,
+    /// Sends an ICMP error to whom it is for.
+    IcmpError = 6,
+    /// Answers a ping.
+    Echo = 7,
 }
 
 impl Stage {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 8] = [
         Self::Answer,
         Self::Encapsulate,
         Self::SnatRequest,
         Self::SnatSearch,
         Self::SnatOpen,
         Self::SnatReply,
+        Self::IcmpError,
+        Self::Echo,
     ];
 
     /// The name of its program.
@@ -52,6 +59,8 @@ impl Stage {
             Self::SnatSearch => "lb_snat_search",
             Self::SnatOpen => "lb_snat_open",
             Self::SnatReply => "lb_snat_reply",
+            Self::IcmpError => "lb_icmp_error",
+            Self::Echo => "lb_echo",
         }
     }
 }
@@ -81,6 +90,8 @@ impl Next {
     pub(super) const SNAT_SEARCH: u32 = Self::STAGES + Stage::SnatSearch as u32;
     pub(super) const SNAT_OPEN: u32 = Self::STAGES + Stage::SnatOpen as u32;
     const SNAT_REPLY: u32 = Self::STAGES + Stage::SnatReply as u32;
+    pub(super) const ICMP_ERROR: u32 = Self::STAGES + Stage::IcmpError as u32;
+    pub(super) const ECHO: u32 = Self::STAGES + Stage::Echo as u32;
 
     #[inline(always)]
     pub(super) fn with(action: u32, argument: u32) -> u64 {
@@ -98,6 +109,12 @@ impl Next {
         next as u32 == Self::RECALL
     }
 
+    /// Whether a function has returned that a later stage comes next.
+    #[inline(always)]
+    pub(super) fn is_stage(next: u64) -> bool {
+        next as u32 >= Self::STAGES
+    }
+
     /// The stage that comes next, if any.
     #[inline(always)]
     pub fn stage(self) -> Option<Stage> {
@@ -108,6 +125,8 @@ impl Next {
             Self::SNAT_SEARCH => Some(Stage::SnatSearch),
             Self::SNAT_OPEN => Some(Stage::SnatOpen),
             Self::SNAT_REPLY => Some(Stage::SnatReply),
+            Self::ICMP_ERROR => Some(Stage::IcmpError),
+            Self::ECHO => Some(Stage::Echo),
             _ => None,
         }
     }
@@ -146,6 +165,9 @@ pub struct Step {
     pub(super) selected: Selected,
     /// By stage: a [`DropReason`], an action of [`Next`], an attempt to get a port.
     pub(super) argument: u32,
+    pub(super) quote: Quote,
+    /// [`DropReason::TooBig`]: what the way carries, bytes.
+    pub(super) mtu: u64,
 }
 
 /// What is asked of the flow table.

@@ -133,9 +133,6 @@ impl Step {
 
 /// What the two IP versions' control protocols and fragments do differently.
 trait Version: Ip {
-    /// Type of its ICMP's echo reply.
-    const ECHO_REPLY: u8;
-
     /// Where a fragment belongs in the whole, in units of 8 bytes; `fragment` as
     /// [`Parsed`](crate::forward::ip::Parsed) has it.
     fn fragment_offset(fragment: u16) -> u16;
@@ -143,13 +140,9 @@ trait Version: Ip {
     /// beyond the segment can send (RFC 4861 section 11.2), and multicast listener discovery (RFC
     /// 3810), without which a switch that snoops would hold neighbour discovery back.
     fn is_of_the_segment(kind: u8, hops: u8) -> bool;
-    /// Whether a message of its ICMP reports an error and quotes the packet that it is about.
-    fn is_error(kind: u8) -> bool;
 }
 
 impl Version for V4 {
-    const ECHO_REPLY: u8 = 0;
-
     #[inline(always)]
     fn fragment_offset(fragment: u16) -> u16 {
         fragment & crate::wire::Ipv4::FRAGMENT_OFFSET
@@ -159,17 +152,9 @@ impl Version for V4 {
     fn is_of_the_segment(_kind: u8, _hops: u8) -> bool {
         false
     }
-
-    /// Destination unreachable, time exceeded, parameter problem (RFC 792).
-    #[inline(always)]
-    fn is_error(kind: u8) -> bool {
-        matches!(kind, 3 | 11 | 12)
-    }
 }
 
 impl Version for V6 {
-    const ECHO_REPLY: u8 = 129;
-
     #[inline(always)]
     fn fragment_offset(fragment: u16) -> u16 {
         fragment >> 3
@@ -182,11 +167,5 @@ impl Version for V6 {
             130..=132 | 143 => true,
             _ => false,
         }
-    }
-
-    /// Destination unreachable, packet too big, time exceeded, parameter problem (RFC 4443).
-    #[inline(always)]
-    fn is_error(kind: u8) -> bool {
-        matches!(kind, 1..=4)
     }
 }

@@ -19,6 +19,10 @@ pub struct Icmp {
 }
 
 impl Icmp {
+    /// Offset of [`Self::checksum`], bytes.
+    pub const CHECKSUM_AT: usize = 2;
+    /// ICMP: echo reply.
+    pub const ECHO_REPLY: u8 = 0;
     /// ICMP: echo request.
     pub const ECHO_REQUEST: u8 = 8;
     /// ICMP: destination unreachable; with code 3, port unreachable.
@@ -29,6 +33,8 @@ impl Icmp {
     pub const FRAGMENTATION_NEEDED: u8 = 4;
     /// ICMPv6: echo request.
     pub const V6_ECHO_REQUEST: u8 = 128;
+    /// ICMPv6: echo reply.
+    pub const V6_ECHO_REPLY: u8 = 129;
     /// ICMPv6: destination unreachable; with code 4, port unreachable.
     pub const V6_UNREACHABLE: u8 = 1;
     /// ICMPv6: packet too big.

@@ -7,6 +7,8 @@
 #![expect(clippy::unwrap_used, reason = "a test that fails says where")]
 
 mod connections;
+mod echo;
+mod errors;
 mod generated;
 mod least_connections;
 mod mapped;
@@ -48,6 +50,8 @@ enum Expect {
     Reply { action: Action, frame: Vec<u8>, listener: u32, target: u32 },
     /// It dies for this reason, and the client is told by this frame.
     Answer(DropReason, Vec<u8>),
+    /// It is answered by this frame; nothing is counted.
+    Echo(Vec<u8>),
 }
 
 /// A fixture.
@@ -100,7 +104,7 @@ fn check(world: &mut World<'_>, step: &Step) {
         Expect::Request { action, frame, .. } | Expect::Reply { action, frame, .. } => {
             (*action, frame)
         }
-        Expect::Answer(_, frame) => (Action::Transmit, frame),
+        Expect::Answer(_, frame) | Expect::Echo(frame) => (Action::Transmit, frame),
     };
     let bytes = ip_bytes(&step.input);
     assert_eq!(outcome.action, action, "{what}; counted {:?}", counted.drops);
@@ -122,7 +126,7 @@ fn after(mut counts: Counts, expect: &Expect, bytes: u64) -> Counts {
         add(counts.targets.entry(target).or_default());
     };
     match *expect {
-        Expect::Pass => {}
+        Expect::Pass | Expect::Echo(_) => {}
         Expect::Drop(reason, _) | Expect::Answer(reason, _) => {
             *counts.drops.entry(reason).or_default() += 1;
         }

@@ -15,11 +15,6 @@ fn frame<E: std::fmt::Debug>(write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>) 
     frame
 }
 
-fn ping(source: [u8; 4]) -> Vec<u8> {
-    let builder = PacketBuilder::ethernet2([2; 6], OUR_MAC).ipv4(source, [10, 0, 10, 100], 64);
-    frame(|f| builder.icmpv4_echo_request(1, 2).write(f, b"ping"))
-}
-
 fn icmp(kind: Icmpv4Type) -> Vec<u8> {
     let builder =
         PacketBuilder::ethernet2([2; 6], OUR_MAC).ipv4([203, 0, 113, 1], [10, 0, 10, 100], 64);
@@ -151,33 +146,6 @@ fn mapped_addresses_on_the_wire_are_not_ours() {
             Step::pass("as the destination", with("2001:db8:10::7", "::ffff:10.0.10.100")),
             Step::pass("as the source", with("::ffff:192.0.10.7", "fd00:10::100")),
             Step::pass("as a target", reply).ingress(11),
-        ],
-    );
-}
-
-#[test]
-fn echo_requests_need_a_rule_where_there_are_groups() {
-    use DropReason::SecurityGroupDenied;
-    let echo6 = Icmpv6Type::EchoRequest(etherparse::IcmpEchoHeader { id: 1, seq: 1 });
-    let fragment = with_ipv4(ping([203, 0, 113, 1]), |header| header.more_fragments = true);
-    let elsewhere = {
-        let builder =
-            PacketBuilder::ethernet2([2; 6], OUR_MAC).ipv4([203, 0, 113, 1], [10, 0, 10, 2], 64);
-        frame(|f| builder.icmpv4_echo_request(1, 2).write(f, b""))
-    };
-    run(
-        &Scene::everything(),
-        &[
-            Step::pass("admitted", ping([192, 0, 10, 9])),
-            Step::drop("not admitted", ping([203, 0, 113, 1]), SecurityGroupDenied),
-            Step::pass("admitted over IPv6", icmp6("2001:db8:10::1", echo6)),
-            Step::drop(
-                "not admitted over IPv6",
-                icmp6("2001:db8:11::1", echo6),
-                SecurityGroupDenied,
-            ),
-            Step::pass("an address without groups", elsewhere),
-            Step::pass("a fragment is the kernel's to put together", fragment),
         ],
     );
 }

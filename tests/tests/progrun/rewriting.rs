@@ -361,7 +361,13 @@ fn ways_that_do_not_lead_anywhere() {
                 TtlExceeded,
             ),
             Step::drop("none for a reply", last(reply(CLIENT)).build(), TtlExceeded).ingress(11),
-            Step::drop("a reply too big", large_reply.build(), TooBig).ingress(11),
+            Step::answer(
+                "a reply too big",
+                large_reply.build(),
+                too_big(&large_reply, 1500),
+                TooBig,
+            )
+            .ingress(11),
             Step::unresolved("a client without a route", &reply("198.18.0.1:4000"), "198.18.0.1")
                 .ingress(11),
             Step::unresolved(

@@ -19,7 +19,7 @@ use super::ip::{ANY, Ip, V4, V6};
 use super::parse::{Link, Packet, Ports, Transport, whole, whole_mut};
 use super::select::serving;
 use super::stage::conclude;
-use super::{Frame, Next, Outcome, Selected, Step, emit};
+use super::{Frame, Next, Outcome, Selected, Step, Stop, emit};
 
 pub use port::{open, search};
 
@@ -124,7 +124,7 @@ fn renew<T: Tables>(
 
 /// Whether a packet can go to the target, for all that is known.
 #[inline(always)]
-fn can_leave<I: Ip, T: Tables>(
+pub fn can_leave<I: Ip, T: Tables>(
     tables: &T,
     target: &Target,
     packet: &Packet<I>,
@@ -273,7 +273,7 @@ fn send_reply<I: Readdress, F: Frame, T: Tables>(
     ends: &Ends,
     origin: &Origin,
 ) -> u64 {
-    let outcome = write_reply::<I, F, T>(frame, tables, ends, origin);
+    let outcome = write_reply::<I, F, T>(frame, tables, step, ends, origin);
     let place = step.place;
     conclude(step, outcome, place)
 }
@@ -282,6 +282,7 @@ fn send_reply<I: Readdress, F: Frame, T: Tables>(
 fn write_reply<I: Readdress, F: Frame, T: Tables>(
     frame: &mut F,
     tables: &T,
+    step: &mut Step,
     ends: &Ends,
     origin: &Origin,
 ) -> Outcome {
@@ -298,7 +299,8 @@ fn write_reply<I: Readdress, F: Frame, T: Tables>(
         return Err(DropReason::Malformed.into());
     }
     if packet.length > hop.mtu as usize {
-        return Err(DropReason::TooBig.into());
+        step.mtu = hop.mtu as u64;
+        return Err(Stop::TooBig);
     }
     if I::hops(&packet.header) <= 1 {
         return Err(DropReason::TtlExceeded.into());
@@ -319,7 +321,7 @@ fn translate<I: Readdress, F: Frame>(
     ends: &Ends,
 ) -> Result<(), DropReason> {
     let ports = Ports { source: ends.source_port, destination: ends.destination_port };
-    I::readdress(frame, packet.l3, &packet.header, ends)?;
+    I::readdress(frame, packet.l3, &packet.header, ends.source, ends.destination)?;
     let sum = Sum::of(transport.checksum)
         .replace16(transport.ports.source, ports.source)
         .replace16(transport.ports.destination, ports.destination);
@@ -335,7 +337,8 @@ pub trait Readdress: Ip {
         frame: &mut F,
         l3: usize,
         header: &Self::Header,
-        ends: &Ends,
+        source: Address,
+        destination: Address,
     ) -> Result<(), DropReason>;
 }
 
@@ -345,9 +348,10 @@ impl Readdress for V4 {
         frame: &mut F,
         l3: usize,
         header: &Ipv4,
-        ends: &Ends,
+        source: Address,
+        destination: Address,
     ) -> Result<(), DropReason> {
-        let (source, destination) = (ends.source.low32(), ends.destination.low32());
+        let (source, destination) = (source.low32(), destination.low32());
         let mut ttl = header.ttl;
         ttl.ttl = ttl.ttl.wrapping_sub(1);
         ttl.checksum = Sum::of(ttl.checksum)
@@ -367,12 +371,13 @@ impl Readdress for V6 {
         frame: &mut F,
         l3: usize,
         header: &Ipv6,
-        ends: &Ends,
+        source: Address,
+        destination: Address,
     ) -> Result<(), DropReason> {
         let hop_limit = header.hop_limit.wrapping_sub(1);
         frame.write(l3 + Ipv6::HOP_LIMIT_AT, hop_limit).ok_or(DropReason::Malformed)?;
-        frame.write(l3 + Ipv6::SOURCE_AT, ends.source.quarters()).ok_or(DropReason::Malformed)?;
-        let destination = ends.destination.quarters();
+        frame.write(l3 + Ipv6::SOURCE_AT, source.quarters()).ok_or(DropReason::Malformed)?;
+        let destination = destination.quarters();
         frame.write(l3 + Ipv6::DESTINATION_AT, destination).ok_or(DropReason::Malformed)
     }
 }
