@@ -22,7 +22,10 @@
 //! section 8.6 allows that) and the `Content-Length` beside a `Transfer-Encoding` (RFC 9112 section
 //! 6.3 demands that; it closes the client's connection after the response). What goes to targets
 //! has one of the two, written anew. So `DuplicateContentLength` (of HTTP/1.1; it is seen in HTTP/2)
-//! and `BothTeClPresent` are harmless but neither noted, nor refused by `strictest`.
+//! and `BothTeClPresent` are harmless but neither noted, nor refused by `strictest`. Nor are lines
+//! that end with a bare LF, which AWS's library calls acceptable.
+//!
+//! `tests/smuggling/` has requests of all kinds, and in `corpus/exceptions.txt` all that differ.
 
 use hyper::Method;
 use hyper::header::{self, HeaderMap, HeaderName};

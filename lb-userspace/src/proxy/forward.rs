@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
 use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::http::uri::{self, Authority, PathAndQuery, Scheme};
 use hyper::upgrade::OnUpgrade;
@@ -12,6 +12,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::body::{Progress, RequestBody, ResponseBody};
 use super::connection::Connection;
+use super::cookies;
 use super::counters::Metric;
 use super::errors::ElbError;
 use super::exchange::Exchange;
@@ -111,6 +112,10 @@ fn prepare(
         let counters = &route.served.load_balancer.counters;
         counters.count(connection.worker.index, Metric::DroppedInvalidHeaders);
     }
+    if !is_http1 {
+        // Of HTTP/1 the HTTP library lets one pass.
+        headers::unify_length(fields);
+    }
     let hop = headers::strip_hop_by_hop(fields);
     // Whoever waits for it has been told by us to go on.
     fields.remove(header::EXPECT);
@@ -129,7 +134,13 @@ fn prepare(
     }
     if version == HttpVersion::Http1 {
         if !is_http1 {
-            headers::join_cookies(request.headers_mut());
+            cookies::join(request.headers_mut());
+        }
+        // Else the HTTP library leaves out bodies of GET and HEAD whose length it does not know.
+        let fields = request.headers();
+        if !request.body().is_end_stream() && !fields.contains_key(header::CONTENT_LENGTH) {
+            let chunked = HeaderValue::from_static("chunked");
+            request.headers_mut().insert(header::TRANSFER_ENCODING, chunked);
         }
         *request.version_mut() = Version::HTTP_11;
         let host = HeaderValue::try_from(route.host).map_err(|_| ElbError::BadRequest)?;
@@ -246,6 +257,8 @@ fn take_over(
         return Err(ElbError::BadGateway);
     };
     let (mut head, incoming) = response.into_parts();
+    // Who says two lengths may mean another one than was read.
+    let is_alone = headers::unify_length(&mut head.headers) || is_alone;
     let hop = headers::strip_hop_by_hop(&mut head.headers);
     head.version = Version::HTTP_11;
     let Some(switch) = switch else {

@@ -34,13 +34,15 @@ pub const TRACE_ID: HeaderName = HeaderName::from_static("x-amzn-trace-id");
 const TLS_VERSION: HeaderName = HeaderName::from_static("x-amzn-tls-version");
 const TLS_CIPHER_SUITE: HeaderName = HeaderName::from_static("x-amzn-tls-cipher-suite");
 
-/// RFC 9110 section 7.6.1, and section 10.1.4 for `TE`.
-const HOP_BY_HOP: [HeaderName; 7] = [
+/// RFC 9110 section 7.6.1, section 10.1.4 for `TE`, and RFC 7540 section 3.2.1 for what comes with
+/// an upgrade to HTTP/2.
+const HOP_BY_HOP: [HeaderName; 8] = [
     header::CONNECTION,
     header::TE,
     header::TRAILER,
     header::TRANSFER_ENCODING,
     header::UPGRADE,
+    HeaderName::from_static("http2-settings"),
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
 ];
@@ -52,7 +54,7 @@ const NEVER_HOP_BY_HOP: [HeaderName; 4] =
 /// What the fields of one hop asked for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Hop {
-    /// `Upgrade`, if `Connection` names it.
+    /// `Upgrade`, if `Connection` names it, and none of the protocols in it is HTTP.
     pub upgrade: Option<HeaderValue>,
     /// Whether the sender takes trailers (`TE: trailers`), which gRPC must be told.
     pub trailers: bool,
@@ -71,7 +73,8 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> Hop {
             named.push(name);
         }
     }
-    if named.contains(&header::UPGRADE) {
+    // The rules would not see the requests in a tunnel of HTTP, such as one of `h2c`.
+    if named.contains(&header::UPGRADE) && !list(headers, &header::UPGRADE).any(is_http) {
         hop.upgrade = headers.get(header::UPGRADE).cloned();
     }
     for name in named.iter().filter(|name| !NEVER_HOP_BY_HOP.contains(name)).chain(&HOP_BY_HOP) {
@@ -80,16 +83,28 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> Hop {
     hop
 }
 
-/// Makes one line of all `Cookie` lines, which HTTP/2 may split (RFC 9113 section 8.2.3) and
-/// HTTP/1.1 may not (RFC 6265 section 5.4).
-pub fn join_cookies(headers: &mut HeaderMap) {
-    let lines = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes);
-    let lines: Vec<&[u8]> = lines.collect();
-    if lines.len() > 1
-        && let Ok(joined) = HeaderValue::from_bytes(&lines.join(b"; ".as_slice()))
-    {
-        headers.insert(header::COOKIE, joined);
+/// Leaves one way to tell where a message ends, if there are several (RFC 9112 section 6.3):
+/// `Transfer-Encoding` takes `Content-Length` out, and of equal lengths, which are all that the
+/// HTTP library lets pass, one stays. Whether there were several. Comes before
+/// [`strip_hop_by_hop`].
+pub fn unify_length(headers: &mut HeaderMap) -> bool {
+    if headers.contains_key(header::TRANSFER_ENCODING) {
+        return headers.remove(header::CONTENT_LENGTH).is_some();
     }
+    let one = {
+        let mut members = list(headers, &header::CONTENT_LENGTH);
+        let (first, second) = (members.next(), members.next());
+        first.filter(|_| second.is_some()).and_then(|it| HeaderValue::from_bytes(it).ok())
+    };
+    let Some(one) = one else { return false };
+    headers.insert(header::CONTENT_LENGTH, one);
+    true
+}
+
+/// Whether a protocol of `Upgrade` (RFC 9110 section 16.7) is HTTP itself.
+fn is_http(protocol: &[u8]) -> bool {
+    let name = protocol.split(|&byte| byte == b'/').next().unwrap_or(protocol);
+    [&b"http"[..], b"h2c", b"h2"].iter().any(|it| name.eq_ignore_ascii_case(it))
 }
 
 /// The members of a list in all lines of a field, RFC 9110 section 5.6.1.
@@ -310,6 +325,40 @@ mod tests {
         let mut headers = map(&[("upgrade", "h2c")]);
         assert_eq!(strip_hop_by_hop(&mut headers).upgrade, None);
         assert!(headers.is_empty());
+    }
+
+    #[test]
+    fn one_length_stays() {
+        let unified = |fields: &[(&'static str, &str)]| {
+            let mut headers = map(fields);
+            let several = unify_length(&mut headers);
+            let lengths = headers.get_all(header::CONTENT_LENGTH).iter();
+            (several, lengths.map(|it| it.to_str().unwrap().to_owned()).collect::<Vec<_>>())
+        };
+        let one = vec!["5".to_owned()];
+        assert_eq!(unified(&[("x", "y")]), (false, Vec::new()));
+        assert_eq!(unified(&[("content-length", "5")]), (false, one.clone()));
+        assert_eq!(unified(&[("content-length", "5 , 5")]), (true, one.clone()));
+        let twice = [("content-length", "5"), ("content-length", "5")];
+        assert_eq!(unified(&twice), (true, one));
+        let both = [("content-length", "5"), ("transfer-encoding", "x")];
+        assert_eq!(unified(&both), (true, Vec::new()));
+        assert_eq!(unified(&[("transfer-encoding", "x")]), (false, Vec::new()));
+    }
+
+    #[test]
+    fn an_upgrade_to_http_is_none() {
+        for protocol in ["h2c", "websocket, H2C", "HTTP/2.0", "http/1.1, x"] {
+            let mut headers = map(&[
+                ("connection", "upgrade"),
+                ("upgrade", protocol),
+                ("http2-settings", "AAMAAABk"),
+            ]);
+            assert_eq!(strip_hop_by_hop(&mut headers).upgrade, None, "{protocol}");
+            assert!(headers.is_empty(), "{protocol}");
+        }
+        let mut headers = map(&[("connection", "upgrade"), ("upgrade", "x"), ("upgrade", "h2c")]);
+        assert_eq!(strip_hop_by_hop(&mut headers).upgrade, None);
     }
 
     #[test]

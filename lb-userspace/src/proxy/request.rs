@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError};
 
 use hyper::body::{Body, Incoming};
 use hyper::header::{self, HeaderValue};
-use hyper::http::uri::PathAndQuery;
+use hyper::http::uri::{Authority, PathAndQuery};
 use hyper::{Method, Request, Response, StatusCode, Version};
 
 use super::body::ResponseBody;
@@ -148,6 +148,9 @@ fn check(request: &Request<Incoming>, attributes: &Attributes) -> Result<(), Elb
     if matches!(*request.method(), Method::TRACE | Method::CONNECT) {
         return Err(ElbError::MethodNotAllowed);
     }
+    if !has_target_form(request) {
+        return Err(ElbError::BadRequest);
+    }
     let target = request.uri().path_and_query().map_or("", PathAndQuery::as_str);
     headers::check_size(request.method().as_str(), target, request.headers()).map_err(
         |oversize| match oversize {
@@ -171,6 +174,21 @@ fn check(request: &Request<Incoming>, attributes: &Attributes) -> Result<(), Elb
     Ok(())
 }
 
+/// Whether the target has a form of RFC 9112 section 3.2 or RFC 9113 section 8.3.1: the asterisk is
+/// for OPTIONS, and a host alone for CONNECT. The HTTP library takes any word for a host, which then
+/// would be the one that the rules see.
+fn has_target_form<T>(request: &Request<T>) -> bool {
+    let uri = request.uri();
+    let path = uri.path_and_query().map_or("", PathAndQuery::as_str);
+    match uri.scheme() {
+        _ if path == "*" => request.method() == Method::OPTIONS,
+        _ if path.starts_with('/') => true,
+        // `http://host?query`
+        Some(_) => request.version() <= Version::HTTP_11,
+        None => false,
+    }
+}
+
 /// What servers may understand in different ways.
 fn check_desync(exchange: &mut Exchange, request: &Request<Incoming>) -> Result<(), ElbError> {
     let Some(reason) = desync::classify(request.method(), request.headers()) else {
@@ -189,21 +207,37 @@ fn check_desync(exchange: &mut Exchange, request: &Request<Incoming>) -> Result<
 }
 
 /// The host that a request names: in its URI, else in its `Host`, of which it may have one. A
-/// request of HTTP/1.0 may name none.
+/// request of HTTP/1.0 may name none. RFC 9112 section 3.2 wants a valid `Host` beside the URI's,
+/// RFC 9113 section 8.3.1 the same one or none.
 fn host(request: &Request<Incoming>, connection: &Connection) -> Result<String, ElbError> {
+    let version = request.version();
     let mut fields = request.headers().get_all(header::HOST).iter();
     let (first, second) = (fields.next(), fields.next());
     if second.is_some() {
         return Err(ElbError::BadRequest);
     }
-    if let Some(authority) = request.uri().authority() {
-        return Ok(authority.as_str().to_owned());
+    let field = match first {
+        Some(host) => Some(host.to_str().map_err(|_| ElbError::BadRequest)?),
+        None => None,
+    };
+    let authority = request.uri().authority().map(Authority::as_str);
+    let default_port = if connection.tls.is_some() { 443 } else { 80 };
+    match (authority, field) {
+        (Some(_), None) if version == Version::HTTP_11 => Err(ElbError::BadRequest),
+        (Some(authority), Some(field)) if !fit(authority, field, version, default_port) => {
+            Err(ElbError::BadRequest)
+        }
+        (Some(host), _) | (None, Some(host)) => Ok(host.to_owned()),
+        (None, None) if version < Version::HTTP_11 => Ok(connection.local.to_string()),
+        (None, None) => Err(ElbError::BadRequest),
     }
-    match first {
-        Some(host) => host.to_str().map(str::to_owned).map_err(|_| ElbError::BadRequest),
-        None if request.version() < Version::HTTP_11 => Ok(connection.local.to_string()),
-        None => Err(ElbError::BadRequest),
-    }
+}
+
+/// Whether a URI's host and a `Host` may come together.
+fn fit(authority: &str, field: &str, version: Version, default_port: u16) -> bool {
+    let Some(field) = Host::parse(field) else { return false };
+    version <= Version::HTTP_11
+        || Host::parse(authority).is_some_and(|it| it.is_same(&field, default_port))
 }
 
 fn host_for_target(
@@ -229,7 +263,8 @@ fn path_for_target(
     request: &Request<Incoming>,
     decision: &Decision,
 ) -> Result<PathAndQuery, ElbError> {
-    let path = request.uri().path_and_query().cloned();
+    // That of `http://host#fragment` says that it is `/` and would be written as nothing.
+    let path = request.uri().path_and_query().filter(|it| it.as_str() != "/").cloned();
     let path = path.unwrap_or_else(|| PathAndQuery::from_static("/"));
     let rewritten = match &decision.url_rewrite {
         Some(rewrite) => rewrite.url(path.as_str()).map_err(|RewriteFailed| ElbError::Internal)?,
