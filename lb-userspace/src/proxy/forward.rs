@@ -12,6 +12,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::body::{Progress, RequestBody, ResponseBody};
 use super::connection::Connection;
+use super::cookies;
 use super::counters::Metric;
 use super::errors::ElbError;
 use super::exchange::Exchange;
@@ -138,7 +139,7 @@ fn prepare(
     }
     if version == HttpVersion::Http1 {
         if !is_http1 {
-            headers::join_cookies(request.headers_mut());
+            cookies::join(request.headers_mut());
         }
         // Else the HTTP library leaves out bodies of GET and HEAD whose length it does not know.
         let fields = request.headers();

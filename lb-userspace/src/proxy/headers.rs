@@ -125,18 +125,6 @@ fn is_http(protocol: &[u8]) -> bool {
     [&b"http"[..], b"h2c", b"h2"].iter().any(|it| name.eq_ignore_ascii_case(it))
 }
 
-/// Makes one line of all `Cookie` lines, which HTTP/2 may split (RFC 9113 section 8.2.3) and
-/// HTTP/1.1 may not (RFC 6265 section 5.4).
-pub fn join_cookies(headers: &mut HeaderMap) {
-    let lines = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes);
-    let lines: Vec<&[u8]> = lines.collect();
-    if lines.len() > 1
-        && let Ok(joined) = HeaderValue::from_bytes(&lines.join(b"; ".as_slice()))
-    {
-        headers.insert(header::COOKIE, joined);
-    }
-}
-
 /// The members of a list in all lines of a field, RFC 9110 section 5.6.1.
 fn list<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a [u8]> {
     headers

@@ -183,7 +183,8 @@ fn has_target_form<T>(request: &Request<T>) -> bool {
     let path = uri.path_and_query().map_or("", PathAndQuery::as_str);
     match uri.scheme() {
         _ if path == "*" => request.method() == Method::OPTIONS,
-        _ if path.starts_with('/') => true,
+        // HTTP/2 can leave it out, where the HTTP library says `/` here and nothing to the rules.
+        _ if path.starts_with('/') => !uri.path().is_empty(),
         // `http://host?query`
         Some(_) => request.version() <= Version::HTTP_11,
         None => false,

@@ -187,7 +187,8 @@ fn floods() -> Vec<Case> {
         let mut frames: Vec<_> = bytes.chunks(MAX_FRAME).collect();
         let last = frames.pop().unwrap();
         let frames = frames.iter().flat_map(|it| continuation(1, 0, it));
-        [open(), frames.collect(), continuation(1, flag::END_HEADERS, last)].concat()
+        let first = headers(1, flag::END_STREAM, block(GET));
+        [first, frames.collect(), continuation(1, flag::END_HEADERS, last)].concat()
     };
     vec![
         calm(

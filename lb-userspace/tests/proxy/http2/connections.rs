@@ -10,12 +10,12 @@ use hyper::Request;
 use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
 use super::peer::{Event, Expect, Peer};
 use super::wire::{
     self, GET, MAX_WINDOW, POST, begin, block, code, data, flag, goaway, headers, ping, request,
-    setting, window_update,
+    setting,
 };
 use super::witness;
 use crate::forwarding::http2;
