@@ -9,6 +9,7 @@
 
 pub mod agent;
 pub mod clients;
+pub mod devices;
 pub mod ecmp;
 pub mod frames;
 pub mod generate;

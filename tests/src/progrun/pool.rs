@@ -125,8 +125,10 @@ fn clear(id: u32) -> Result<()> {
         MapType::Hash | MapType::LruHash | MapType::LpmTrie => remove_all(fd, key),
         MapType::Array => {
             let words = map.max_entries() * u32::try_from(value.div_ceil(8))?;
-            let array = MappedArray::<u64>::new(fd, words)?;
-            for word in (0..words).flat_map(|word| array.words(word)) {
+            let lines = words.div_ceil(8);
+            // Within the pages of the map.
+            let array = MappedArray::<[u64; 8]>::new(fd, lines)?;
+            for word in (0..lines).flat_map(|line| array.words(line)) {
                 if word.load(Ordering::Relaxed) != 0 {
                     word.store(0, Ordering::Relaxed);
                 }
