@@ -2,7 +2,7 @@
 //! receivers get on with them. `cargo xtask vm` runs this on the kernels that we support.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
-use std::net::SocketAddr;
+use std::{fs, net::SocketAddr};
 
 use lb_tests::{
     agent::Agent,
@@ -17,7 +17,7 @@ use lb_tests::{
     wait_until,
 };
 use lb_userspace::{
-    dataplane::Dataplane,
+    dataplane::{Dataplane, OLDEST_KERNEL},
     target::{TargetDataplane, TargetLoadOptions},
 };
 use serde_json::Value;
@@ -27,9 +27,22 @@ const MEGABYTE: usize = 1 << 20;
 /// The verifier's limit (BPF_COMPLEXITY_LIMIT_INSNS).
 const MOST_INSTRUCTIONS: u32 = 1_000_000;
 
+/// A kernel that is too old is told so by its name, with what it lacks: by a plain error.
 #[test]
 fn the_programs_load() {
-    let mut dataplane = Dataplane::load(&OPTIONS).unwrap();
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let release = release.trim();
+    let mut numbers = release.split('.').map_while(|number| number.parse::<u32>().ok());
+    let version = numbers.next().zip(numbers.next()).unwrap();
+    let mut dataplane = match Dataplane::load(&OPTIONS) {
+        Ok(dataplane) => dataplane,
+        Err(error) => {
+            assert!(version < OLDEST_KERNEL, "Linux {release}: {error:#}");
+            assert!(error.to_string().contains(release), "{error:#}");
+            println!("{error:#}");
+            return;
+        }
+    };
     for (name, program) in dataplane.programs().unwrap() {
         // Since 5.16 the kernel says how many it looked at.
         let verified = program.verified_instruction_count();

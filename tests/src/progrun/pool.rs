@@ -128,9 +128,11 @@ fn clear(id: u32) -> Result<()> {
             let lines = words.div_ceil(8);
             // Within the pages of the map.
             let array = MappedArray::<[u64; 8]>::new(fd, lines)?;
-            for word in (0..lines).flat_map(|line| array.words(line)) {
-                if word.load(Ordering::Relaxed) != 0 {
-                    word.store(0, Ordering::Relaxed);
+            for line in 0..lines {
+                for word in array.words(line) {
+                    if word.load(Ordering::Relaxed) != 0 {
+                        word.store(0, Ordering::Relaxed);
+                    }
                 }
             }
             Ok(())

@@ -52,6 +52,13 @@ pub struct Kernel {
     pub modules: Vec<PathBuf>,
 }
 
+impl Kernel {
+    /// The numbers of its release.
+    pub fn version(&self) -> Vec<u64> {
+        numbers(&self.release)
+    }
+}
+
 /// The kernel that `wanted` names, from the cache or from the mirror: `newest`, or the first numbers
 /// of a version.
 pub fn get(wanted: &str, cache: &Path) -> Result<Kernel> {

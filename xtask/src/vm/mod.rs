@@ -66,7 +66,7 @@ fn on_kernel(kernel: &kernels::Kernel, folder: &Path, plan: &Plan) -> Result<Vec
     let begin = Instant::now();
     let mut boot: Option<Duration> = None;
     let mut results = suites::Results::default();
-    let script = plan.script(&kernel.release);
+    let script = plan.script(kernel);
     let status = qemu::run(kernel, folder, &script, &mut |line| {
         boot.get_or_insert_with(|| begin.elapsed());
         if results.take(line) {
@@ -74,7 +74,7 @@ fn on_kernel(kernel: &kernels::Kernel, folder: &Path, plan: &Plan) -> Result<Vec
         }
     })?;
     let mut rows = vec![Row::boot(boot.unwrap_or_else(|| begin.elapsed()))];
-    rows.extend(results.rows(plan)?);
+    rows.extend(results.rows(plan, kernel)?);
     let failed = rows.iter().any(|row| !row.passed());
     ensure!(
         failed == (status != 0),

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
+use super::kernels::Kernel;
 use crate::agent::{self, Profile};
 use crate::process::{capture, cargo, root};
 
@@ -13,6 +14,16 @@ use crate::process::{capture, cargo, root};
 const TEST_THREADS: &str = "2";
 /// Frames that are generated for host and kernel to agree on; on this machine it is many more.
 const FRAMES: &str = "20000";
+
+/// The oldest kernel that all suites run on: what lb supports. Older ones only have to say what they
+/// lack.
+const OLDEST: [u64; 2] = [6, 1];
+
+/// What runs on a kernel that is older: `the_programs_load` knows what is to become of them there.
+const OF_OLDER: [Suite; 1] = [Suite { name: "system_kernel", tests: &["the_programs_load"] }];
+
+/// How many times longer tests may wait: an emulated processor is some 20 times slower.
+const SLOWNESS: u32 = 20;
 
 /// A test binary and which of its tests run; none named: all.
 struct Suite {
@@ -36,6 +47,11 @@ const SUITES: [Suite; 6] = [
     },
 ];
 
+/// The suites of a kernel.
+fn suites(kernel: &Kernel) -> &'static [Suite] {
+    if kernel.version() < OLDEST.to_vec() { &OF_OLDER } else { &SUITES }
+}
+
 /// Begins the lines that the machine writes between the tests'.
 const MARK: &str = "== vm: ";
 
@@ -50,7 +66,8 @@ impl Plan {
     pub fn build() -> Result<Self> {
         let agent = agent::build(Profile::Dev)?;
         println!("build: tests ...");
-        let mut build = cargo(["test", "--no-run", "--message-format", "json"]);
+        let mut build =
+            cargo(["test", "--no-run", "--message-format", "json", "--package", "lb-tests"]);
         for suite in &SUITES {
             build.args(["--test", suite.name]);
         }
@@ -68,11 +85,11 @@ impl Plan {
     }
 
     /// The script that runs it all, also after a failure.
-    pub fn script(&self, release: &str) -> String {
+    pub fn script(&self, kernel: &Kernel) -> String {
         let folder = root().join("tests");
         let mut script = format!(
-            "[ \"$(uname -r)\" = {release} ] || exit 9\n\
-             export LB_BIN={} LB_ALL_DEVICES=1 LB_FRAMES={FRAMES} RUST_BACKTRACE=0\n\
+            "[ \"$(uname -r)\" = {} ] || exit 9\n\
+             export LB_BIN={} LB_ALL_DEVICES=1 LB_FRAMES={FRAMES} LB_SLOWNESS={SLOWNESS} RUST_BACKTRACE=0\n\
              cd {}\n\
              status=0\n\
              run() {{\n\
@@ -84,10 +101,11 @@ impl Plan {
              read end rest </proc/uptime\n\
              echo \"{MARK}$name $code $begin $end\"\n\
              }}\n",
+            kernel.release,
             self.agent.display(),
             folder.display(),
         );
-        for suite in &SUITES {
+        for suite in suites(kernel) {
             let Some(binary) = self.binaries.get(suite.name) else { continue };
             script += &format!("run {} {}", suite.name, binary.display());
             script += &format!(" --test-threads {TEST_THREADS} --color never");
@@ -151,9 +169,9 @@ impl Results {
     }
 
     /// A row for each suite.
-    pub fn rows(self, plan: &Plan) -> Result<Vec<Row>> {
+    pub fn rows(self, plan: &Plan, kernel: &Kernel) -> Result<Vec<Row>> {
         let ran: Vec<_> = self.rows.iter().map(|row| row.name.as_str()).collect();
-        for suite in &SUITES {
+        for suite in suites(kernel) {
             let name = suite.name;
             anyhow::ensure!(plan.binaries.contains_key(name), "cargo built no test {name}");
             anyhow::ensure!(ran.contains(&name), "{name} did not run to its end");
