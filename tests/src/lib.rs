@@ -9,6 +9,7 @@
 
 pub mod agent;
 pub mod clients;
+pub mod devices;
 pub mod ecmp;
 pub mod frames;
 pub mod generate;
@@ -27,7 +28,7 @@ pub mod transfers;
 pub mod tunnels;
 
 use std::{
-    thread,
+    env, thread,
     time::{Duration, Instant},
 };
 
@@ -35,16 +36,24 @@ use std::{
 ///
 /// # Errors
 ///
-/// If it does not hold within `timeout`; `what` says what was waited for.
+/// If it does not hold within `timeout`, times `LB_SLOWNESS`; `what` says what was waited for.
 pub fn wait_until(
     what: &str,
     timeout: Duration,
     mut condition: impl FnMut() -> bool,
 ) -> anyhow::Result<()> {
+    let timeout = timeout * slowness();
     let deadline = Instant::now() + timeout;
     while !condition() {
         anyhow::ensure!(Instant::now() < deadline, "{what}: not within {timeout:?}");
         thread::sleep(Duration::from_millis(10));
     }
     Ok(())
+}
+
+/// How many times slower than a real machine this one is: `cargo xtask vm` sets `LB_SLOWNESS` where
+/// the processor is emulated.
+fn slowness() -> u32 {
+    let given = env::var("LB_SLOWNESS").ok().and_then(|text| text.parse().ok());
+    given.unwrap_or(1)
 }

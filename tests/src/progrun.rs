@@ -7,14 +7,12 @@
 
 mod flows;
 mod network;
+mod pool;
 
 use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
-use anyhow::{Context as _, Result, bail, ensure};
-use aya::{
-    maps::{MapData, RingBuf},
-    programs::{TestRun as _, TestRunOptions},
-};
+use anyhow::{Result, bail, ensure};
+use aya::programs::{TestRun as _, TestRunOptions};
 use lb_common::{
     model::{Bytes, Model},
     tables::{NextHop, Tables as _, Traffic},
@@ -22,13 +20,15 @@ use lb_common::{
     wire::{Address, eth::Macs},
 };
 use lb_userspace::{
-    dataplane::{Dataplane, LoadOptions},
+    dataplane::LoadOptions,
     reconcile::{Desired, diff},
     state::Counters as _,
 };
 use nix::time::ClockId;
 
 use crate::history::copy_tables;
+
+use pool::Loaded;
 
 pub use network::{DEVICES, Network, device_mac, gateway_mac};
 
@@ -70,8 +70,7 @@ pub struct Counts {
 /// Kernel and host with equal tables. To be used inside its [`Network`].
 pub struct World<'a> {
     network: &'a Network,
-    kernel: Dataplane,
-    reports: RingBuf<MapData>,
+    kernel: Loaded,
     /// The host's tables.
     pub model: Model,
     desired: Desired,
@@ -90,10 +89,9 @@ impl<'a> World<'a> {
     ///
     /// What the kernel refuses: the program, or an entry.
     pub fn new(network: &'a Network, options: &LoadOptions, desired: Desired) -> Result<Self> {
-        let mut kernel = Dataplane::load(options)?;
-        let reports = kernel.take_unresolved().context("taken once")?;
+        let kernel = Loaded::new(options)?;
         let model = Model::new(options.hash_seed, options.ring_size);
-        let mut world = Self { network, kernel, reports, model, desired: Desired::default() };
+        let mut world = Self { network, kernel, model, desired: Desired::default() };
         world.set(desired)?;
         Ok(world)
     }
@@ -181,7 +179,7 @@ impl<'a> World<'a> {
             other => bail!("verdict {other}"),
         };
         let mut unresolved = Vec::new();
-        while let Some(report) = self.reports.next() {
+        while let Some(report) = self.kernel.report() {
             let octets: [u8; 16] = report[..].try_into()?;
             unresolved.push(octets.into());
         }
@@ -211,6 +209,19 @@ impl<'a> World<'a> {
         kernel.targets.retain(|_, traffic| *traffic != Traffic::default());
         ensure!(model == kernel, "counters differ:\nhost {model:?}\nkernel {kernel:?}");
         Ok(model)
+    }
+}
+
+impl Drop for World<'_> {
+    fn drop(&mut self) {
+        // What a failed test leaves is not to be trusted.
+        if std::thread::panicking() {
+            return;
+        }
+        let plan = diff(&self.desired, &Desired::default());
+        if let Err(error) = self.kernel.give_back(&plan) {
+            println!("the program is not used again: {error:#}");
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! The tasks of the project: `cargo xtask setup | build | demo | test | bench | fuzz | deny`.
+//! The tasks of the project: `cargo xtask setup | build | demo | test | bench | vm | fuzz | deny`.
 
 mod agent;
 mod bench;
@@ -7,6 +7,7 @@ mod demo;
 mod fuzz;
 mod process;
 mod setup;
+mod vm;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -44,6 +45,12 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         args: Vec<String>,
     },
+    /// Boot other kernels, Debian's, in qemu, and run the data plane's tests there
+    Vm {
+        /// The first numbers of a version, such as 6.12, or `newest`; all that are supported if none
+        #[arg(value_name = "KERNEL")]
+        kernels: Vec<String>,
+    },
     /// Fuzz the packet pipeline, beginning with the kept corpus
     Fuzz {
         /// How long to look for inputs
@@ -62,6 +69,7 @@ fn main() -> ExitCode {
         Task::Demo { which, agent } => demo::run(which, agent),
         Task::Test => checks::run(),
         Task::Bench { args } => setup::run().and_then(|()| bench::run_bench(&args)),
+        Task::Vm { kernels } => vm::run(&kernels),
         Task::Fuzz { seconds } => setup::run().and_then(|()| fuzz::run(seconds)),
         Task::Deny => checks::deny(),
     });

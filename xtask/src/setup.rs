@@ -2,6 +2,7 @@
 //!
 //! Everything is looked for first, so that a machine that has it all is done in a moment.
 
+use std::env::consts::ARCH;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -32,6 +33,13 @@ const PACKAGES: [(&str, &str, &str); 10] = [
     ("c++", "g++", "the fuzzer's runtime"),
 ];
 
+/// What boots other kernels, in the same columns.
+const MACHINE: [(&str, &str, &str); 3] = [
+    ("qemu-system-x86_64", "qemu-system-x86", "runs other kernels"),
+    ("busybox", "busybox-static", "their first user space"),
+    ("xz", "xz-utils", "their modules are compressed"),
+];
+
 /// Components of the toolchain, a file of each below its sysroot, and what it is for.
 const COMPONENTS: [(&str, &str, &str); 3] = [
     ("rust-src", "lib/rustlib/src/rust/library/core/Cargo.toml", "core is built for BPF"),
@@ -42,12 +50,18 @@ const COMPONENTS: [(&str, &str, &str); 3] = [
 /// Installs what is missing.
 pub fn run() -> Result<()> {
     let begin = Instant::now();
-    packages()?;
+    packages(&PACKAGES)?;
     let sysroot = toolchain()?;
     components(&sysroot)?;
     bpf_linker()?;
     println!("setup: complete ({:.1} s)", begin.elapsed().as_secs_f64());
     Ok(())
+}
+
+/// Installs what is missing for `cargo xtask vm`.
+pub fn machine() -> Result<()> {
+    ensure!(ARCH == "x86_64", "the kernels are Debian's for x86-64, this machine is {ARCH}");
+    packages(&MACHINE)
 }
 
 /// Does one step and says what, why and how long.
@@ -59,13 +73,13 @@ fn step(what: &str, why: &str, work: impl FnOnce() -> Result<()>) -> Result<()> 
     Ok(())
 }
 
-fn packages() -> Result<()> {
+fn packages(wanted: &[(&'static str, &'static str, &'static str)]) -> Result<()> {
     // Ubuntu has the browser as a snap only.
     let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
     let is_ubuntu = release.lines().any(|line| line == "ID=ubuntu");
     let is_packaged = |package: &str| !(is_ubuntu && package == "chromium");
     let is_missing = |program, package| is_packaged(package) && find(program).is_none();
-    let missing: Vec<_> = PACKAGES
+    let missing: Vec<_> = wanted
         .iter()
         .filter(|(program, package, _)| is_missing(program, package))
         .copied()

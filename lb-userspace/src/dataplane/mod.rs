@@ -2,6 +2,7 @@
 
 mod attach;
 mod flows;
+mod kernel;
 mod mapped;
 mod pod;
 mod snat;
@@ -42,6 +43,7 @@ use flows::FlowMeter;
 
 pub use attach::{Attachment, attach as attach_xdp, check_privileges};
 pub use flows::{FlowTableUsage, FlowTables, map_name};
+pub use kernel::{OLDEST as OLDEST_KERNEL, explain as explain_kernel};
 pub use mapped::MappedArray;
 pub use pod::Raw;
 pub use snat::{PortPools, SnatTables};
@@ -110,7 +112,7 @@ impl Dataplane {
     /// # Errors
     /// Missing privileges or memory, a kernel too old, and what the verifier says.
     pub fn load(options: &LoadOptions) -> anyhow::Result<Self> {
-        Self::load_object(OBJECT, options)
+        Self::load_object(OBJECT, options).map_err(kernel::explain)
     }
 
     /// Loads another build of [`OBJECT`], to compare the two. Its maps must be the same.

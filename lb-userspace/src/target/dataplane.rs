@@ -17,7 +17,9 @@ use tracing::debug;
 
 use crate::agent::Attaches;
 use crate::config::XdpMode;
-use crate::dataplane::{Attachment, MappedArray, Raw, attach_xdp, map_removed, mapped, take};
+use crate::dataplane::{
+    Attachment, MappedArray, Raw, attach_xdp, explain_kernel, map_removed, mapped, take,
+};
 use crate::netlink::Interface;
 
 use super::clsact;
@@ -66,6 +68,10 @@ impl TargetDataplane {
     /// # Errors
     /// Missing privileges or memory, a kernel too old, and what the verifier says.
     pub fn load(options: &TargetLoadOptions) -> anyhow::Result<Self> {
+        Self::load_object(options).map_err(explain_kernel)
+    }
+
+    fn load_object(options: &TargetLoadOptions) -> anyhow::Result<Self> {
         let mut ebpf = EbpfLoader::new()
             .map_max_entries("OWN_FLOWS", options.flow_table_size)
             .map_max_entries("ADMITTED_FLOWS", options.flow_table_size)
