@@ -12,7 +12,7 @@ use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::time::Instant;
 
 use super::exchange::Exchange;
-use super::io::InProgress;
+use super::io::{Activity, InProgress, Upload};
 use super::upstream::Lease;
 
 /// Bytes that a stream of HTTP/2 gets at a time: what a frame holds. A client that reads slowly takes
@@ -86,18 +86,25 @@ pub enum RequestBody {
         progress: Arc<Progress>,
         /// Bytes of it, at most.
         most: u64,
+        /// Until it has ended.
+        upload: Option<Upload>,
     },
 }
 
 impl RequestBody {
-    /// What the client sends, of at most so many bytes.
-    pub fn new(incoming: Incoming, most: Option<u64>) -> (Self, Option<Arc<Progress>>) {
+    /// What the client sends over that connection, of at most so many bytes.
+    pub fn new(
+        incoming: Incoming,
+        most: Option<u64>,
+        activity: &Arc<Activity>,
+    ) -> (Self, Option<Arc<Progress>>) {
         if incoming.is_end_stream() {
             return (Self::Empty, None);
         }
         let progress = Arc::new(Progress::new());
         let most = most.unwrap_or(u64::MAX);
-        (Self::Client { incoming, progress: progress.clone(), most }, Some(progress))
+        let upload = Some(Upload::begin(activity));
+        (Self::Client { incoming, progress: progress.clone(), most, upload }, Some(progress))
     }
 }
 
@@ -129,13 +136,16 @@ impl Body for RequestBody {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
-        let Self::Client { incoming, progress, most } = self.get_mut() else {
+        let Self::Client { incoming, progress, most, upload } = self.get_mut() else {
             return Poll::Ready(None);
         };
         let frame = Pin::new(&mut *incoming).poll_frame(cx);
         progress.awaited.store(frame.is_pending(), Relaxed);
         let frame = ready!(frame);
         progress.note();
+        if frame.is_none() || incoming.is_end_stream() {
+            *upload = None;
+        }
         match &frame {
             None => {}
             Some(Ok(frame)) => {

@@ -76,8 +76,8 @@ pub async fn forward(
         note.forwarded = Some(Instant::now());
     }
     let (head, incoming) = request.into_parts();
-    let (body, progress) =
-        RequestBody::new(incoming, route.served.route.attributes.max_request_body_size);
+    let most = route.served.route.attributes.max_request_body_size;
+    let (body, progress) = RequestBody::new(incoming, most, &connection.activity);
     let request = Request::from_parts(head, body);
     let began = Instant::now();
     let waiting = Waiting { limit: route.served.route.attributes.idle_timeout, progress };
@@ -174,6 +174,7 @@ async fn send(
         .await
         .map_err(|error| match error {
             ConnectError::Timeout => ElbError::GatewayTimeout,
+            ConnectError::NoDescriptors => ElbError::ServiceUnavailable,
             ConnectError::Refused => ElbError::BadGateway,
         })?;
     match waiting.answer(lease.send(request)).await? {

@@ -9,6 +9,7 @@ mod body;
 mod connection;
 pub mod cookies;
 pub mod counters;
+pub mod descriptors;
 pub mod desync;
 mod errors;
 mod exchange;
@@ -29,6 +30,7 @@ mod table;
 mod tls;
 mod tunnel;
 mod upstream;
+mod watchdog;
 mod worker;
 
 use std::collections::{BTreeMap, HashMap};

@@ -2,11 +2,13 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use nix::errno::Errno;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
@@ -17,6 +19,7 @@ use tokio_rustls::client::TlsStream;
 
 use super::super::BUFFER;
 use super::super::counters::Metric;
+use super::super::descriptors::{self, Descriptors};
 use super::super::table::{LoadBalancer, Target};
 use super::super::tls;
 use super::counted::CountedStream;
@@ -40,6 +43,8 @@ pub enum ConnectError {
     Timeout,
     /// The target, or the network, refused it.
     Refused,
+    /// This process has no descriptor for it.
+    NoDescriptors,
 }
 
 /// A connection to a target.
@@ -58,16 +63,18 @@ pub struct Connector {
     http2: Arc<ClientConfig>,
     any: Arc<ClientConfig>,
     worker: usize,
+    descriptors: Descriptors,
 }
 
 impl Connector {
     /// For the thread of that number.
-    pub fn new(worker: usize) -> Self {
+    pub fn new(worker: usize, descriptors: Descriptors) -> Self {
         Self {
             http1: tls::towards_targets(&[b"http/1.1"]),
             http2: tls::towards_targets(&[b"h2"]),
             any: tls::towards_targets(&[]),
             worker,
+            descriptors,
         }
     }
 
@@ -116,6 +123,10 @@ impl Connector {
         let opened = match timeout_at(deadline, opening).await {
             Ok(Ok(opened)) => return Ok(opened),
             Ok(Err(error)) if error.kind() == io::ErrorKind::TimedOut => ConnectError::Timeout,
+            // No fault of the target.
+            Ok(Err(error)) if descriptors::are_exhausted(&error) => {
+                return Err(ConnectError::NoDescriptors);
+            }
             Ok(Err(error)) => {
                 tracing::debug!(target = %target.address, %error, "no connection");
                 ConnectError::Refused
@@ -140,6 +151,9 @@ impl Connector {
         ends: Option<(SocketAddr, SocketAddr)>,
     ) -> io::Result<TargetStream> {
         let stream = TcpStream::connect(target.address).await?;
+        if !self.descriptors.has_room_for_target(stream.as_raw_fd()) {
+            return Err(Errno::EMFILE.into());
+        }
         stream.set_nodelay(true)?;
         let mut stream = CountedStream::new(stream, load_balancer.clone(), self.worker);
         if let Some((client, listener)) = ends {
