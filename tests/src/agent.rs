@@ -218,6 +218,11 @@ impl Agent {
         self.process.signal(signal)
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
     /// Memory that it holds (VmRSS of proc_pid_status(5)), in bytes.
     ///
     /// # Errors

@@ -11,8 +11,8 @@ use tracing::{info, warn};
 
 use crate::api::snapshot::Snapshot;
 use crate::dns::{Responder, Zone};
-use crate::proxy::{Proxy, descriptors};
 use crate::proxy::routes::Routes;
+use crate::proxy::{Proxy, descriptors};
 use crate::state::State;
 
 use super::port_holder::{has_unsent, holder};

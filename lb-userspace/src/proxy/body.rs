@@ -1,5 +1,6 @@
 //! Bodies on their way through: never copied, watched for their end.
 
+use std::error::Error as _;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::time::Instant;
 
+use super::errors::ElbError;
 use super::exchange::Exchange;
 use super::io::{Activity, InProgress, Upload};
 use super::upstream::Lease;
@@ -24,7 +26,8 @@ const PIECE: usize = 16 * 1024;
 pub struct Progress {
     began: Instant,
     last: AtomicU64,
-    failed: AtomicBool,
+    malformed: AtomicBool,
+    cut: AtomicBool,
     too_large: AtomicBool,
     awaited: AtomicBool,
     bytes: AtomicU64,
@@ -35,7 +38,8 @@ impl Progress {
         Self {
             began: Instant::now(),
             last: AtomicU64::new(0),
-            failed: AtomicBool::new(false),
+            malformed: AtomicBool::new(false),
+            cut: AtomicBool::new(false),
             too_large: AtomicBool::new(false),
             awaited: AtomicBool::new(false),
             bytes: AtomicU64::new(0),
@@ -57,14 +61,23 @@ impl Progress {
         self.awaited.load(Relaxed)
     }
 
-    /// Whether the client did not send what it began.
-    pub fn has_failed(&self) -> bool {
-        self.failed.load(Relaxed)
+    /// What is wrong with it, if there is no more of it for that reason.
+    pub fn failure(&self) -> Option<ElbError> {
+        if self.too_large.load(Relaxed) {
+            Some(ElbError::BodyTooLarge)
+        } else if self.malformed.load(Relaxed) {
+            Some(ElbError::BadRequest)
+        } else {
+            self.cut.load(Relaxed).then_some(ElbError::ClientClosed)
+        }
     }
 
-    /// Whether it became larger than it may be.
-    pub fn is_too_large(&self) -> bool {
-        self.too_large.load(Relaxed)
+    fn note_failure(&self, error: &hyper::Error) {
+        use std::io::ErrorKind::{InvalidData, InvalidInput};
+        let cause = error.source().and_then(|it| it.downcast_ref::<std::io::Error>());
+        let is_malformed = cause.is_some_and(|it| matches!(it.kind(), InvalidData | InvalidInput));
+        let what = if is_malformed { &self.malformed } else { &self.cut };
+        what.store(true, Relaxed);
     }
 
     /// Bytes of it so far.
@@ -156,7 +169,7 @@ impl Body for RequestBody {
                     return Poll::Ready(Some(Err(RequestBodyError::TooLarge)));
                 }
             }
-            Some(Err(_)) => progress.failed.store(true, Relaxed),
+            Some(Err(error)) => progress.note_failure(error),
         }
         Poll::Ready(frame.map(|frame| frame.map_err(RequestBodyError::Client)))
     }

@@ -304,7 +304,7 @@ where
                 Overdue::Quiet if !is_closing => {
                     let parts = served.into_parts();
                     let mut stream = parts.io.into_inner();
-                    stream.rest(parts.read_buf);
+                    stream.rest(&parts.read_buf);
                     return Some(stream);
                 }
                 Overdue::Idle if !is_closing => {

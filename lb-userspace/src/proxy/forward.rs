@@ -221,11 +221,8 @@ impl Waiting {
 
     fn failure(&self, error: &hyper::Error) -> ElbError {
         tracing::debug!(%error, "no answer");
-        match &self.progress {
-            Some(progress) if progress.is_too_large() => ElbError::BodyTooLarge,
-            Some(progress) if progress.has_failed() => ElbError::BadRequest,
-            _ => ElbError::BadGateway,
-        }
+        let failure = self.progress.as_ref().and_then(|it| it.failure());
+        failure.unwrap_or(ElbError::BadGateway)
     }
 }
 

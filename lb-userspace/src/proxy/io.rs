@@ -285,12 +285,13 @@ impl<S> Watched<S> {
     }
 
     /// Goes on without buffers, after what the HTTP library has read and not used.
-    pub fn rest(&mut self, unused: Bytes) {
+    pub fn rest(&mut self, unused: &[u8]) {
         self.head = Vec::new();
         if !unused.is_empty() && self.activity.is_between_requests() {
             self.activity.head_began.store(self.activity.now() + 1, Relaxed);
         }
-        self.unread(unused);
+        // A copy: what it is part of may be large.
+        self.unread(Bytes::copy_from_slice(unused));
     }
 
     /// Reads `bytes` before everything else.

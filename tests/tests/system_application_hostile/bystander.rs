@@ -11,11 +11,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{runtime, time::sleep};
+use rustls::pki_types::ServerName;
+use tokio::{
+    io::{AsyncWriteExt as _, BufReader},
+    net::TcpStream,
+    runtime,
+    time::{sleep, timeout},
+};
 
 use crate::{
-    http::{Connection, LIMIT, ask, connect, exchange, get},
+    http::{Connection, LIMIT, answer, ask, connect, exchange, get},
     scene::Scene,
+    world::World,
 };
 
 /// Between two of its requests.
@@ -37,10 +44,36 @@ pub struct Served {
 
 impl Bystander {
     /// Begins to ask.
-    pub fn start(scene: &Scene) -> Self {
+    pub fn start<S>(world: &World<S>) -> Self {
+        let at = world.at(80)[0];
+        Self::begin(world, async move |kept: &mut Option<_>, is_new| {
+            if is_new {
+                return ask(at, get("/")).await.map(|answer| answer.status);
+            }
+            over_kept(at, kept).await
+        })
+    }
+
+    /// The same in TLS, over new connections.
+    pub fn start_secure(scene: &Scene) -> Self {
+        let (at, connector) = (scene.https(), scene.authority.connector());
+        let name = ServerName::try_from(scene.name.clone()).unwrap();
+        Self::begin(scene, async move |_: &mut Option<_>, _| {
+            let stream = timeout(LIMIT, TcpStream::connect(at)).await??;
+            let stream = timeout(LIMIT, connector.connect(name.clone(), stream)).await??;
+            let mut stream = BufReader::new(stream);
+            stream.write_all(get("/").as_bytes()).await?;
+            Ok(timeout(LIMIT, answer(&mut stream)).await??.status)
+        })
+    }
+
+    fn begin<S>(
+        world: &World<S>,
+        ask: impl AsyncFn(&mut Option<Connection>, bool) -> io::Result<u16> + Send + 'static,
+    ) -> Self {
         let stopped = Arc::new(AtomicBool::new(false));
-        let (flag, at) = (stopped.clone(), scene.http());
-        let thread = scene.topology.client.run(|| thread::spawn(move || watch(at, &flag)));
+        let flag = stopped.clone();
+        let thread = world.topology.client.run(|| thread::spawn(move || watch(&flag, ask)));
         Self { stopped, thread: Some(thread) }
     }
 
@@ -60,18 +93,17 @@ impl Drop for Bystander {
     }
 }
 
-fn watch(at: SocketAddr, stopped: &AtomicBool) -> Served {
+fn watch(
+    stopped: &AtomicBool,
+    ask: impl AsyncFn(&mut Option<Connection>, bool) -> io::Result<u16>,
+) -> Served {
     let runtime = runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let mut served = Served::default();
         let mut kept = None;
         while !stopped.load(Relaxed) {
             let began = Instant::now();
-            let status = if served.requests % 2 == 0 {
-                over_kept(at, &mut kept).await
-            } else {
-                ask(at, get("/")).await.map(|answer| answer.status)
-            };
+            let status = ask(&mut kept, served.requests % 2 == 1).await;
             let took = began.elapsed();
             served.requests += 1;
             served.slowest = served.slowest.max(took);

@@ -15,7 +15,6 @@ pub const LIMIT: Duration = Duration::from_secs(20);
 #[derive(Debug)]
 pub struct Answer {
     pub status: u16,
-    pub head: String,
     pub body: Vec<u8>,
 }
 
@@ -91,7 +90,7 @@ pub async fn answer(stream: &mut (impl AsyncBufRead + Unpin)) -> io::Result<Answ
             }
         }
     }
-    Ok(Answer { status, head, body })
+    Ok(Answer { status, body })
 }
 
 /// Whether the other side ends the connection within the limit, whatever it says before.

@@ -8,7 +8,12 @@ mod authority;
 mod bystander;
 mod http;
 mod idle;
+mod large;
+mod lies;
 mod scene;
+mod silence;
+mod slow;
+mod storms;
 mod target;
 #[expect(dead_code, reason = "shared with system_application_clients, which uses all of it")]
 #[path = "../system_application_clients/world.rs"]

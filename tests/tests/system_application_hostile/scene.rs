@@ -30,11 +30,16 @@ pub type Scene = World<Servers>;
 
 /// Rules and groups: what begins with `/hostile` goes to the hostile server, the rest to the others.
 pub fn config(authority: &Authority, lines: &str) -> String {
+    config_with(authority, lines, "")
+}
+
+/// The same with more rules for each listener.
+pub fn config_with(authority: &Authority, lines: &str, rules: &str) -> String {
     let certificate = authority.issue("*.elb.internal");
     let rule = "[[load_balancer.site.listener.rule]]\npriority = 1\n\
                 path_pattern = [\"/hostile/*\"]\ntarget_group = \"hostile\"\n";
     let listener = |lines: &str| {
-        format!("[[load_balancer.site.listener]]\n{lines}\ntarget_group = \"web\"\n{rule}")
+        format!("[[load_balancer.site.listener]]\n{lines}\ntarget_group = \"web\"\n{rule}{rules}")
     };
     let listeners = listener("protocol = \"http\"")
         + &listener(&format!("protocol = \"https\"\ncertificates = [{certificate}]"));
@@ -55,15 +60,20 @@ pub fn start_program(program: &Path, lines: &str) -> Scene {
     World::start_program(program, servers, |authority| config(authority, lines))
 }
 
-fn servers(topology: &Topology) -> Servers {
+/// Its servers.
+pub fn servers(topology: &Topology) -> Servers {
     let hostile = |address| {
         let at = SocketAddr::new(address, HOSTILE);
         Server::connections(&topology.targets[0], at, target::serve).unwrap()
     };
-    Servers {
-        _web: web_servers(topology),
-        _hostile: target_host(0).both().map(hostile).into(),
-    }
+    Servers { _web: web_servers(topology), _hostile: target_host(0).both().map(hostile).into() }
+}
+
+/// The same configuration without the second target of `web`.
+pub fn without_target_1(config: &str) -> String {
+    let gone = format!("targets = [{}, {}, ]", target_host(0), target_host(1));
+    assert!(config.contains(&gone), "{config}");
+    config.replace(&gone, &format!("targets = [{}, ]", target_host(0)))
 }
 
 impl Scene {
@@ -79,9 +89,14 @@ impl Scene {
 
     /// Does something as the client.
     pub fn client<T: Send>(&self, work: impl AsyncFnOnce() -> T + Send) -> T {
-        self.topology.client.run(|| {
-            let runtime = runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(work())
-        })
+        inside(self, work)
     }
+}
+
+/// Does something as the client of a world.
+pub fn inside<S, T: Send>(world: &World<S>, work: impl AsyncFnOnce() -> T + Send) -> T {
+    world.topology.client.run(|| {
+        let runtime = runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(work())
+    })
 }

@@ -22,8 +22,8 @@ use super::super::counters::Metric;
 use super::super::descriptors::{self, Descriptors};
 use super::super::table::{LoadBalancer, Target};
 use super::super::tls;
-use super::counted::CountedStream;
-use super::{Lease, Pool, proxy_protocol};
+use super::counted::{CountedStream, Patience};
+use super::{Http1, Lease, Pool, proxy_protocol};
 use crate::config::model::{HttpVersion, TargetProtocol};
 
 /// How long a connection to a target may take, with its TLS handshake.
@@ -92,8 +92,14 @@ impl Connector {
         };
         let opened = async {
             match self.open(target, load_balancer, config, None).await? {
-                TargetStream::Plain(stream) => handshake(stream, pool, target).await,
-                TargetStream::Tls(stream) => handshake(*stream, pool, target).await,
+                TargetStream::Plain(stream) => {
+                    let patience = stream.patience();
+                    handshake(stream, patience, pool, target).await
+                }
+                TargetStream::Tls(stream) => {
+                    let patience = stream.get_ref().0.patience();
+                    handshake(*stream, patience, pool, target).await
+                }
             }
         };
         self.within(deadline, target, load_balancer, opened).await
@@ -176,7 +182,12 @@ impl Connector {
 }
 
 /// Begins HTTP on a connection. Its bytes are moved by a task that ends with the target.
-async fn handshake<S>(stream: S, pool: &Arc<Pool>, target: &Arc<Target>) -> io::Result<Lease>
+async fn handshake<S>(
+    stream: S,
+    patience: Arc<Patience>,
+    pool: &Arc<Pool>,
+    target: &Arc<Target>,
+) -> io::Result<Lease>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -190,7 +201,7 @@ where
                 .await
                 .map_err(io::Error::other)?;
             drive(connection.with_upgrades(), target);
-            Ok(pool.lease_http1(target.id, sender))
+            Ok(pool.lease_http1(target.id, Http1 { sender, patience }))
         }
         HttpVersion::Http2 | HttpVersion::Grpc => {
             let (sender, connection) = http2::Builder::new(TokioExecutor::new())
