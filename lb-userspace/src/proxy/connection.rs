@@ -15,7 +15,6 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_rustls::TlsAcceptor;
 
-use super::BUFFER;
 use super::counters::Metric;
 use super::errors::ElbError;
 use super::exchange;
@@ -280,7 +279,7 @@ where
     let for_requests = connection.clone();
     let service = service_fn(move |request| request::serve(for_requests.clone(), request));
     let mut served = http1::Builder::new()
-        .max_buf_size(BUFFER)
+        .max_buf_size(connection.worker.buffer())
         .max_header_size(MAX_HEAD)
         .header_read_timeout(None)
         .serve_connection(TokioIo::new(stream), service);
@@ -359,7 +358,7 @@ where
         .max_concurrent_streams(STREAMS)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_send_buf_size(BUFFER)
+        .max_send_buf_size(connection.worker.buffer())
         .max_header_list_size(u32::try_from(MAX_HEAD).unwrap_or(u32::MAX))
         .serve_connection(io, service);
     let mut served = Pin::new(&mut served);

@@ -73,14 +73,15 @@ pub struct Seldom {
     next: AtomicU64,
 }
 
+impl Default for Seldom {
+    fn default() -> Self {
+        Self { epoch: Instant::now(), next: AtomicU64::new(0) }
+    }
+}
+
 impl Seldom {
     /// Between two lines.
     const PAUSE: Duration = Duration::from_secs(10);
-
-    /// It has not been said yet.
-    pub fn new() -> Self {
-        Self { epoch: Instant::now(), next: AtomicU64::new(0) }
-    }
 
     /// Whether it should be said now.
     pub fn is_due(&self) -> bool {
@@ -100,7 +101,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_happens_often_is_said_seldom() {
-        let seldom = Seldom::new();
+        let seldom = Seldom::default();
         assert!(seldom.is_due());
         assert!(!seldom.is_due());
         tokio::time::advance(Seldom::PAUSE).await;

@@ -12,6 +12,7 @@ use tokio::runtime::Builder;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
+use super::buffer;
 use super::descriptors::{Descriptors, Seldom};
 use super::listener;
 use super::table::{Groups, Listener};
@@ -48,6 +49,13 @@ pub struct Worker {
     pub exhausted: Seldom,
 }
 
+impl Worker {
+    /// Bytes that a client's connection reads or writes at a time, at most.
+    pub fn buffer(&self) -> usize {
+        buffer(*self.connections.borrow())
+    }
+}
+
 /// A thread, as the handle sees it.
 #[derive(Debug)]
 pub struct WorkerHandle {
@@ -73,12 +81,12 @@ impl WorkerHandle {
             let worker = Arc::new(Worker {
                 index,
                 pool: Arc::default(),
-                connector: Connector::new(index, descriptors),
+                connector: Connector::new(index, descriptors, sender.subscribe()),
                 groups,
                 connections: sender,
                 refusals: Arc::new(Semaphore::new(REFUSALS)),
                 descriptors,
-                exhausted: Seldom::new(),
+                exhausted: Seldom::default(),
             });
             runtime.block_on(run(worker, incoming));
         })?;

@@ -42,6 +42,12 @@ pub struct Served {
     failures: Vec<String>,
 }
 
+/// Its connection, and when it was last used.
+struct Kept {
+    connection: Connection,
+    since: Instant,
+}
+
 impl Bystander {
     /// Begins to ask.
     pub fn start<S>(world: &World<S>) -> Self {
@@ -69,7 +75,7 @@ impl Bystander {
 
     fn begin<S>(
         world: &World<S>,
-        ask: impl AsyncFn(&mut Option<Connection>, bool) -> io::Result<u16> + Send + 'static,
+        ask: impl AsyncFn(&mut Option<Kept>, bool) -> io::Result<u16> + Send + 'static,
     ) -> Self {
         let stopped = Arc::new(AtomicBool::new(false));
         let flag = stopped.clone();
@@ -95,7 +101,7 @@ impl Drop for Bystander {
 
 fn watch(
     stopped: &AtomicBool,
-    ask: impl AsyncFn(&mut Option<Connection>, bool) -> io::Result<u16>,
+    ask: impl AsyncFn(&mut Option<Kept>, bool) -> io::Result<u16>,
 ) -> Served {
     let runtime = runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
@@ -116,14 +122,14 @@ fn watch(
     })
 }
 
-async fn over_kept(at: SocketAddr, kept: &mut Option<Connection>) -> io::Result<u16> {
-    let connection = match kept {
-        Some(connection) => connection,
-        None => kept.insert(connect(at).await?),
+async fn over_kept(at: SocketAddr, kept: &mut Option<Kept>) -> io::Result<u16> {
+    // One that was not used for long may be closed at any time.
+    let fresh = kept.take().filter(|it| it.since.elapsed() < Duration::from_secs(1));
+    let mut connection = match fresh {
+        Some(kept) => kept.connection,
+        None => connect(at).await?,
     };
-    let status = exchange(connection, get("/").as_bytes()).await.map(|answer| answer.status);
-    if status.is_err() {
-        *kept = None;
-    }
-    status
+    let status = exchange(&mut connection, get("/").as_bytes()).await?.status;
+    *kept = Some(Kept { connection, since: Instant::now() });
+    Ok(status)
 }

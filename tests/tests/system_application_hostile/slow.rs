@@ -168,7 +168,7 @@ fn http2_generous() -> Vec<u8> {
 #[test]
 fn readers_that_never_read() {
     const READERS: u64 = 200;
-    const CONNECTIONS: u64 = 10;
+    const CONNECTIONS: u64 = 4;
     const STREAMS: u64 = 100;
     let seconds = IDLE.as_secs();
     let scene = scene::start(&format!("idle_timeout = \"{seconds}s\""));

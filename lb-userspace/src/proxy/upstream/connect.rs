@@ -13,11 +13,12 @@ use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use super::super::BUFFER;
+use super::super::buffer;
 use super::super::counters::Metric;
 use super::super::descriptors::{self, Descriptors};
 use super::super::table::{LoadBalancer, Target};
@@ -64,17 +65,20 @@ pub struct Connector {
     any: Arc<ClientConfig>,
     worker: usize,
     descriptors: Descriptors,
+    /// How many connections of clients the thread has.
+    clients: watch::Receiver<usize>,
 }
 
 impl Connector {
     /// For the thread of that number.
-    pub fn new(worker: usize, descriptors: Descriptors) -> Self {
+    pub fn new(worker: usize, descriptors: Descriptors, clients: watch::Receiver<usize>) -> Self {
         Self {
             http1: tls::towards_targets(&[b"http/1.1"]),
             http2: tls::towards_targets(&[b"h2"]),
             any: tls::towards_targets(&[]),
             worker,
             descriptors,
+            clients,
         }
     }
 
@@ -90,15 +94,16 @@ impl Connector {
             HttpVersion::Http1 => &self.http1,
             HttpVersion::Http2 | HttpVersion::Grpc => &self.http2,
         };
+        let buffer = buffer(*self.clients.borrow());
         let opened = async {
             match self.open(target, load_balancer, config, None).await? {
                 TargetStream::Plain(stream) => {
                     let patience = stream.patience();
-                    handshake(stream, patience, pool, target).await
+                    handshake(stream, (patience, buffer), pool, target).await
                 }
                 TargetStream::Tls(stream) => {
                     let patience = stream.get_ref().0.patience();
-                    handshake(*stream, patience, pool, target).await
+                    handshake(*stream, (patience, buffer), pool, target).await
                 }
             }
         };
@@ -184,7 +189,7 @@ impl Connector {
 /// Begins HTTP on a connection. Its bytes are moved by a task that ends with the target.
 async fn handshake<S>(
     stream: S,
-    patience: Arc<Patience>,
+    (patience, buffer): (Arc<Patience>, usize),
     pool: &Arc<Pool>,
     target: &Arc<Target>,
 ) -> io::Result<Lease>
@@ -195,7 +200,7 @@ where
     match target.settings.version {
         HttpVersion::Http1 => {
             let (sender, connection) = http1::Builder::new()
-                .max_buf_size(BUFFER)
+                .max_buf_size(buffer)
                 .max_header_size(MAX_HEAD)
                 .handshake(io)
                 .await
