@@ -320,7 +320,7 @@ async fn a_stalled_stream_times_out_alone() {
         while left.available_permits() == 0 {
             assert_eq!(get("").await.into_body().collect().await.unwrap().to_bytes(), "hello");
             assert!(began.elapsed() < crate::harness::LIMIT, "{path}");
-            tokio::time::sleep(IDLE / 8).await;
+            sleep(IDLE / 8).await;
         }
         assert!(began.elapsed() >= IDLE, "{path}: {:?}", began.elapsed());
         assert!(stalled.into_body().collect().await.is_err());
@@ -341,7 +341,7 @@ async fn a_stalled_stream_leaves_a_silent_connection_open() {
         client.send_request(Request::get(uri).body(Full::default()).unwrap()).await.unwrap()
     };
     assert!(get("stalls").await.into_body().collect().await.is_err());
-    tokio::time::timeout(crate::harness::LIMIT, left.acquire()).await.unwrap().unwrap().forget();
+    timeout(crate::harness::LIMIT, left.acquire()).await.unwrap().unwrap().forget();
     assert_eq!(get("").await.into_body().collect().await.unwrap().to_bytes(), "hello");
 }
 
@@ -379,7 +379,7 @@ async fn a_client_that_reads_slowly_gets_everything() {
     let mut read = 0;
     let mut buffer = vec![0; 400_000];
     while read < 4_000_000 {
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        sleep(Duration::from_millis(50)).await;
         let n = tokio::io::AsyncReadExt::read(&mut reader, &mut buffer).await.unwrap();
         assert!(n > 0, "closed after {read} bytes");
         read += n;
