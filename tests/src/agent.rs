@@ -218,6 +218,53 @@ impl Agent {
         self.process.signal(signal)
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Memory that it holds (VmRSS of proc_pid_status(5)), in bytes.
+    ///
+    /// # Errors
+    ///
+    /// If it has ended.
+    pub fn memory(&self) -> Result<u64> {
+        let status = fs::read_to_string(self.proc("status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kibibytes = line.and_then(|line| line.trim().strip_suffix(" kB"));
+        Ok(kibibytes.context("VmRSS")?.parse::<u64>()? * 1024)
+    }
+
+    /// How many descriptors it has open.
+    ///
+    /// # Errors
+    ///
+    /// If it has ended.
+    pub fn descriptors(&self) -> Result<usize> {
+        Ok(fs::read_dir(self.proc("fd"))?.count())
+    }
+
+    /// The processor's time that it took so far, all threads together (utime and stime of
+    /// proc_pid_stat(5)).
+    ///
+    /// # Errors
+    ///
+    /// If it has ended.
+    pub fn processor_time(&self) -> Result<Duration> {
+        // The kernel counts in hundredths of a second for programs, whatever its own clock.
+        const TICK: Duration = Duration::from_millis(10);
+        let stat = fs::read_to_string(self.proc("stat"))?;
+        let (_, after_name) = stat.rsplit_once(')').context("a name")?;
+        let ticks = |field: usize| -> Result<u32> {
+            Ok(after_name.split_whitespace().nth(field).context("a field")?.parse()?)
+        };
+        Ok(TICK * (ticks(11)? + ticks(12)?))
+    }
+
+    fn proc(&self, file: &str) -> PathBuf {
+        Path::new("/proc").join(self.process.id().to_string()).join(file)
+    }
+
     /// Ends the agent with SIGTERM and returns its log.
     ///
     /// # Errors

@@ -11,8 +11,8 @@ use tracing::{info, warn};
 
 use crate::api::snapshot::Snapshot;
 use crate::dns::{Responder, Zone};
-use crate::proxy::Proxy;
 use crate::proxy::routes::Routes;
+use crate::proxy::{Proxy, descriptors};
 use crate::state::State;
 
 use super::port_holder::{has_unsent, holder};
@@ -79,6 +79,10 @@ impl Serving {
     /// The proxy, if it runs or is needed.
     fn proxy_for(&mut self, routes: &Routes) -> std::io::Result<Option<&Proxy>> {
         if self.proxy.is_none() && !routes.listeners.is_empty() {
+            match descriptors::raise() {
+                Ok(limit) => info!(limit, "descriptors for connections"),
+                Err(error) => warn!(%error, "the limit of descriptors stays as it is"),
+            }
             let workers = available_parallelism().map_or(1, NonZero::get);
             self.proxy = Some(Proxy::start(workers)?);
         }

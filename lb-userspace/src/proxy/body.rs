@@ -1,5 +1,6 @@
 //! Bodies on their way through: never copied, watched for their end.
 
+use std::error::Error as _;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -11,8 +12,9 @@ use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::time::Instant;
 
+use super::errors::ElbError;
 use super::exchange::Exchange;
-use super::io::InProgress;
+use super::io::{Activity, InProgress, Upload};
 use super::upstream::Lease;
 
 /// Bytes that a stream of HTTP/2 gets at a time: what a frame holds. A client that reads slowly takes
@@ -24,7 +26,8 @@ const PIECE: usize = 16 * 1024;
 pub struct Progress {
     began: Instant,
     last: AtomicU64,
-    failed: AtomicBool,
+    malformed: AtomicBool,
+    cut: AtomicBool,
     too_large: AtomicBool,
     awaited: AtomicBool,
     bytes: AtomicU64,
@@ -35,7 +38,8 @@ impl Progress {
         Self {
             began: Instant::now(),
             last: AtomicU64::new(0),
-            failed: AtomicBool::new(false),
+            malformed: AtomicBool::new(false),
+            cut: AtomicBool::new(false),
             too_large: AtomicBool::new(false),
             awaited: AtomicBool::new(false),
             bytes: AtomicU64::new(0),
@@ -57,14 +61,23 @@ impl Progress {
         self.awaited.load(Relaxed)
     }
 
-    /// Whether the client did not send what it began.
-    pub fn has_failed(&self) -> bool {
-        self.failed.load(Relaxed)
+    /// What is wrong with it, if there is no more of it for that reason.
+    pub fn failure(&self) -> Option<ElbError> {
+        if self.too_large.load(Relaxed) {
+            Some(ElbError::BodyTooLarge)
+        } else if self.malformed.load(Relaxed) {
+            Some(ElbError::BadRequest)
+        } else {
+            self.cut.load(Relaxed).then_some(ElbError::ClientClosed)
+        }
     }
 
-    /// Whether it became larger than it may be.
-    pub fn is_too_large(&self) -> bool {
-        self.too_large.load(Relaxed)
+    fn note_failure(&self, error: &hyper::Error) {
+        use std::io::ErrorKind::{InvalidData, InvalidInput};
+        let cause = error.source().and_then(|it| it.downcast_ref::<std::io::Error>());
+        let is_malformed = cause.is_some_and(|it| matches!(it.kind(), InvalidData | InvalidInput));
+        let what = if is_malformed { &self.malformed } else { &self.cut };
+        what.store(true, Relaxed);
     }
 
     /// Bytes of it so far.
@@ -86,18 +99,25 @@ pub enum RequestBody {
         progress: Arc<Progress>,
         /// Bytes of it, at most.
         most: u64,
+        /// Until it has ended.
+        upload: Option<Upload>,
     },
 }
 
 impl RequestBody {
-    /// What the client sends, of at most so many bytes.
-    pub fn new(incoming: Incoming, most: Option<u64>) -> (Self, Option<Arc<Progress>>) {
+    /// What the client sends over that connection, of at most so many bytes.
+    pub fn new(
+        incoming: Incoming,
+        most: Option<u64>,
+        activity: &Arc<Activity>,
+    ) -> (Self, Option<Arc<Progress>>) {
         if incoming.is_end_stream() {
             return (Self::Empty, None);
         }
         let progress = Arc::new(Progress::new());
         let most = most.unwrap_or(u64::MAX);
-        (Self::Client { incoming, progress: progress.clone(), most }, Some(progress))
+        let upload = Some(Upload::begin(activity));
+        (Self::Client { incoming, progress: progress.clone(), most, upload }, Some(progress))
     }
 }
 
@@ -129,13 +149,16 @@ impl Body for RequestBody {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
-        let Self::Client { incoming, progress, most } = self.get_mut() else {
+        let Self::Client { incoming, progress, most, upload } = self.get_mut() else {
             return Poll::Ready(None);
         };
         let frame = Pin::new(&mut *incoming).poll_frame(cx);
         progress.awaited.store(frame.is_pending(), Relaxed);
         let frame = ready!(frame);
         progress.note();
+        if frame.is_none() || incoming.is_end_stream() {
+            *upload = None;
+        }
         match &frame {
             None => {}
             Some(Ok(frame)) => {
@@ -146,7 +169,7 @@ impl Body for RequestBody {
                     return Poll::Ready(Some(Err(RequestBodyError::TooLarge)));
                 }
             }
-            Some(Err(_)) => progress.failed.store(true, Relaxed),
+            Some(Err(error)) => progress.note_failure(error),
         }
         Poll::Ready(frame.map(|frame| frame.map_err(RequestBodyError::Client)))
     }

@@ -10,22 +10,22 @@ use bytes::{Bytes, BytesMut};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::time::{Instant, Sleep, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_rustls::TlsAcceptor;
 
-use super::BUFFER;
 use super::counters::Metric;
 use super::errors::ElbError;
 use super::exchange;
 use super::headers::Told;
-use super::io::{Activity, Waiting, Watched};
+use super::io::{Activity, Watched};
 use super::listener::{FAREWELL, farewell, read_to_end};
 use super::request;
 use super::streams::Streams;
 use super::table::{Listener, Served};
 use super::tunnel::{self, Upgrade};
+use super::watchdog::{Overdue, Watchdog};
 use super::worker::Worker;
 use crate::config::model::{Attributes, ProxyProtocol};
 
@@ -68,6 +68,33 @@ pub struct Connection {
     pub upgrade: Mutex<Option<Upgrade>>,
     /// Whether it ends with an answer to a request that the client may still be sending.
     pub lingers: AtomicBool,
+    /// Whether it is as old as it may become: the next answer is its last.
+    pub is_old: AtomicBool,
+}
+
+impl Connection {
+    /// One that has been accepted; `None` if the client is gone.
+    pub fn accepted(
+        worker: &Arc<Worker>,
+        listener: &Arc<Listener>,
+        served: &Served,
+        stream: &TcpStream,
+        peer: SocketAddr,
+    ) -> Option<Self> {
+        Some(Self {
+            worker: worker.clone(),
+            listener: listener.clone(),
+            peer,
+            local: stream.local_addr().ok()?,
+            told: Told::new(peer, served.route.listener.port),
+            tls: None,
+            id: rand::random(),
+            activity: Activity::new(served.load_balancer.clone(), worker.index),
+            upgrade: Mutex::new(None),
+            lingers: AtomicBool::new(false),
+            is_old: AtomicBool::new(false),
+        })
+    }
 }
 
 /// What a client's TLS handshake settled.
@@ -85,8 +112,7 @@ pub struct Tls {
     pub handshake: Duration,
 }
 
-/// Serves a connection until it ends. What it becomes is boxed, so that each connection takes the
-/// memory of that alone.
+/// Serves a connection until it ends.
 pub async fn serve(
     worker: &Arc<Worker>,
     listener: &Arc<Listener>,
@@ -96,20 +122,11 @@ pub async fn serve(
 ) {
     // The socket inherits it from the one that listens; elsewhere it is harmless.
     let _ = stream.set_nodelay(true);
-    let Ok(local) = stream.local_addr() else { return };
-    let mut connection = Connection {
-        worker: worker.clone(),
-        listener: listener.clone(),
-        peer,
-        local,
-        told: Told::new(peer, served.route.listener.port),
-        tls: None,
-        id: rand::random(),
-        activity: Activity::new(served.load_balancer.clone(), worker.index),
-        upgrade: Mutex::new(None),
-        lingers: AtomicBool::new(false),
+    let Some(connection) = Connection::accepted(worker, listener, &served, &stream, peer) else {
+        return;
     };
     let attributes = served.route.attributes.clone();
+    // On the heap is what only some connections need: most are idle most of the time.
     match (&served.tls, served.route.listener.protocol) {
         (None, _) => plain(connection, &attributes, stream).await,
         (Some(tls), ProxyProtocol::Tls) => {
@@ -117,16 +134,19 @@ pub async fn serve(
         }
         (Some(tls), _) => {
             let began = Instant::now();
-            let acceptor = TlsAcceptor::from(tls.server.clone());
-            let Ok(Ok(stream)) = timeout(HANDSHAKE, acceptor.accept(stream)).await else {
+            let handshake = Box::pin(TlsAcceptor::from(tls.server.clone()).accept(stream));
+            let Ok(Ok(stream)) = timeout(HANDSHAKE, handshake).await else {
                 served.load_balancer.counters.count(worker.index, Metric::ClientTlsErrors);
                 return;
             };
-            connection.tls = Some(Tls::of(stream.get_ref().1, began.elapsed()));
-            if connection.tls.as_ref().is_some_and(|tls| tls.alpn.as_deref() == Some("h2")) {
-                Box::pin(http2(Arc::new(connection), &attributes, stream, Bytes::new())).await;
+            let tls = Tls::of(stream.get_ref().1, began.elapsed());
+            let is_http2 = tls.alpn.as_deref() == Some("h2");
+            let connection = Arc::new(Connection { tls: Some(tls), ..connection });
+            if is_http2 {
+                Box::pin(http2(connection, &attributes, stream, Bytes::new())).await;
             } else {
-                Box::pin(http1(Arc::new(connection), &attributes, stream, Bytes::new())).await;
+                let stream = Watched::new(stream, Bytes::new(), connection.activity.clone());
+                http1(connection, &attributes, stream).await;
             }
         }
     }
@@ -168,46 +188,109 @@ fn cipher_suite_name(suite: rustls::CipherSuite) -> String {
 
 /// HTTP without TLS: which version is seen from the first bytes.
 async fn plain(connection: Connection, attributes: &Attributes, mut stream: TcpStream) {
-    let mut first = BytesMut::with_capacity(8 * 1024);
-    let is_http2 = loop {
-        match timeout(attributes.idle_timeout, stream.read_buf(&mut first)).await {
-            Ok(Ok(1..)) => {}
-            Ok(Ok(0) | Err(_)) => return,
-            Err(_) if first.is_empty() => return,
-            Err(_) => {
-                refuse(&connection, stream, ElbError::RequestTimeout, first.len()).await;
-                return;
-            }
+    let first = tokio::select! {
+        first = first_bytes(&mut stream, attributes.idle_timeout) => first,
+        () = connection.listener.closed() => return,
+    };
+    let (first, is_http2) = match first {
+        First::Version { first, is_http2 } => (first, is_http2),
+        First::None => return,
+        First::Cut(received) => {
+            exchange::note_refused(&connection, ElbError::ClientClosed, received);
+            return;
         }
-        let n = first.len().min(PREFACE.len());
-        if first[..n] != PREFACE[..n] {
-            break false;
-        }
-        if n == PREFACE.len() {
-            break true;
+        First::Late(received) => {
+            refuse(&connection, stream, ElbError::RequestTimeout, received).await;
+            return;
         }
     };
     let connection = Arc::new(connection);
     if is_http2 && attributes.http2 {
-        Box::pin(http2(connection, attributes, stream, first.freeze())).await;
+        Box::pin(http2(connection, attributes, stream, first)).await;
     } else {
-        Box::pin(http1(connection, attributes, stream, first.freeze())).await;
+        let stream = Watched::new(stream, first, connection.activity.clone());
+        http1(connection, attributes, stream).await;
     }
 }
 
-async fn http1<S>(connection: Arc<Connection>, attributes: &Attributes, stream: S, first: Bytes)
+/// What a client says first, without TLS.
+enum First {
+    /// Enough to know the version.
+    Version { first: Bytes, is_http2: bool },
+    /// Nothing.
+    None,
+    /// So many bytes, and then it closed.
+    Cut(usize),
+    /// So many bytes, and then no more.
+    Late(usize),
+}
+
+/// Reads until the version is known. Single bytes do not extend the time for that.
+async fn first_bytes(stream: &mut TcpStream, idle_timeout: Duration) -> First {
+    let deadline = Instant::now() + idle_timeout;
+    // There is no buffer before there is something to put into it.
+    if !matches!(timeout_at(deadline, stream.readable()).await, Ok(Ok(()))) {
+        return First::None;
+    }
+    let mut first = BytesMut::with_capacity(8 * 1024);
+    loop {
+        match timeout_at(deadline, stream.read_buf(&mut first)).await {
+            Ok(Ok(1..)) => {}
+            _ if first.is_empty() => return First::None,
+            Ok(Ok(0) | Err(_)) => return First::Cut(first.len()),
+            Err(_) => return First::Late(first.len()),
+        }
+        let n = first.len().min(PREFACE.len());
+        if first[..n] != PREFACE[..n] {
+            return First::Version { first: first.freeze(), is_http2: false };
+        }
+        if n == PREFACE.len() {
+            return First::Version { first: first.freeze(), is_http2: true };
+        }
+    }
+}
+
+/// HTTP/1.1. The HTTP library, with its buffers, is there while there is something to do.
+async fn http1<S>(connection: Arc<Connection>, attributes: &Attributes, mut stream: Watched<S>)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let io = TokioIo::new(Watched::new(stream, first, connection.activity.clone()));
+    while let Some(quiet) = Box::pin(requests(&connection, attributes, stream)).await {
+        stream = quiet;
+        let left = attributes.idle_timeout.saturating_sub(connection.activity.silent_for());
+        let goes_on = tokio::select! {
+            biased;
+            has_come = stream.next_bytes() => has_come,
+            () = connection.listener.closed() => false,
+            () = sleep(left) => false,
+        };
+        if !goes_on {
+            let _ = timeout(FAREWELL, stream.shutdown()).await;
+            return;
+        }
+    }
+}
+
+/// Serves requests. The stream, if the connection may have more after a while.
+async fn requests<S>(
+    connection: &Arc<Connection>,
+    attributes: &Attributes,
+    stream: Watched<S>,
+) -> Option<Watched<S>>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let for_requests = connection.clone();
     let service = service_fn(move |request| request::serve(for_requests.clone(), request));
     let mut served = http1::Builder::new()
-        .max_buf_size(BUFFER)
+        .max_buf_size(connection.worker.buffer())
         .max_header_size(MAX_HEAD)
         .header_read_timeout(None)
-        .serve_connection(io, service);
-    let mut watchdog = Watchdog::new(&connection, attributes);
+        .serve_connection(TokioIo::new(stream), service);
+    let mut watchdog = Watchdog::telling_quiet(&connection.activity, attributes);
+    if connection.activity.age() >= attributes.client_keep_alive {
+        connection.is_old.store(true, Relaxed);
+    }
     let closed = connection.listener.closed();
     tokio::pin!(closed);
     let mut is_closing = false;
@@ -220,16 +303,24 @@ where
                 Pin::new(&mut served).graceful_shutdown();
             }
             verdict = watchdog.watch() => match verdict {
+                Overdue::Old => connection.is_old.store(true, Relaxed),
+                Overdue::Quiet if !is_closing => {
+                    let parts = served.into_parts();
+                    let mut stream = parts.io.into_inner();
+                    stream.rest(&parts.read_buf);
+                    return Some(stream);
+                }
                 Overdue::Idle if !is_closing => {
                     is_closing = true;
                     Pin::new(&mut served).graceful_shutdown();
                 }
-                Overdue::Idle | Overdue::Silent => return,
+                Overdue::Quiet => {}
+                Overdue::Idle | Overdue::Silent => return None,
                 Overdue::Head => {
                     let stream = served.into_parts().io.into_inner();
                     let received = stream.head_size();
-                    refuse(&connection, stream, ElbError::RequestTimeout, received).await;
-                    return;
+                    refuse(connection, stream, ElbError::RequestTimeout, received).await;
+                    return None;
                 }
             },
         }
@@ -238,10 +329,12 @@ where
         tracing::debug!(client = %connection.peer, %error, "connection failed");
         let stream = served.into_parts().io.into_inner();
         if let Some(error) = stream.refusal() {
-            exchange::note_refused(&connection, error, stream.head_size());
+            exchange::note_refused(connection, error, stream.head_size());
             let _ = timeout(FAREWELL, read_to_end(stream)).await;
+        } else if connection.activity.is_in_head() {
+            exchange::note_refused(connection, ElbError::ClientClosed, stream.head_size());
         }
-        return;
+        return None;
     }
     let upgrade = connection.upgrade.lock().unwrap_or_else(PoisonError::into_inner).take();
     if let Some(upgrade) = upgrade {
@@ -253,6 +346,7 @@ where
         let stream = served.into_parts().io.into_inner();
         let _ = timeout(FAREWELL, read_to_end(stream)).await;
     }
+    None
 }
 
 async fn http2<S>(connection: Arc<Connection>, attributes: &Attributes, stream: S, first: Bytes)
@@ -268,11 +362,11 @@ where
         .max_concurrent_streams(STREAMS)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_send_buf_size(BUFFER)
+        .max_send_buf_size(connection.worker.buffer())
         .max_header_list_size(u32::try_from(MAX_HEAD).unwrap_or(u32::MAX))
         .serve_connection(io, service);
     let mut served = Pin::new(&mut served);
-    let mut watchdog = Watchdog::new(&connection, attributes);
+    let mut watchdog = Watchdog::new(&connection.activity, attributes);
     // Streams that stall end by themselves; this is for what that does not help.
     watchdog.silence *= 2;
     let closed = connection.listener.closed();
@@ -294,11 +388,14 @@ where
                 served.as_mut().graceful_shutdown();
             }
             verdict = watchdog.watch() => match verdict {
-                Overdue::Idle | Overdue::Head if !is_closing => {
+                // What comes between requests, such as PING, is as nothing.
+                Overdue::Idle | Overdue::Head | Overdue::Old if !is_closing => {
                     is_closing = true;
                     served.as_mut().graceful_shutdown();
+                    watchdog.rest(FAREWELL);
                 }
-                _ => return,
+                Overdue::Old | Overdue::Quiet => {}
+                Overdue::Idle | Overdue::Head | Overdue::Silent => return,
             },
         }
     }
@@ -311,60 +408,4 @@ where
 {
     exchange::note_refused(connection, error, received);
     let _ = timeout(FAREWELL, farewell(stream, &error.bytes())).await;
-}
-
-/// Sees when a client takes too long. One timer for a connection, moved when it fires and not with
-/// every byte.
-struct Watchdog {
-    activity: Arc<Activity>,
-    idle_timeout: Duration,
-    /// How long an answer may stall.
-    silence: Duration,
-    keep_alive: Duration,
-    timer: Pin<Box<Sleep>>,
-}
-
-/// What takes too long.
-enum Overdue {
-    /// The next request.
-    Idle,
-    /// The rest of a request's head.
-    Head,
-    /// The rest of an answer, or of a request's body.
-    Silent,
-}
-
-impl Watchdog {
-    fn new(connection: &Connection, attributes: &Attributes) -> Self {
-        Self {
-            activity: connection.activity.clone(),
-            idle_timeout: attributes.idle_timeout,
-            silence: attributes.idle_timeout,
-            keep_alive: attributes.client_keep_alive,
-            timer: Box::pin(sleep(attributes.idle_timeout)),
-        }
-    }
-
-    async fn watch(&mut self) -> Overdue {
-        loop {
-            self.timer.as_mut().await;
-            let (overdue, since, limit) = match self.activity.waiting() {
-                Waiting::Request(since) if self.activity.had_request() => {
-                    (Overdue::Idle, since, self.keep_alive)
-                }
-                Waiting::Request(since) => (Overdue::Idle, since, self.idle_timeout),
-                Waiting::Head(since) => (Overdue::Head, since, self.idle_timeout),
-                Waiting::Rest(since) => (Overdue::Silent, since, self.silence),
-                // Whoever waits for the answer has a timer of his own.
-                Waiting::Answer => (Overdue::Silent, Duration::ZERO, self.idle_timeout),
-            };
-            // A head can begin right after this look: what is due later is looked at in time for
-            // that.
-            let left = limit.saturating_sub(since).min(self.idle_timeout);
-            self.timer.as_mut().reset(Instant::now() + left.max(Duration::from_millis(1)));
-            if since >= limit {
-                return overdue;
-            }
-        }
-    }
 }

@@ -5,6 +5,7 @@ use hyper::header::{CONTENT_TYPE, HeaderValue, SERVER};
 use hyper::{Response, StatusCode};
 
 use super::body::ResponseBody;
+use super::headers::MAX_REQUEST_LINE;
 
 /// Why the load balancer answers by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,7 +41,10 @@ pub enum ElbError {
 impl ElbError {
     /// Why a request's head cannot be read.
     pub fn of_head(head: &[u8]) -> Self {
-        let mut lines = head.split(|&byte| byte == b'\n').skip(1);
+        let mut lines = head.split(|&byte| byte == b'\n');
+        if lines.next().is_some_and(|line| line.len() > MAX_REQUEST_LINE) {
+            return Self::UriTooLong;
+        }
         let is_unknown_coding = |line: &[u8]| {
             let Some(colon) = line.iter().position(|&byte| byte == b':') else { return false };
             line[..colon].eq_ignore_ascii_case(b"transfer-encoding")

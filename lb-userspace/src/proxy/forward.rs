@@ -80,8 +80,8 @@ pub async fn forward(
         note.forwarded = Some(Instant::now());
     }
     let (head, incoming) = request.into_parts();
-    let (body, progress) =
-        RequestBody::new(incoming, route.served.route.attributes.max_request_body_size);
+    let most = route.served.route.attributes.max_request_body_size;
+    let (body, progress) = RequestBody::new(incoming, most, &connection.activity);
     let request = Request::from_parts(head, body);
     let began = Instant::now();
     let waiting = Waiting { limit: route.served.route.attributes.idle_timeout, progress };
@@ -191,6 +191,7 @@ async fn send(
     let opening = worker.connector.http(&worker.pool, &route.target, &route.served.load_balancer);
     let mut lease = Box::pin(opening).await.map_err(|error| match error {
         ConnectError::Timeout => ElbError::GatewayTimeout,
+        ConnectError::NoDescriptors => ElbError::ServiceUnavailable,
         ConnectError::Refused => ElbError::BadGateway,
     })?;
     match waiting.answer(lease.send(request)).await? {
@@ -237,11 +238,8 @@ impl Waiting {
 
     fn failure(&self, error: &hyper::Error) -> ElbError {
         tracing::debug!(%error, "no answer");
-        match &self.progress {
-            Some(progress) if progress.is_too_large() => ElbError::BodyTooLarge,
-            Some(progress) if progress.has_failed() => ElbError::BadRequest,
-            _ => ElbError::BadGateway,
-        }
+        let failure = self.progress.as_ref().and_then(|it| it.failure());
+        failure.unwrap_or(ElbError::BadGateway)
     }
 }
 

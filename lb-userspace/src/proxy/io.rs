@@ -1,9 +1,10 @@
 //! What a client's connection is read from and written to, with an eye on when that happened.
 
+use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -19,6 +20,9 @@ use super::table::LoadBalancer;
 
 /// Bytes of the HTTP library's own answers, at most.
 const LONGEST_REFUSAL: usize = 256;
+
+/// Bytes of a request that are read before there is a buffer.
+const FIRST: usize = 1024;
 
 /// What happened on a client's connection. Atomics, because hyper wants to send tasks to other
 /// threads; it is one thread that uses it.
@@ -38,8 +42,10 @@ pub struct Activity {
     requests: AtomicU32,
     /// Of these, those whose answer has not begun.
     awaiting: AtomicU32,
-    /// Requests that have begun, ever.
-    total: AtomicU64,
+    /// Requests' bodies that have not ended.
+    uploads: AtomicU32,
+    /// Whether bytes wait here to be written.
+    is_unflushed: AtomicBool,
     /// Whose bytes they are, and the thread that counts them.
     load_balancer: Arc<LoadBalancer>,
     worker: usize,
@@ -69,7 +75,8 @@ impl Activity {
             written: AtomicU64::new(0),
             requests: AtomicU32::new(0),
             awaiting: AtomicU32::new(0),
-            total: AtomicU64::new(0),
+            uploads: AtomicU32::new(0),
+            is_unflushed: AtomicBool::new(false),
             load_balancer,
             worker,
         })
@@ -81,7 +88,17 @@ impl Activity {
 
     /// Whether what comes next is the beginning of a request's head.
     fn is_between_requests(&self) -> bool {
-        self.requests.load(Relaxed) == 0 && self.head_began.load(Relaxed) == 0
+        self.is_without_request() && self.head_began.load(Relaxed) == 0
+    }
+
+    /// Whether there is no request, and no rest of one that was answered before its end.
+    fn is_without_request(&self) -> bool {
+        self.requests.load(Relaxed) == 0 && self.uploads.load(Relaxed) == 0
+    }
+
+    /// Whether a head has begun and not ended.
+    pub fn is_in_head(&self) -> bool {
+        self.head_began.load(Relaxed) > 0
     }
 
     fn note_read(&self, bytes: usize) {
@@ -109,9 +126,9 @@ impl Activity {
         (self.read.load(Relaxed), self.written.load(Relaxed))
     }
 
-    /// Whether a request came, ever.
-    pub fn had_request(&self) -> bool {
-        self.total.load(Relaxed) > 0
+    /// How long ago the connection began.
+    pub fn age(&self) -> Duration {
+        self.epoch.elapsed()
     }
 
     /// How long no byte has come or gone.
@@ -126,7 +143,7 @@ impl Activity {
         if self.awaiting.load(Relaxed) > 0 {
             return Waiting::Answer;
         }
-        if self.requests.load(Relaxed) > 0 {
+        if !self.is_without_request() || self.is_unflushed.load(Relaxed) {
             return Waiting::Rest(since(self.last.load(Relaxed)));
         }
         match self.head_began.load(Relaxed) {
@@ -150,7 +167,6 @@ impl InProgress {
     pub fn begin(activity: &Arc<Activity>) -> Self {
         activity.requests.fetch_add(1, Relaxed);
         activity.awaiting.fetch_add(1, Relaxed);
-        activity.total.fetch_add(1, Relaxed);
         activity.head_began.store(0, Relaxed);
         Self { activity: activity.clone(), awaits: true, stream: Stream::current() }
     }
@@ -183,6 +199,24 @@ impl Drop for InProgress {
     fn drop(&mut self) {
         self.answered();
         self.activity.requests.fetch_sub(1, Relaxed);
+    }
+}
+
+/// A request's body that has not ended.
+#[derive(Debug)]
+pub struct Upload(Arc<Activity>);
+
+impl Upload {
+    /// One begins.
+    pub fn begin(activity: &Arc<Activity>) -> Self {
+        activity.uploads.fetch_add(1, Relaxed);
+        Self(activity.clone())
+    }
+}
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        self.0.uploads.fetch_sub(1, Relaxed);
     }
 }
 
@@ -250,6 +284,16 @@ impl<S> Watched<S> {
         self.refusal = Some(Refusal { error, left: error.bytes().into() });
     }
 
+    /// Goes on without buffers, after what the HTTP library has read and not used.
+    pub fn rest(&mut self, unused: &[u8]) {
+        self.head = Vec::new();
+        if !unused.is_empty() && self.activity.is_between_requests() {
+            self.activity.head_began.store(self.activity.now() + 1, Relaxed);
+        }
+        // A copy: what it is part of may be large.
+        self.unread(Bytes::copy_from_slice(unused));
+    }
+
     /// Reads `bytes` before everything else.
     pub fn unread(&mut self, bytes: Bytes) {
         if self.first.is_empty() {
@@ -257,6 +301,28 @@ impl<S> Watched<S> {
         } else if !bytes.is_empty() {
             self.first = [bytes, std::mem::take(&mut self.first)].concat().into();
         }
+    }
+}
+
+impl<S: AsyncRead + Unpin> Watched<S> {
+    /// Waits for bytes, without a buffer that waits for them. Whether some came.
+    pub async fn next_bytes(&mut self) -> bool {
+        let read = |cx: &mut Context<'_>| {
+            if !self.first.is_empty() {
+                return Poll::Ready(true);
+            }
+            let mut bytes = [0; FIRST];
+            let mut bytes = ReadBuf::new(&mut bytes);
+            let read = ready!(Pin::new(&mut self.stream).poll_read(cx, &mut bytes));
+            let bytes = bytes.filled();
+            if read.is_err() || bytes.is_empty() {
+                return Poll::Ready(false);
+            }
+            self.activity.note_read(bytes.len());
+            self.first = Bytes::copy_from_slice(bytes);
+            Poll::Ready(true)
+        };
+        poll_fn(read).await
     }
 }
 
@@ -312,6 +378,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
             ready!(self.poll_refusal(cx))?;
             return Poll::Ready(Ok(bytes.len()));
         }
+        self.activity.is_unflushed.store(true, Relaxed);
         let written = ready!(Pin::new(&mut self.stream).poll_write(cx, bytes))?;
         self.activity.note_written(written);
         Poll::Ready(Ok(written))
@@ -331,6 +398,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
             ready!(self.poll_refusal(cx))?;
             return Poll::Ready(Ok(bytes.iter().map(|it| it.len()).sum()));
         }
+        self.activity.is_unflushed.store(true, Relaxed);
         let written = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, bytes))?;
         self.activity.note_written(written);
         Poll::Ready(Ok(written))
@@ -341,7 +409,10 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        // The HTTP library flushes when it has nothing left to write.
+        ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
+        self.activity.is_unflushed.store(false, Relaxed);
+        Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -13,9 +14,10 @@ use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 
-use super::connection;
+use super::connection::{self, Connection};
 use super::counters::Metric;
 use super::errors::ElbError;
+use super::exchange;
 use super::table::{Listener, Served};
 use super::worker::Worker;
 use crate::config::model::ProxyProtocol;
@@ -72,7 +74,10 @@ pub fn accept(worker: &Arc<Worker>, socket: TcpListener, listener: Arc<Listener>
                 Ok((stream, peer)) => begin(&worker, &listener, stream, peer),
                 Err(error) if is_of_one_connection(&error) => {}
                 Err(error) => {
-                    tracing::warn!(listener = %listener.address, %error, "no connection accepted");
+                    if worker.exhausted.is_due() {
+                        let listener = listener.address;
+                        tracing::warn!(%listener, %error, "no connection accepted");
+                    }
                     sleep(EXHAUSTED).await;
                 }
             }
@@ -105,26 +110,43 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 
 fn begin(worker: &Arc<Worker>, listener: &Arc<Listener>, stream: TcpStream, peer: SocketAddr) {
     let served = listener.current.load_full();
-    let Some(place) = Place::take(worker, &served) else {
-        served.load_balancer.counters.count(worker.index, Metric::RejectedConnections);
-        if served.route.listener.protocol != ProxyProtocol::Tls
-            && let Ok(permit) = worker.refusals.clone().try_acquire_owned()
-        {
-            let tls = served.tls.as_ref().map(|it| it.refusing.clone());
-            tokio::spawn(async move {
-                // A client that does not take it in time goes without.
-                let _ = timeout(FAREWELL, refuse(stream, tls)).await;
-                drop(permit);
-            });
-        }
+    let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+    let Some(place) = Place::take(worker, &served, &stream) else {
+        reject(worker, listener, &served, stream, peer);
         return;
     };
-    let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
     let worker = worker.clone();
     let listener = listener.clone();
     tokio::spawn(async move {
         connection::serve(&worker, &listener, served, stream, peer).await;
         drop(place);
+    });
+}
+
+/// Has no place for a client. Some are told so.
+fn reject(
+    worker: &Arc<Worker>,
+    listener: &Arc<Listener>,
+    served: &Arc<Served>,
+    stream: TcpStream,
+    peer: SocketAddr,
+) {
+    served.load_balancer.counters.count(worker.index, Metric::RejectedConnections);
+    if served.route.listener.protocol == ProxyProtocol::Tls
+        || !worker.descriptors.has_room_for_target(stream.as_raw_fd())
+    {
+        return;
+    }
+    let Ok(permit) = worker.refusals.clone().try_acquire_owned() else { return };
+    let connection = Connection::accepted(worker, listener, served, &stream, peer);
+    let tls = served.tls.as_ref().map(|it| it.refusing.clone());
+    tokio::spawn(async move {
+        if let Some(connection) = connection {
+            exchange::note_refused(&connection, ElbError::ServiceUnavailable, 0);
+        }
+        // A client that does not take it in time goes without.
+        let _ = timeout(FAREWELL, refuse(stream, tls)).await;
+        drop(permit);
     });
 }
 
@@ -161,7 +183,7 @@ pub async fn read_to_end(mut stream: impl AsyncRead + Unpin) -> io::Result<()> {
     Ok(())
 }
 
-/// One of the connections that a load balancer may have at a time.
+/// One of the connections that a load balancer may have at a time, and the process, too.
 #[derive(Debug)]
 struct Place {
     worker: Arc<Worker>,
@@ -169,7 +191,13 @@ struct Place {
 }
 
 impl Place {
-    fn take(worker: &Arc<Worker>, served: &Arc<Served>) -> Option<Self> {
+    fn take(worker: &Arc<Worker>, served: &Arc<Served>, stream: &TcpStream) -> Option<Self> {
+        if !worker.descriptors.has_room_for_client(stream.as_raw_fd()) {
+            if worker.exhausted.is_due() {
+                tracing::warn!("clients are refused: too few descriptors (ulimit -n)");
+            }
+            return None;
+        }
         let load_balancer = &served.load_balancer;
         let before = load_balancer.connections.fetch_add(1, Relaxed);
         if served.route.attributes.max_connections.is_some_and(|most| before >= most) {

@@ -9,6 +9,7 @@ mod body;
 mod connection;
 pub mod cookies;
 pub mod counters;
+pub mod descriptors;
 pub mod desync;
 mod errors;
 mod exchange;
@@ -29,6 +30,7 @@ mod table;
 mod tls;
 mod tunnel;
 mod upstream;
+mod watchdog;
 mod worker;
 
 use std::collections::{BTreeMap, HashMap};
@@ -45,6 +47,7 @@ pub use counters::Counters;
 pub use routes::Routes;
 
 use self::access_log::AccessLogs;
+use self::connection::MAX_HEAD;
 use self::routes::ListenerRoute;
 use self::table::{Groups, Listener, LoadBalancer, Maker, Served};
 use self::tls::{ListenerConfig, Watch};
@@ -54,6 +57,15 @@ use crate::config::model::ProxyProtocol;
 /// Bytes that are read or written at a time, at most. A quarter of it costs a third of the
 /// throughput of large bodies.
 const BUFFER: usize = 256 * 1024;
+
+/// Bytes of buffers in a thread, about: each connection has a few. Many connections have smaller ones,
+/// down to what a head needs.
+const BUFFERS: usize = 128 * 1024 * 1024;
+
+/// Bytes that are read or written at a time, at most, where a thread has so many connections.
+fn buffer(connections: usize) -> usize {
+    (BUFFERS / connections.max(1)).clamp(MAX_HEAD, BUFFER)
+}
 
 /// How long the end waits for access logs to be written.
 const LOGS: Duration = Duration::from_secs(2);
@@ -265,5 +277,17 @@ pub struct Problem {
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "listener {}: {}", self.listener, self.reason)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{BUFFER, BUFFERS, MAX_HEAD, buffer};
+
+    #[test]
+    fn many_connections_have_small_buffers() {
+        assert_eq!((buffer(0), buffer(BUFFERS / BUFFER)), (BUFFER, BUFFER));
+        assert_eq!(buffer(1024), 128 * 1024);
+        assert_eq!(buffer(1_000_000), MAX_HEAD);
     }
 }

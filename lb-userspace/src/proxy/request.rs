@@ -51,7 +51,7 @@ pub async fn serve(
     });
     in_progress.answered();
     let Some(mut exchange) = unanswered.0.take() else { return Ok(response) };
-    if exchange.is_alone && is_http1 {
+    if is_http1 && (exchange.is_alone || connection.is_old.load(Relaxed)) {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     exchange.answers(&response);

@@ -12,6 +12,8 @@ use tokio::runtime::Builder;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
+use super::buffer;
+use super::descriptors::{Descriptors, Seldom};
 use super::listener;
 use super::table::{Groups, Listener};
 use super::upstream::{Connector, Pool};
@@ -41,6 +43,17 @@ pub struct Worker {
     pub connections: watch::Sender<usize>,
     /// For connections that are told why they are refused.
     pub refusals: Arc<Semaphore>,
+    /// How many there may be.
+    pub descriptors: Descriptors,
+    /// Says that they are used up.
+    pub exhausted: Seldom,
+}
+
+impl Worker {
+    /// Bytes that a client's connection reads or writes at a time, at most.
+    pub fn buffer(&self) -> usize {
+        buffer(*self.connections.borrow())
+    }
 }
 
 /// A thread, as the handle sees it.
@@ -63,14 +76,17 @@ impl WorkerHandle {
         let (sockets, incoming) = mpsc::unbounded_channel();
         let sender = watch::Sender::new(0);
         let connections = sender.subscribe();
+        let descriptors = Descriptors::of_process();
         let thread = thread::Builder::new().name(format!("proxy-{index}")).spawn(move || {
             let worker = Arc::new(Worker {
                 index,
                 pool: Arc::default(),
-                connector: Connector::new(index),
+                connector: Connector::new(index, descriptors, sender.subscribe()),
                 groups,
                 connections: sender,
                 refusals: Arc::new(Semaphore::new(REFUSALS)),
+                descriptors,
+                exhausted: Seldom::default(),
             });
             runtime.block_on(run(worker, incoming));
         })?;

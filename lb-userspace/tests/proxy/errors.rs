@@ -101,9 +101,6 @@ async fn error_408_slow_head_on_a_kept_connection() {
     let _proxy = site.attributes(|it| it.idle_timeout = SHORT).start();
     let mut client = Client::connect(address).await;
     assert_eq!(client.get("/").await.status(), 200);
-    // Between requests it may be silent for longer.
-    sleep(SHORT * 3).await;
-    assert_eq!(client.get("/").await.status(), 200);
     client.send("GET /").await;
     assert_eq!(client.answer().await.status(), 408);
     assert!(client.is_closed().await);
@@ -114,6 +111,36 @@ async fn a_client_that_says_nothing_is_left() {
     let (site, address) = Site::new(&[answers(HELLO).await]);
     let _proxy = site.attributes(|it| it.idle_timeout = SHORT).start();
     assert!(Client::connect(address).await.is_closed().await);
+}
+
+#[tokio::test]
+async fn a_client_without_another_request_is_left() {
+    let (site, address) = Site::new(&[answers(HELLO).await]);
+    let _proxy = site.attributes(|it| it.idle_timeout = SHORT).start();
+    let mut client = Client::connect(address).await;
+    for _ in 0..4 {
+        assert_eq!(client.get("/").await.status(), 200);
+        sleep(SHORT / 2).await;
+    }
+    assert!(client.is_closed().await);
+}
+
+/// As on AWS: an old connection has one more answer, which is its last.
+#[tokio::test]
+async fn an_old_connection_ends_with_an_answer() {
+    let (site, address) = Site::new(&[answers(HELLO).await]);
+    let attributes = |it: &mut lb_userspace::config::model::Attributes| {
+        (it.idle_timeout, it.client_keep_alive) = (SHORT * 2, SHORT * 3);
+    };
+    let _proxy = site.attributes(attributes).start();
+    let mut client = Client::connect(address).await;
+    let began = Instant::now();
+    while client.get("/").await.field("connection") != Some("close") {
+        sleep(SHORT / 3).await;
+    }
+    let age = began.elapsed();
+    assert!(age >= SHORT * 3 && age < SHORT * 30, "{age:?}");
+    assert!(client.is_closed().await);
 }
 
 #[tokio::test]

@@ -17,6 +17,7 @@ use lb_userspace::config::model::HttpVersion;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
 
 use crate::harness::{Client, HELLO, Site, answers, ask, count, origin, read_head, wait_count};
 
@@ -319,7 +320,7 @@ async fn a_stalled_stream_times_out_alone() {
         while left.available_permits() == 0 {
             assert_eq!(get("").await.into_body().collect().await.unwrap().to_bytes(), "hello");
             assert!(began.elapsed() < crate::harness::LIMIT, "{path}");
-            tokio::time::sleep(IDLE / 8).await;
+            sleep(IDLE / 8).await;
         }
         assert!(began.elapsed() >= IDLE, "{path}: {:?}", began.elapsed());
         assert!(stalled.into_body().collect().await.is_err());
@@ -340,8 +341,7 @@ async fn a_stalled_stream_leaves_a_silent_connection_open() {
         client.send_request(Request::get(uri).body(Full::default()).unwrap()).await.unwrap()
     };
     assert!(get("stalls").await.into_body().collect().await.is_err());
-    tokio::time::timeout(crate::harness::LIMIT, left.acquire()).await.unwrap().unwrap().forget();
-    tokio::time::sleep(IDLE * 3).await;
+    timeout(crate::harness::LIMIT, left.acquire()).await.unwrap().unwrap().forget();
     assert_eq!(get("").await.into_body().collect().await.unwrap().to_bytes(), "hello");
 }
 
@@ -379,10 +379,48 @@ async fn a_client_that_reads_slowly_gets_everything() {
     let mut read = 0;
     let mut buffer = vec![0; 400_000];
     while read < 4_000_000 {
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        sleep(Duration::from_millis(50)).await;
         let n = tokio::io::AsyncReadExt::read(&mut reader, &mut buffer).await.unwrap();
         assert!(n > 0, "closed after {read} bytes");
         read += n;
     }
     sending.await.unwrap().unwrap();
+}
+
+/// Longer than a connection without a request keeps its buffers.
+const QUIET: Duration = Duration::from_secs(4);
+
+#[tokio::test]
+async fn quiet_connections_go_on() {
+    let (site, address) = Site::new(&[answers(HELLO).await]);
+    let _proxy = site.start();
+    let mut client = Client::connect(address).await;
+    assert_eq!(client.get("/").await.body, b"hello");
+    sleep(QUIET).await;
+    assert_eq!(client.get("/").await.body, b"hello");
+    // Half of a head that came together with a request waits for its rest.
+    client.send("GET / HTTP/1.1\r\nHost: a\r\n\r\nGET / HT").await;
+    assert_eq!(client.answer().await.body, b"hello");
+    sleep(QUIET).await;
+    client.send("TP/1.1\r\nHost: a\r\n\r\n").await;
+    assert_eq!(client.answer().await.body, b"hello");
+}
+
+/// A body whose request has been answered is none the less a body, however long it takes.
+#[tokio::test]
+async fn what_is_left_of_a_body_is_never_a_request() {
+    let (site, address) = Site::new(&[answers(HELLO).await]);
+    let proxy = site.start();
+    let mut client = Client::connect(address).await;
+    let rest = "GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n";
+    let length = 10 + rest.len();
+    client
+        .send(format!("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n0123456789"))
+        .await;
+    assert_eq!(client.answer().await.body, b"hello");
+    sleep(QUIET).await;
+    let _ = client.stream.write_all(rest.as_bytes()).await;
+    // Silence, or the end of the connection, but no answer.
+    assert!(timeout(QUIET, client.is_closed()).await.unwrap_or(true));
+    assert_eq!(count(&proxy, "RequestCount"), 1);
 }

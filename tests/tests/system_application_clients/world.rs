@@ -3,11 +3,12 @@
 use std::{
     fs,
     net::{IpAddr, SocketAddr},
+    path::Path,
     process::Command,
 };
 
 use lb_tests::{
-    agent::Agent,
+    agent::{Agent, Home, binary},
     netns::Namespace,
     servers::HttpServer,
     site::PATIENCE,
@@ -76,12 +77,23 @@ impl<S> World<S> {
         serve: impl FnOnce(&Topology) -> S,
         config: impl FnOnce(&Authority) -> String,
     ) -> Self {
+        Self::start_program(&binary().unwrap(), serve, config)
+    }
+
+    /// With another program as the agent.
+    pub fn start_program(
+        program: &Path,
+        serve: impl FnOnce(&Topology) -> S,
+        config: impl FnOnce(&Authority) -> String,
+    ) -> Self {
         let authority = Authority::new();
         let topology = Topology::new(Picture::TwoNics, 2).unwrap();
         assert_eq!(topology.listener, listener());
         let servers = serve(&topology);
         let config = with_names(&config(&authority));
-        let agent = Agent::start(&topology.balancer, topology.interfaces, &config).unwrap();
+        let home = Home::new(&config).unwrap();
+        let (namespace, interfaces) = (&topology.balancer, topology.interfaces);
+        let agent = Agent::start_program(program, home, namespace, interfaces, &[]).unwrap();
         let name = balancer(&agent)["dns_name"].as_str().unwrap().to_owned();
         let server = format!("nameserver {}\n", Dual::new(CLIENTS, 1).v4);
         fs::write(authority.folder().join("resolv.conf"), server).unwrap();

@@ -2,25 +2,29 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use nix::errno::Errno;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use super::super::BUFFER;
+use super::super::buffer;
 use super::super::counters::Metric;
+use super::super::descriptors::{self, Descriptors};
 use super::super::table::{LoadBalancer, Target};
 use super::super::tls;
-use super::counted::CountedStream;
-use super::{Lease, Pool, proxy_protocol};
+use super::counted::{CountedStream, Patience};
+use super::{Http1, Lease, Pool, proxy_protocol};
 use crate::config::model::{HttpVersion, TargetProtocol};
 
 /// How long a connection to a target may take, with its TLS handshake.
@@ -40,6 +44,8 @@ pub enum ConnectError {
     Timeout,
     /// The target, or the network, refused it.
     Refused,
+    /// This process has no descriptor for it.
+    NoDescriptors,
 }
 
 /// A connection to a target.
@@ -58,16 +64,21 @@ pub struct Connector {
     http2: Arc<ClientConfig>,
     any: Arc<ClientConfig>,
     worker: usize,
+    descriptors: Descriptors,
+    /// How many connections of clients the thread has.
+    clients: watch::Receiver<usize>,
 }
 
 impl Connector {
     /// For the thread of that number.
-    pub fn new(worker: usize) -> Self {
+    pub fn new(worker: usize, descriptors: Descriptors, clients: watch::Receiver<usize>) -> Self {
         Self {
             http1: tls::towards_targets(&[b"http/1.1"]),
             http2: tls::towards_targets(&[b"h2"]),
             any: tls::towards_targets(&[]),
             worker,
+            descriptors,
+            clients,
         }
     }
 
@@ -83,10 +94,17 @@ impl Connector {
             HttpVersion::Http1 => &self.http1,
             HttpVersion::Http2 | HttpVersion::Grpc => &self.http2,
         };
+        let buffer = buffer(*self.clients.borrow());
         let opened = async {
             match self.open(target, load_balancer, config, None).await? {
-                TargetStream::Plain(stream) => handshake(stream, pool, target).await,
-                TargetStream::Tls(stream) => handshake(*stream, pool, target).await,
+                TargetStream::Plain(stream) => {
+                    let patience = stream.patience();
+                    handshake(stream, (patience, buffer), pool, target).await
+                }
+                TargetStream::Tls(stream) => {
+                    let patience = stream.get_ref().0.patience();
+                    handshake(*stream, (patience, buffer), pool, target).await
+                }
             }
         };
         self.within(deadline, target, load_balancer, opened).await
@@ -116,6 +134,10 @@ impl Connector {
         let opened = match timeout_at(deadline, opening).await {
             Ok(Ok(opened)) => return Ok(opened),
             Ok(Err(error)) if error.kind() == io::ErrorKind::TimedOut => ConnectError::Timeout,
+            // No fault of the target.
+            Ok(Err(error)) if descriptors::are_exhausted(&error) => {
+                return Err(ConnectError::NoDescriptors);
+            }
             Ok(Err(error)) => {
                 tracing::debug!(target = %target.address, %error, "no connection");
                 ConnectError::Refused
@@ -140,6 +162,9 @@ impl Connector {
         ends: Option<(SocketAddr, SocketAddr)>,
     ) -> io::Result<TargetStream> {
         let stream = TcpStream::connect(target.address).await?;
+        if !self.descriptors.has_room_for_target(stream.as_raw_fd()) {
+            return Err(Errno::EMFILE.into());
+        }
         stream.set_nodelay(true)?;
         let mut stream = CountedStream::new(stream, load_balancer.clone(), self.worker);
         if let Some((client, listener)) = ends {
@@ -162,7 +187,12 @@ impl Connector {
 }
 
 /// Begins HTTP on a connection. Its bytes are moved by a task that ends with the target.
-async fn handshake<S>(stream: S, pool: &Arc<Pool>, target: &Arc<Target>) -> io::Result<Lease>
+async fn handshake<S>(
+    stream: S,
+    (patience, buffer): (Arc<Patience>, usize),
+    pool: &Arc<Pool>,
+    target: &Arc<Target>,
+) -> io::Result<Lease>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -170,13 +200,13 @@ where
     match target.settings.version {
         HttpVersion::Http1 => {
             let (sender, connection) = http1::Builder::new()
-                .max_buf_size(BUFFER)
+                .max_buf_size(buffer)
                 .max_header_size(MAX_HEAD)
                 .handshake(io)
                 .await
                 .map_err(io::Error::other)?;
             drive(connection.with_upgrades(), target);
-            Ok(pool.lease_http1(target.id, sender))
+            Ok(pool.lease_http1(target.id, Http1 { sender, patience }))
         }
         HttpVersion::Http2 | HttpVersion::Grpc => {
             let (sender, connection) = http2::Builder::new(TokioExecutor::new())

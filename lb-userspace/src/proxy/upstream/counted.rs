@@ -3,7 +3,8 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
@@ -18,6 +19,38 @@ pub struct CountedStream {
     stream: TcpStream,
     load_balancer: Arc<LoadBalancer>,
     worker: usize,
+    patience: Arc<Patience>,
+}
+
+/// How much a target may still say before its answer begins. It may say 1xx as often as it likes:
+/// one that does so for ever would keep its thread busy with nothing.
+#[derive(Debug)]
+pub struct Patience(AtomicU64);
+
+impl Patience {
+    /// Bytes: far more than the largest head, as the library reads on into the body.
+    const BYTES: u64 = 1024 * 1024;
+
+    /// A request is sent.
+    pub fn begin(&self) {
+        self.0.store(Self::BYTES, Relaxed);
+    }
+
+    /// The answer has begun; what follows comes as fast as it is taken.
+    pub fn end(&self) {
+        self.0.store(u64::MAX, Relaxed);
+    }
+
+    fn has_ended(&self) -> bool {
+        self.0.load(Relaxed) == 0
+    }
+
+    fn spend(&self, bytes: usize) {
+        let left = self.0.load(Relaxed);
+        if left < u64::MAX {
+            self.0.store(left.saturating_sub(bytes as u64), Relaxed);
+        }
+    }
 }
 
 impl CountedStream {
@@ -25,7 +58,13 @@ impl CountedStream {
     pub fn new(stream: TcpStream, load_balancer: Arc<LoadBalancer>, worker: usize) -> Self {
         load_balancer.counters.count(worker, Metric::NewConnections);
         load_balancer.counters.count(worker, Metric::ActiveConnections);
-        Self { stream, load_balancer, worker }
+        let patience = Arc::new(Patience(AtomicU64::new(u64::MAX)));
+        Self { stream, load_balancer, worker, patience }
+    }
+
+    /// How much the target may still say.
+    pub fn patience(&self) -> Arc<Patience> {
+        self.patience.clone()
     }
 }
 
@@ -41,7 +80,16 @@ impl AsyncRead for CountedStream {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        if self.patience.has_ended() {
+            return Poll::Ready(Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the target says too much before its answer",
+            )));
+        }
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        self.patience.spend(buf.filled().len() - before);
+        Poll::Ready(Ok(()))
     }
 }
 

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 
 pub use connect::{ConnectError, Connector, TargetStream};
 
+use self::counted::Patience;
 use super::body::RequestBody;
 use super::table::Target;
 use crate::config::model::HttpVersion;
@@ -35,9 +36,16 @@ pub struct Pool {
     shared: Mutex<HashMap<u64, Vec<Multiplexed>>>,
 }
 
+/// A connection of HTTP/1.1.
+#[derive(Debug)]
+struct Http1 {
+    sender: http1::SendRequest<RequestBody>,
+    patience: Arc<Patience>,
+}
+
 #[derive(Debug)]
 struct Idle {
-    sender: http1::SendRequest<RequestBody>,
+    connection: Http1,
     since: Instant,
 }
 
@@ -66,7 +74,7 @@ pub struct Lease {
 
 #[derive(Debug)]
 enum Sender {
-    Http1(http1::SendRequest<RequestBody>),
+    Http1(Http1),
     Http2(http2::SendRequest<RequestBody>, #[expect(dead_code, reason = "counted")] Arc<()>),
 }
 
@@ -86,7 +94,12 @@ impl Lease {
         request: Request<RequestBody>,
     ) -> Result<Response<Incoming>, SendError> {
         let answer = match &mut self.sender {
-            Sender::Http1(sender) => sender.try_send_request(request).await,
+            Sender::Http1(connection) => {
+                connection.patience.begin();
+                let answer = connection.sender.try_send_request(request).await;
+                connection.patience.end();
+                answer
+            }
             Sender::Http2(sender, _) => sender.try_send_request(request).await,
         };
         answer.map_err(|mut error| SendError {
@@ -97,14 +110,14 @@ impl Lease {
 
     /// The answer has ended: another request may have it.
     pub fn give_back(self) {
-        if let Sender::Http1(sender) = self.sender
+        if let Sender::Http1(connection) = self.sender
             && self.is_kept
-            && !sender.is_closed()
+            && !connection.sender.is_closed()
         {
             let mut idle = lock(&self.pool.idle);
             let idle = idle.entry(self.target).or_default();
             if idle.len() < MAX_IDLE {
-                idle.push(Idle { sender, since: Instant::now() });
+                idle.push(Idle { connection, since: Instant::now() });
             }
         }
     }
@@ -127,8 +140,8 @@ impl Pool {
         while let Some(last) = idle.pop() {
             // One that is neither ready nor closed has its answer's last bytes behind it, but its
             // task did not yet run; it is ready in a moment.
-            if !last.sender.is_closed() {
-                return Some(Sender::Http1(last.sender));
+            if !last.connection.sender.is_closed() {
+                return Some(Sender::Http1(last.connection));
             }
         }
         None
@@ -144,12 +157,8 @@ impl Pool {
     }
 
     /// A connection that was just opened.
-    fn lease_http1(
-        self: &Arc<Self>,
-        target: u64,
-        sender: http1::SendRequest<RequestBody>,
-    ) -> Lease {
-        Lease { pool: self.clone(), target, sender: Sender::Http1(sender), is_kept: true }
+    fn lease_http1(self: &Arc<Self>, target: u64, connection: Http1) -> Lease {
+        Lease { pool: self.clone(), target, sender: Sender::Http1(connection), is_kept: true }
     }
 
     fn lease_http2(
@@ -171,7 +180,7 @@ impl Pool {
     pub fn sweep(&self, now: Instant) {
         let is_old = |since: Instant| now.saturating_duration_since(since) > KEEP;
         lock(&self.idle).retain(|_, idle| {
-            idle.retain(|it| !it.sender.is_closed() && !is_old(it.since));
+            idle.retain(|it| !it.connection.sender.is_closed() && !is_old(it.since));
             !idle.is_empty()
         });
         lock(&self.shared).retain(|_, shared| {
