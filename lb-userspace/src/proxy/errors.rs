@@ -5,6 +5,7 @@ use hyper::header::{CONTENT_TYPE, HeaderValue, SERVER};
 use hyper::{Response, StatusCode};
 
 use super::body::ResponseBody;
+use super::headers::MAX_REQUEST_LINE;
 
 /// Why the load balancer answers by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +32,9 @@ pub enum ElbError {
     NotImplemented,
     /// 502: a target closed its connection or gave an answer that is not HTTP.
     BadGateway,
+    /// 502: a target said that it did nothing about the request, which cannot be sent again from
+    /// here. Clients of HTTP/2 are told the same.
+    Unprocessed,
     /// 503: there is no target that could take the request, or no capacity.
     ServiceUnavailable,
     /// 504: a target did not answer, or not connect, in time.
@@ -40,6 +44,10 @@ pub enum ElbError {
 impl ElbError {
     /// Why a request's head cannot be read.
     pub fn of_head(head: &[u8]) -> Self {
+        let line = head.iter().position(|&byte| byte == b'\n').unwrap_or(head.len());
+        if line > MAX_REQUEST_LINE {
+            return Self::UriTooLong;
+        }
         let mut lines = head.split(|&byte| byte == b'\n').skip(1);
         let is_unknown_coding = |line: &[u8]| {
             let Some(colon) = line.iter().position(|&byte| byte == b':') else { return false };
@@ -62,7 +70,7 @@ impl ElbError {
             Self::IncompatibleVersion => (464, "Incompatible Protocol Version"),
             Self::Internal => (500, "Internal Server Error"),
             Self::NotImplemented => (501, "Not Implemented"),
-            Self::BadGateway => (502, "Bad Gateway"),
+            Self::BadGateway | Self::Unprocessed => (502, "Bad Gateway"),
             Self::ServiceUnavailable => (503, "Service Temporarily Unavailable"),
             Self::GatewayTimeout => (504, "Gateway Time-out"),
         }
