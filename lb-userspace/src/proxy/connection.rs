@@ -21,7 +21,7 @@ use super::errors::ElbError;
 use super::exchange;
 use super::headers::Told;
 use super::io::{Activity, Waiting, Watched};
-use super::listener::{FAREWELL, farewell, read_to_end};
+use super::listener::{FAREWELL, LINGERING, farewell, linger, read_to_end};
 use super::request;
 use super::streams::Streams;
 use super::table::{Listener, Served};
@@ -66,7 +66,7 @@ pub struct Connection {
     pub activity: Arc<Activity>,
     /// Set by a request after whose answer the connection becomes a tunnel.
     pub upgrade: Mutex<Option<Upgrade>>,
-    /// Whether it ends with an answer to a request that the client may still be sending.
+    /// Whether the client may still be sending the request that was answered last.
     pub lingers: AtomicBool,
 }
 
@@ -124,10 +124,19 @@ pub async fn serve(
             };
             connection.tls = Some(Tls::of(stream.get_ref().1, began.elapsed()));
             if connection.tls.as_ref().is_some_and(|tls| tls.alpn.as_deref() == Some("h2")) {
-                Box::pin(http2(Arc::new(connection), &attributes, stream, Bytes::new())).await;
+                Box::pin(http2(Arc::new(connection), stream, Bytes::new())).await;
             } else {
-                Box::pin(http1(Arc::new(connection), &attributes, stream, Bytes::new())).await;
+                Box::pin(http1(Arc::new(connection), stream, Bytes::new())).await;
             }
+        }
+    }
+}
+
+impl Connection {
+    /// It ends. Between requests nothing can be on its way that the client must be read for.
+    fn ends_between_requests(&self) {
+        if matches!(self.activity.waiting(), Waiting::Request(_)) {
+            self.lingers.store(false, Relaxed);
         }
     }
 }
@@ -189,13 +198,13 @@ async fn plain(connection: Connection, attributes: &Attributes, mut stream: TcpS
     };
     let connection = Arc::new(connection);
     if is_http2 && attributes.http2 {
-        Box::pin(http2(connection, attributes, stream, first.freeze())).await;
+        Box::pin(http2(connection, stream, first.freeze())).await;
     } else {
-        Box::pin(http1(connection, attributes, stream, first.freeze())).await;
+        Box::pin(http1(connection, stream, first.freeze())).await;
     }
 }
 
-async fn http1<S>(connection: Arc<Connection>, attributes: &Attributes, stream: S, first: Bytes)
+async fn http1<S>(connection: Arc<Connection>, stream: S, first: Bytes)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -205,23 +214,29 @@ where
     let mut served = http1::Builder::new()
         .max_buf_size(BUFFER)
         .max_header_size(MAX_HEAD)
+        .title_case_headers(true)
         .header_read_timeout(None)
         .serve_connection(io, service);
-    let mut watchdog = Watchdog::new(&connection, attributes);
-    let closed = connection.listener.closed();
-    tokio::pin!(closed);
+    let mut changes = connection.listener.changes();
+    let mut watchdog = Watchdog::new(&connection, 1);
     let mut is_closing = false;
     let ended = loop {
         tokio::select! {
             biased;
             ended = &mut served => break ended,
-            () = &mut closed, if !is_closing => {
-                is_closing = true;
-                Pin::new(&mut served).graceful_shutdown();
+            _ = changes.changed(), if !is_closing => {
+                if *changes.borrow() {
+                    is_closing = true;
+                    connection.ends_between_requests();
+                    Pin::new(&mut served).graceful_shutdown();
+                } else {
+                    watchdog.follow(&connection);
+                }
             }
             verdict = watchdog.watch() => match verdict {
                 Overdue::Idle if !is_closing => {
                     is_closing = true;
+                    connection.ends_between_requests();
                     Pin::new(&mut served).graceful_shutdown();
                 }
                 Overdue::Idle | Overdue::Silent => return,
@@ -248,21 +263,21 @@ where
         let parts = served.into_parts();
         let mut stream = parts.io.into_inner();
         stream.unread(parts.read_buf);
-        upgrade.run(stream, &connection.activity, attributes.idle_timeout).await;
+        upgrade.run(stream, &connection.activity).await;
     } else if connection.lingers.load(Relaxed) {
         let stream = served.into_parts().io.into_inner();
-        let _ = timeout(FAREWELL, read_to_end(stream)).await;
+        let _ = timeout(LINGERING, linger(stream)).await;
     }
 }
 
-async fn http2<S>(connection: Arc<Connection>, attributes: &Attributes, stream: S, first: Bytes)
+async fn http2<S>(connection: Arc<Connection>, stream: S, first: Bytes)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let io = TokioIo::new(Watched::new(stream, first, connection.activity.clone()));
     let for_requests = connection.clone();
     let service = service_fn(move |request| request::serve(for_requests.clone(), request));
-    let streams = Streams { idle_timeout: attributes.idle_timeout };
+    let streams = Streams { listener: connection.listener.clone() };
     let mut served = http2::Builder::new(streams)
         .timer(TokioTimer::new())
         .max_concurrent_streams(STREAMS)
@@ -272,11 +287,9 @@ where
         .max_header_list_size(u32::try_from(MAX_HEAD).unwrap_or(u32::MAX))
         .serve_connection(io, service);
     let mut served = Pin::new(&mut served);
-    let mut watchdog = Watchdog::new(&connection, attributes);
-    // Streams that stall end by themselves; this is for what that does not help.
-    watchdog.silence *= 2;
-    let closed = connection.listener.closed();
-    tokio::pin!(closed);
+    let mut changes = connection.listener.changes();
+    // Streams that stall end by themselves; twice the time is for what that does not help.
+    let mut watchdog = Watchdog::new(&connection, 2);
     let mut is_closing = false;
     loop {
         tokio::select! {
@@ -287,9 +300,13 @@ where
                 }
                 return;
             }
-            () = &mut closed, if !is_closing => {
-                is_closing = true;
-                served.as_mut().graceful_shutdown();
+            _ = changes.changed(), if !is_closing => {
+                if *changes.borrow() {
+                    is_closing = true;
+                    served.as_mut().graceful_shutdown();
+                } else {
+                    watchdog.follow(&connection);
+                }
             }
             verdict = watchdog.watch() => match verdict {
                 Overdue::Idle | Overdue::Head if !is_closing => {
@@ -316,9 +333,9 @@ where
 struct Watchdog {
     activity: Arc<Activity>,
     idle_timeout: Duration,
-    /// How long an answer may stall.
-    silence: Duration,
     keep_alive: Duration,
+    /// An answer may stall for so many times `idle_timeout`.
+    patience: u32,
     timer: Pin<Box<Sleep>>,
 }
 
@@ -333,13 +350,26 @@ enum Overdue {
 }
 
 impl Watchdog {
-    fn new(connection: &Connection, attributes: &Attributes) -> Self {
+    fn new(connection: &Connection, patience: u32) -> Self {
+        let served = connection.listener.current.load();
+        let attributes = &served.route.attributes;
         Self {
             activity: connection.activity.clone(),
             idle_timeout: attributes.idle_timeout,
-            silence: attributes.idle_timeout,
             keep_alive: attributes.client_keep_alive,
+            patience,
             timer: Box::pin(sleep(attributes.idle_timeout)),
+        }
+    }
+
+    /// Goes by the listener's attributes as they are now.
+    fn follow(&mut self, connection: &Connection) {
+        let served = connection.listener.current.load();
+        let attributes = &served.route.attributes;
+        let now = (attributes.idle_timeout, attributes.client_keep_alive);
+        if now != (self.idle_timeout, self.keep_alive) {
+            (self.idle_timeout, self.keep_alive) = now;
+            self.timer.as_mut().reset(Instant::now());
         }
     }
 
@@ -352,7 +382,9 @@ impl Watchdog {
                 }
                 Waiting::Request(since) => (Overdue::Idle, since, self.idle_timeout),
                 Waiting::Head(since) => (Overdue::Head, since, self.idle_timeout),
-                Waiting::Rest(since) => (Overdue::Silent, since, self.silence),
+                Waiting::Rest(since) => {
+                    (Overdue::Silent, since, self.idle_timeout.saturating_mul(self.patience))
+                }
                 // Whoever waits for the answer has a timer of his own.
                 Waiting::Answer => (Overdue::Silent, Duration::ZERO, self.idle_timeout),
             };

@@ -4,9 +4,12 @@
 
 mod decisions;
 mod errors;
+mod fields;
 mod forwarding;
 mod harness;
+mod own_answers;
 mod reload;
+mod repeats;
 mod stickiness;
 mod tls;
 mod upgrades;

@@ -172,6 +172,7 @@ where
             let (sender, connection) = http1::Builder::new()
                 .max_buf_size(BUFFER)
                 .max_header_size(MAX_HEAD)
+                .title_case_headers(true)
                 .handshake(io)
                 .await
                 .map_err(io::Error::other)?;
