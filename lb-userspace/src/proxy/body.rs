@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use super::errors::ElbError;
 use super::exchange::Exchange;
 use super::io::{Activity, InProgress, Upload};
+use super::replay::Reader;
 use super::upstream::Lease;
 
 /// Bytes that a stream of HTTP/2 gets at a time: what a frame holds. A client that reads slowly takes
@@ -80,6 +81,11 @@ impl Progress {
         what.store(true, Relaxed);
     }
 
+    /// It is sent again from its beginning.
+    pub fn restart(&self) {
+        self.bytes.store(0, Relaxed);
+    }
+
     /// Bytes of it so far.
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Relaxed)
@@ -94,7 +100,7 @@ pub enum RequestBody {
     /// As the client sends it.
     Client {
         /// What the client sends.
-        incoming: Incoming,
+        source: Source,
         /// How far it has come.
         progress: Arc<Progress>,
         /// Bytes of it, at most.
@@ -104,11 +110,31 @@ pub enum RequestBody {
     },
 }
 
+/// Where a request's body comes from.
+#[derive(Debug)]
+pub enum Source {
+    /// From the client.
+    Client(Incoming),
+    /// From the client, and kept so that it can be sent again.
+    Kept(Reader),
+}
+
+impl Source {
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Client(incoming) => incoming.is_end_stream(),
+            Self::Kept(reader) => reader.is_end_stream(),
+        }
+    }
+}
+
 impl RequestBody {
-    /// What the client sends over that connection, of at most so many bytes.
+    /// What the client sends over that connection, of at most so many bytes; kept, if it may have to
+    /// be sent again.
     pub fn new(
         incoming: Incoming,
         most: Option<u64>,
+        is_kept: bool,
         activity: &Arc<Activity>,
     ) -> (Self, Option<Arc<Progress>>) {
         if incoming.is_end_stream() {
@@ -117,7 +143,9 @@ impl RequestBody {
         let progress = Arc::new(Progress::new());
         let most = most.unwrap_or(u64::MAX);
         let upload = Some(Upload::begin(activity));
-        (Self::Client { incoming, progress: progress.clone(), most, upload }, Some(progress))
+        let source =
+            if is_kept { Source::Kept(Reader::new(incoming)) } else { Source::Client(incoming) };
+        (Self::Client { source, progress: progress.clone(), most, upload }, Some(progress))
     }
 }
 
@@ -128,6 +156,8 @@ pub enum RequestBodyError {
     Client(hyper::Error),
     /// It is larger than it may be.
     TooLarge,
+    /// It is being sent again elsewhere.
+    Replaced,
 }
 
 impl fmt::Display for RequestBodyError {
@@ -135,6 +165,7 @@ impl fmt::Display for RequestBodyError {
         match self {
             Self::Client(error) => error.fmt(f),
             Self::TooLarge => f.write_str("the body is larger than it may be"),
+            Self::Replaced => f.write_str("the body is being sent again elsewhere"),
         }
     }
 }
@@ -149,14 +180,19 @@ impl Body for RequestBody {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
-        let Self::Client { incoming, progress, most, upload } = self.get_mut() else {
+        let Self::Client { source, progress, most, upload } = self.get_mut() else {
             return Poll::Ready(None);
         };
-        let frame = Pin::new(&mut *incoming).poll_frame(cx);
+        let frame = match source {
+            Source::Client(incoming) => Pin::new(incoming)
+                .poll_frame(cx)
+                .map(|it| it.map(|it| it.map_err(RequestBodyError::Client))),
+            Source::Kept(reader) => reader.poll_frame(cx),
+        };
         progress.awaited.store(frame.is_pending(), Relaxed);
         let frame = ready!(frame);
         progress.note();
-        if frame.is_none() || incoming.is_end_stream() {
+        if frame.is_none() || source.is_end_stream() {
             *upload = None;
         }
         match &frame {
@@ -169,22 +205,24 @@ impl Body for RequestBody {
                     return Poll::Ready(Some(Err(RequestBodyError::TooLarge)));
                 }
             }
-            Some(Err(error)) => progress.note_failure(error),
+            Some(Err(RequestBodyError::Client(error))) => progress.note_failure(error),
+            Some(Err(_)) => {}
         }
-        Poll::Ready(frame.map(|frame| frame.map_err(RequestBodyError::Client)))
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Empty => true,
-            Self::Client { incoming, .. } => incoming.is_end_stream(),
+            Self::Client { source, .. } => source.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Empty => SizeHint::with_exact(0),
-            Self::Client { incoming, .. } => incoming.size_hint(),
+            Self::Client { source: Source::Client(incoming), .. } => incoming.size_hint(),
+            Self::Client { source: Source::Kept(reader), .. } => reader.size_hint(),
         }
     }
 }
@@ -228,6 +266,14 @@ impl ResponseBody {
         }
         let content = Content::Target { incoming, lease, rest: Bytes::new() };
         Self { content, exchange: None, in_progress: None }
+    }
+
+    /// Takes out what is ours, where there may be none. How long it was.
+    pub fn take_own(&mut self) -> usize {
+        match &mut self.content {
+            Content::Own(bytes) => std::mem::take(bytes).len(),
+            Content::Target { .. } => 0,
+        }
     }
 
     /// With what is to be noted when it has ended.

@@ -19,8 +19,8 @@ use super::counters::Metric;
 use super::errors::ElbError;
 use super::exchange;
 use super::headers::Told;
-use super::io::{Activity, Watched};
-use super::listener::{FAREWELL, farewell, read_to_end};
+use super::io::{Activity, Waiting, Watched};
+use super::listener::{FAREWELL, LINGERING, farewell, linger, read_to_end};
 use super::request;
 use super::streams::Streams;
 use super::table::{Listener, Served};
@@ -66,7 +66,7 @@ pub struct Connection {
     pub activity: Arc<Activity>,
     /// Set by a request after whose answer the connection becomes a tunnel.
     pub upgrade: Mutex<Option<Upgrade>>,
-    /// Whether it ends with an answer to a request that the client may still be sending.
+    /// Whether the client may still be sending the request that was answered last.
     pub lingers: AtomicBool,
     /// Whether it is as old as it may become: the next answer is its last.
     pub is_old: AtomicBool,
@@ -143,11 +143,25 @@ pub async fn serve(
             let is_http2 = tls.alpn.as_deref() == Some("h2");
             let connection = Arc::new(Connection { tls: Some(tls), ..connection });
             if is_http2 {
-                Box::pin(http2(connection, &attributes, stream, Bytes::new())).await;
+                Box::pin(http2(connection, stream, Bytes::new())).await;
             } else {
                 let stream = Watched::new(stream, Bytes::new(), connection.activity.clone());
-                http1(connection, &attributes, stream).await;
+                http1(connection, stream).await;
             }
+        }
+    }
+}
+
+impl Connection {
+    /// What holds for it now.
+    fn attributes(&self) -> Arc<Attributes> {
+        self.listener.current.load().route.attributes.clone()
+    }
+
+    /// It ends. Between requests nothing can be on its way that the client must be read for.
+    fn ends_between_requests(&self) {
+        if matches!(self.activity.waiting(), Waiting::Request(_)) {
+            self.lingers.store(false, Relaxed);
         }
     }
 }
@@ -206,10 +220,10 @@ async fn plain(connection: Connection, attributes: &Attributes, mut stream: TcpS
     };
     let connection = Arc::new(connection);
     if is_http2 && attributes.http2 {
-        Box::pin(http2(connection, attributes, stream, first)).await;
+        Box::pin(http2(connection, stream, first)).await;
     } else {
         let stream = Watched::new(stream, first, connection.activity.clone());
-        http1(connection, attributes, stream).await;
+        http1(connection, stream).await;
     }
 }
 
@@ -251,32 +265,39 @@ async fn first_bytes(stream: &mut TcpStream, idle_timeout: Duration) -> First {
 }
 
 /// HTTP/1.1. The HTTP library, with its buffers, is there while there is something to do.
-async fn http1<S>(connection: Arc<Connection>, attributes: &Attributes, mut stream: Watched<S>)
+async fn http1<S>(connection: Arc<Connection>, mut stream: Watched<S>)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    while let Some(quiet) = Box::pin(requests(&connection, attributes, stream)).await {
+    while let Some(quiet) = Box::pin(requests(&connection, stream)).await {
         stream = quiet;
-        let left = attributes.idle_timeout.saturating_sub(connection.activity.silent_for());
-        let goes_on = tokio::select! {
-            biased;
-            has_come = stream.next_bytes() => has_come,
-            () = connection.listener.closed() => false,
-            () = sleep(left) => false,
-        };
-        if !goes_on {
+        if !has_more(&connection, &mut stream).await {
             let _ = timeout(FAREWELL, stream.shutdown()).await;
             return;
         }
     }
 }
 
+/// Waits for the next request, without buffers. Whether it comes.
+async fn has_more<S>(connection: &Connection, stream: &mut Watched<S>) -> bool
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut changes = connection.listener.changes();
+    loop {
+        let idle_timeout = connection.attributes().idle_timeout;
+        let left = idle_timeout.saturating_sub(connection.activity.silent_for());
+        tokio::select! {
+            biased;
+            has_come = stream.next_bytes() => return has_come,
+            _ = changes.changed() => if *changes.borrow() { return false },
+            () = sleep(left) => return false,
+        }
+    }
+}
+
 /// Serves requests. The stream, if the connection may have more after a while.
-async fn requests<S>(
-    connection: &Arc<Connection>,
-    attributes: &Attributes,
-    stream: Watched<S>,
-) -> Option<Watched<S>>
+async fn requests<S>(connection: &Arc<Connection>, stream: Watched<S>) -> Option<Watched<S>>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -285,22 +306,28 @@ where
     let mut served = http1::Builder::new()
         .max_buf_size(connection.worker.buffer())
         .max_header_size(MAX_HEAD)
+        .title_case_headers(true)
         .header_read_timeout(None)
         .serve_connection(TokioIo::new(stream), service);
-    let mut watchdog = Watchdog::telling_quiet(&connection.activity, attributes);
+    let attributes = connection.attributes();
+    let mut watchdog = Watchdog::telling_quiet(&connection.activity, &attributes);
     if connection.activity.age() >= attributes.client_keep_alive {
         connection.is_old.store(true, Relaxed);
     }
-    let closed = connection.listener.closed();
-    tokio::pin!(closed);
+    let mut changes = connection.listener.changes();
     let mut is_closing = false;
     let ended = loop {
         tokio::select! {
             biased;
             ended = &mut served => break ended,
-            () = &mut closed, if !is_closing => {
-                is_closing = true;
-                Pin::new(&mut served).graceful_shutdown();
+            _ = changes.changed(), if !is_closing => {
+                if *changes.borrow() {
+                    is_closing = true;
+                    connection.ends_between_requests();
+                    Pin::new(&mut served).graceful_shutdown();
+                } else {
+                    watchdog.follow(&connection.attributes());
+                }
             }
             verdict = watchdog.watch() => match verdict {
                 Overdue::Old => connection.is_old.store(true, Relaxed),
@@ -312,6 +339,7 @@ where
                 }
                 Overdue::Idle if !is_closing => {
                     is_closing = true;
+                    connection.ends_between_requests();
                     Pin::new(&mut served).graceful_shutdown();
                 }
                 Overdue::Quiet => {}
@@ -341,22 +369,22 @@ where
         let parts = served.into_parts();
         let mut stream = parts.io.into_inner();
         stream.unread(parts.read_buf);
-        upgrade.run(stream, &connection.activity, attributes.idle_timeout).await;
+        upgrade.run(stream, &connection.activity).await;
     } else if connection.lingers.load(Relaxed) {
         let stream = served.into_parts().io.into_inner();
-        let _ = timeout(FAREWELL, read_to_end(stream)).await;
+        let _ = timeout(LINGERING, linger(stream)).await;
     }
     None
 }
 
-async fn http2<S>(connection: Arc<Connection>, attributes: &Attributes, stream: S, first: Bytes)
+async fn http2<S>(connection: Arc<Connection>, stream: S, first: Bytes)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let io = TokioIo::new(Watched::new(stream, first, connection.activity.clone()));
     let for_requests = connection.clone();
     let service = service_fn(move |request| request::serve(for_requests.clone(), request));
-    let streams = Streams { idle_timeout: attributes.idle_timeout };
+    let streams = Streams { listener: connection.listener.clone() };
     let mut served = http2::Builder::new(streams)
         .timer(TokioTimer::new())
         .max_concurrent_streams(STREAMS)
@@ -366,11 +394,9 @@ where
         .max_header_list_size(u32::try_from(MAX_HEAD).unwrap_or(u32::MAX))
         .serve_connection(io, service);
     let mut served = Pin::new(&mut served);
-    let mut watchdog = Watchdog::new(&connection.activity, attributes);
-    // Streams that stall end by themselves; this is for what that does not help.
-    watchdog.silence *= 2;
-    let closed = connection.listener.closed();
-    tokio::pin!(closed);
+    // Streams that stall end by themselves; twice the time is for what that does not help.
+    let mut watchdog = Watchdog::new(&connection.activity, &connection.attributes()).patient();
+    let mut changes = connection.listener.changes();
     let mut is_closing = false;
     loop {
         tokio::select! {
@@ -381,11 +407,13 @@ where
                 }
                 return;
             }
-            () = &mut closed, if !is_closing => {
-                is_closing = true;
-                // The end waits for an answer to a PING, which a client may leave out.
-                watchdog.keep_alive = attributes.idle_timeout;
-                served.as_mut().graceful_shutdown();
+            _ = changes.changed(), if !is_closing => {
+                if *changes.borrow() {
+                    is_closing = true;
+                    served.as_mut().graceful_shutdown();
+                } else {
+                    watchdog.follow(&connection.attributes());
+                }
             }
             verdict = watchdog.watch() => match verdict {
                 // What comes between requests, such as PING, is as nothing.

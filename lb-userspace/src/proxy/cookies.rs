@@ -166,6 +166,8 @@ impl Cookies {
         now: SystemTime,
         same_site: bool,
     ) -> Vec<HeaderValue> {
+        // For others there is the twin, so that they stay as they are.
+        let same_site = same_site && kind == Kind::Application;
         self.keep(kind, of, &target.to_string(), duration, now, same_site)
     }
 
@@ -342,6 +344,9 @@ mod tests {
         assert_eq!(twin_rest, format!("{rest}; SameSite=None; Secure"));
         assert_eq!(first.strip_prefix("AWSALB="), twin.strip_prefix("AWSALBCORS="));
 
+        let lines = cookies().keep_target(Kind::Target, "web", target(), HOUR, now(), true);
+        assert!(!lines[0].to_str().unwrap().contains("SameSite"), "{lines:?}");
+        assert!(lines[1].to_str().unwrap().ends_with("; SameSite=None; Secure"), "{lines:?}");
         let app = cookies().keep_target(Kind::Application, "web", target(), HOUR, now(), true);
         let line = app[0].to_str().unwrap();
         assert_eq!(app.len(), 1);

@@ -32,6 +32,9 @@ pub enum ElbError {
     NotImplemented,
     /// 502: a target closed its connection or gave an answer that is not HTTP.
     BadGateway,
+    /// 502: a target said that it did nothing about the request, which cannot be sent again from
+    /// here. Clients of HTTP/2 are told the same.
+    Unprocessed,
     /// 503: there is no target that could take the request, or no capacity.
     ServiceUnavailable,
     /// 504: a target did not answer, or not connect, in time.
@@ -66,7 +69,7 @@ impl ElbError {
             Self::IncompatibleVersion => (464, "Incompatible Protocol Version"),
             Self::Internal => (500, "Internal Server Error"),
             Self::NotImplemented => (501, "Not Implemented"),
-            Self::BadGateway => (502, "Bad Gateway"),
+            Self::BadGateway | Self::Unprocessed => (502, "Bad Gateway"),
             Self::ServiceUnavailable => (503, "Service Temporarily Unavailable"),
             Self::GatewayTimeout => (504, "Gateway Time-out"),
         }

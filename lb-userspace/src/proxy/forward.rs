@@ -10,13 +10,15 @@ use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode, Uri, Version};
 use tokio::time::{Instant, timeout_at};
 
-use super::body::{Progress, RequestBody, ResponseBody};
+use super::body::{Progress, RequestBody, ResponseBody, Source};
 use super::connection::Connection;
 use super::cookies;
 use super::counters::Metric;
 use super::errors::ElbError;
 use super::exchange::Exchange;
 use super::headers::{self, ClientSide};
+use super::io::Upload;
+use super::replay::Replay;
 use super::table::{Group, Outstanding, Served, Target};
 use super::tunnel::Upgrade;
 use super::upstream::{ConnectError, Lease};
@@ -80,8 +82,9 @@ pub async fn forward(
         note.forwarded = Some(Instant::now());
     }
     let (head, incoming) = request.into_parts();
+    let is_kept = route.group.settings.version != HttpVersion::Http1;
     let most = route.served.route.attributes.max_request_body_size;
-    let (body, progress) = RequestBody::new(incoming, most, &connection.activity);
+    let (body, progress) = RequestBody::new(incoming, most, is_kept, &connection.activity);
     let request = Request::from_parts(head, body);
     let began = Instant::now();
     let waiting = Waiting { limit: route.served.route.attributes.idle_timeout, progress };
@@ -169,6 +172,9 @@ struct Waiting {
     progress: Option<Arc<Progress>>,
 }
 
+/// How often a request is sent again that targets did nothing about.
+const MOST_REFUSALS: usize = 3;
+
 /// Gets a connection and an answer's head. A request that another connection took down with it
 /// goes over a new one, if it may be repeated.
 async fn send(
@@ -177,42 +183,97 @@ async fn send(
     mut request: Request<RequestBody>,
     waiting: &Waiting,
 ) -> Result<(Response<Incoming>, Lease), ElbError> {
-    while let Some(mut lease) = worker.pool.take(&route.target) {
-        let copy = repeatable(&request);
-        match waiting.answer(lease.send(request)).await? {
-            Ok(response) => return Ok((response, lease)),
-            Err(error) => match error.unsent.or(copy) {
-                Some(again) => request = again,
-                None => return Err(waiting.failure(&error.error)),
-            },
-        }
-    }
-    // Boxed, because it is large and rare, and requests are moved about.
-    let opening = worker.connector.http(&worker.pool, &route.target, &route.served.load_balancer);
-    let mut lease = Box::pin(opening).await.map_err(|error| match error {
-        ConnectError::Timeout => ElbError::GatewayTimeout,
-        ConnectError::NoDescriptors => ElbError::ServiceUnavailable,
-        ConnectError::Refused => ElbError::BadGateway,
-    })?;
-    match waiting.answer(lease.send(request)).await? {
-        Ok(response) => Ok((response, lease)),
-        Err(error) => Err(waiting.failure(&error.error)),
+    let mut refusals = 0;
+    loop {
+        let (mut lease, is_new) = match worker.pool.take(&route.target) {
+            Some(lease) => (lease, false),
+            // Boxed, because it is large and rare, and requests are moved about.
+            None => (Box::pin(open(worker, route)).await?, true),
+        };
+        let repeat = Repeat::of(&request, is_new);
+        let error = match waiting.answer(lease.send(request)).await? {
+            Ok(response) => {
+                repeat.iter().for_each(Repeat::forget);
+                return Ok((response, lease));
+            }
+            Err(error) => error,
+        };
+        let again = if error.is_unprocessed() {
+            lease.retire();
+            refusals += 1;
+            let repeat = repeat.filter(|_| refusals <= MOST_REFUSALS);
+            Some(repeat.and_then(Repeat::again).ok_or(ElbError::Unprocessed)?)
+        } else if is_new {
+            None
+        } else {
+            let repeat = repeat.filter(|it| it.is_repeatable);
+            error.unsent.or_else(|| repeat?.again())
+        };
+        request = again.ok_or_else(|| waiting.failure(&error.error))?;
     }
 }
 
-/// The same once more, if it has no body and may be done twice (RFC 9110 9.2.2).
-fn repeatable(request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
-    let is_repeatable = matches!(request.body(), RequestBody::Empty)
-        && request.method().is_idempotent()
-        && !request.headers().contains_key(header::UPGRADE);
-    is_repeatable.then(|| {
-        let mut copy = Request::new(RequestBody::Empty);
-        *copy.method_mut() = request.method().clone();
-        *copy.uri_mut() = request.uri().clone();
-        *copy.version_mut() = request.version();
-        *copy.headers_mut() = request.headers().clone();
-        copy
+async fn open(worker: &Arc<Worker>, route: &Route<'_>) -> Result<Lease, ElbError> {
+    let opened = worker.connector.http(&worker.pool, &route.target, &route.served.load_balancer);
+    opened.await.map_err(|error| match error {
+        ConnectError::Timeout => ElbError::GatewayTimeout,
+        ConnectError::NoDescriptors => ElbError::ServiceUnavailable,
+        ConnectError::Refused => ElbError::BadGateway,
     })
+}
+
+/// A request once more.
+struct Repeat {
+    head: Request<()>,
+    body: Option<(Replay, Arc<Progress>, u64, Option<Upload>)>,
+    /// Whether it may be done twice (RFC 9110 section 9.2.2), so that it does not matter what became
+    /// of the first.
+    is_repeatable: bool,
+}
+
+impl Repeat {
+    /// `None`, if it cannot be needed. Over HTTP/1.1 nobody says that he did nothing about it.
+    fn of(request: &Request<RequestBody>, is_new: bool) -> Option<Self> {
+        let is_http2 = request.version() == Version::HTTP_2;
+        let body = match request.body() {
+            RequestBody::Empty => None,
+            RequestBody::Client { source: Source::Kept(reader), progress, most, upload } => {
+                Some((reader.replay(), progress.clone(), *most, upload.clone()))
+            }
+            RequestBody::Client { .. } => return None,
+        };
+        let is_repeatable = body.is_none()
+            && request.method().is_idempotent()
+            && !request.headers().contains_key(header::UPGRADE);
+        if !is_http2 && (is_new || !is_repeatable) {
+            return None;
+        }
+        let mut head = Request::new(());
+        *head.method_mut() = request.method().clone();
+        *head.uri_mut() = request.uri().clone();
+        *head.version_mut() = request.version();
+        *head.headers_mut() = request.headers().clone();
+        Some(Self { head, body, is_repeatable })
+    }
+
+    /// `None`, if too much of its body is gone.
+    fn again(self) -> Option<Request<RequestBody>> {
+        let body = match self.body {
+            None => RequestBody::Empty,
+            Some((replay, progress, most, upload)) => {
+                let source = Source::Kept(replay.reader()?);
+                progress.restart();
+                RequestBody::Client { source, progress, most, upload }
+            }
+        };
+        Some(self.head.map(|()| body))
+    }
+
+    fn forget(&self) {
+        if let Some((replay, ..)) = &self.body {
+            replay.forget();
+        }
+    }
 }
 
 impl Waiting {

@@ -119,6 +119,21 @@ pub fn unify_length(headers: &mut HeaderMap) -> bool {
     true
 }
 
+/// Makes one of the `Cookie` fields into which a client of HTTP/2 may cut its cookies, so that rules
+/// and targets of HTTP/1.1 see what they know (RFC 9113 section 8.2.3).
+pub fn join_cookies(headers: &mut HeaderMap) {
+    let mut crumbs = headers.get_all(header::COOKIE).iter();
+    let (Some(first), Some(second)) = (crumbs.next(), crumbs.next()) else { return };
+    let mut joined = first.as_bytes().to_vec();
+    for crumb in std::iter::once(second).chain(crumbs) {
+        joined.extend_from_slice(b"; ");
+        joined.extend_from_slice(crumb.as_bytes());
+    }
+    if let Ok(joined) = HeaderValue::from_bytes(&joined) {
+        headers.insert(header::COOKIE, joined);
+    }
+}
+
 /// Whether a protocol of `Upgrade` (RFC 9110 section 16.7) is HTTP itself.
 fn is_http(protocol: &[u8]) -> bool {
     let name = protocol.split(|&byte| byte == b'/').next().unwrap_or(protocol);
@@ -310,6 +325,8 @@ fn with_self(id: &str, old: &HeaderValue) -> Option<HeaderValue> {
 pub fn host_for_target(host: &Host<'_>, listener_port: u16) -> String {
     let name = host.name;
     match listener_port {
+        // A port alone is no host.
+        _ if name.is_empty() => String::new(),
         80 | 443 => name.to_owned(),
         port => [name, ":", &host.port.unwrap_or(port).to_string()].concat(),
     }
@@ -521,6 +538,7 @@ mod tests {
         assert_eq!(host("example.com:8080", 8080), "example.com:8080");
         assert_eq!(host("[2001:db8::1]:443", 443), "[2001:db8::1]");
         assert_eq!(host("[2001:db8::1]", 8443), "[2001:db8::1]:8443");
+        assert_eq!(host("", 8000), "");
     }
 
     #[test]

@@ -214,6 +214,12 @@ impl Upload {
     }
 }
 
+impl Clone for Upload {
+    fn clone(&self) -> Self {
+        Self::begin(&self.0)
+    }
+}
+
 impl Drop for Upload {
     fn drop(&mut self) {
         self.0.uploads.fetch_sub(1, Relaxed);

@@ -28,6 +28,11 @@ const BACKLOG: i32 = 4096;
 /// How long a client has to see why it was refused.
 pub const FAREWELL: Duration = Duration::from_secs(1);
 
+/// How long, at most, the rest of a request that has been answered is read, and for how long the
+/// client may be silent in it: nginx's `lingering_time` and `lingering_timeout`.
+pub const LINGERING: Duration = Duration::from_secs(30);
+const LINGERING_SILENCE: Duration = Duration::from_secs(5);
+
 /// A pause where the system has no descriptor or memory for another connection.
 const EXHAUSTED: Duration = Duration::from_millis(20);
 
@@ -180,6 +185,17 @@ where
 pub async fn read_to_end(mut stream: impl AsyncRead + Unpin) -> io::Result<()> {
     let mut rest = [0; 4096];
     while stream.read(&mut rest).await? > 0 {}
+    Ok(())
+}
+
+/// Reads what a client still sends of a request that has been answered, until it is silent for
+/// [`LINGERING_SILENCE`]: it may look for the answer only when all is sent.
+///
+/// # Errors
+/// If the client is gone, or silent.
+pub async fn linger(mut stream: impl AsyncRead + Unpin) -> io::Result<()> {
+    let mut rest = vec![0; 16 * 1024];
+    while timeout(LINGERING_SILENCE, stream.read(&mut rest)).await?? > 0 {}
     Ok(())
 }
 

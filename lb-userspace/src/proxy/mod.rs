@@ -20,6 +20,7 @@ mod io;
 mod listener;
 mod note;
 pub mod redirect;
+mod replay;
 mod request;
 pub mod rewrite;
 pub mod routes;
@@ -177,6 +178,8 @@ impl Proxy {
         if let Some(before) = before {
             if current.as_deref().map(protocol) == Some(protocol(&served)) {
                 before.current.store(Arc::new(served));
+                // Connections that are open see what changed.
+                before.closing.send_modify(|_| {});
                 return Ok(before);
             }
             // Clients that speak what it was end as if it were gone.

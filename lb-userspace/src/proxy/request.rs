@@ -1,7 +1,6 @@
 //! What becomes of a request: the rules decide, a target or the load balancer answers.
 
 use std::borrow::Cow;
-use std::convert::Infallible;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError};
 
@@ -27,17 +26,30 @@ use super::select::{self, Keep};
 use crate::config::model::{Attributes, HttpVersion};
 
 /// Answers a request.
+///
+/// # Errors
+/// Of HTTP/2: the stream is reset, if that says more than an answer could.
 pub async fn serve(
     connection: Arc<Connection>,
     request: Request<Incoming>,
-) -> Result<Response<ResponseBody>, Infallible> {
+) -> Result<Response<ResponseBody>, h2::Error> {
     let mut in_progress = InProgress::begin(&connection.activity);
     let is_http1 = request.version() <= Version::HTTP_11;
+    let is_head = request.method() == Method::HEAD;
+    if is_http1 {
+        connection.lingers.store(!request.body().is_end_stream(), Relaxed);
+    }
     let mut unanswered = Unanswered(Some(Exchange::begin(&connection, &request)));
     let answer = match &mut unanswered.0 {
         Some(exchange) => answer(&connection, exchange, request).await,
         None => Err(ElbError::Internal),
     };
+    if matches!(answer, Err(ElbError::Unprocessed)) && !is_http1 {
+        if let Some(mut exchange) = unanswered.0.take() {
+            exchange.own_answer(ElbError::Unprocessed.code());
+        }
+        return Err(h2::Reason::REFUSED_STREAM.into());
+    }
     let mut response = answer.unwrap_or_else(|error| {
         if let Some(exchange) = &mut unanswered.0 {
             exchange.own_answer(error.code());
@@ -49,6 +61,7 @@ pub async fn serve(
         }
         response
     });
+    without_content(&mut response, is_head);
     in_progress.answered();
     let Some(mut exchange) = unanswered.0.take() else { return Ok(response) };
     if is_http1 && (exchange.is_alone || connection.is_old.load(Relaxed)) {
@@ -65,12 +78,34 @@ pub async fn serve(
     Ok(response.map(|body| body.with(exchange, in_progress)))
 }
 
+/// Takes the content out of an answer of our own that has none (RFC 9110 sections 6.4.1, 9.3.2 and
+/// 15.3.6): of HTTP/2 the library would send it.
+fn without_content(response: &mut Response<ResponseBody>, is_head: bool) {
+    let status = response.status();
+    let has_none = status.is_informational()
+        || matches!(
+            status,
+            StatusCode::NO_CONTENT | StatusCode::RESET_CONTENT | StatusCode::NOT_MODIFIED
+        );
+    if has_none {
+        response.body_mut().take_own();
+    } else if is_head {
+        let length = response.body_mut().take_own();
+        if length > 0 {
+            response.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(length));
+        }
+    }
+}
+
 async fn answer(
     connection: &Connection,
     exchange: &mut Exchange,
-    request: Request<Incoming>,
+    mut request: Request<Incoming>,
 ) -> Result<Response<ResponseBody>, ElbError> {
     let served = exchange.served.clone();
+    if request.version() == Version::HTTP_2 {
+        headers::join_cookies(request.headers_mut());
+    }
     check(&request, &served.route.attributes)?;
     check_desync(exchange, &request)?;
     let host = host(&request, connection)?;

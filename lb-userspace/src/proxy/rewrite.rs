@@ -64,16 +64,18 @@ impl Rewrite {
     }
 
     /// The host after the rewrite; `None`: as it was. The expression sees the name without its
-    /// port.
+    /// port, which stays if the result names none.
     ///
     /// # Errors
     /// If the result is no host, or longer than 255 bytes.
     pub fn host(&self, host: &str) -> Result<Option<String>, RewriteFailed> {
-        let Some(rewritten) = self.apply(host, 255)? else { return Ok(None) };
+        let before = Host::parse(host).ok_or(RewriteFailed)?;
+        let Some(rewritten) = self.apply(before.name, 255)? else { return Ok(None) };
         let rewritten = String::from_utf8(rewritten).map_err(|_| RewriteFailed)?;
-        match Host::parse(&rewritten) {
-            Some(host) if !host.name.is_empty() => Ok(Some(rewritten)),
-            _ => Err(RewriteFailed),
+        let after = Host::parse(&rewritten).filter(|it| !it.name.is_empty());
+        match (after.ok_or(RewriteFailed)?, before.port) {
+            (Host { name, port: None }, Some(port)) => Ok(Some(format!("{name}:{port}"))),
+            _ => Ok(Some(rewritten)),
         }
     }
 
@@ -184,6 +186,9 @@ mod tests {
     fn no_match_leaves_it() {
         assert_eq!(url("^/api/", "/", "/other"), Ok(None));
         assert_eq!(rewrite("^a$", "b").host("c"), Ok(None));
+        assert_eq!(rewrite("^a$", "b").host("a:8000"), Ok(Some("b:8000".to_owned())));
+        assert_eq!(rewrite("^a$", "b:1").host("a:8000"), Ok(Some("b:1".to_owned())));
+        assert_eq!(rewrite("^a:8000$", "b").host("a:8000"), Ok(None));
     }
 
     #[test]

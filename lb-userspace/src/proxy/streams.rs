@@ -10,6 +10,8 @@ use std::time::Duration;
 use hyper::rt::Executor;
 use tokio::time::{Instant, sleep_until};
 
+use super::table::Listener;
+
 tokio::task_local! {
     static STREAM: Arc<Stream>;
 }
@@ -68,10 +70,10 @@ impl Stream {
 }
 
 /// Runs the streams of one connection.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Streams {
-    /// How long a stream may stall.
-    pub idle_timeout: Duration,
+    /// Which says how long a stream may stall.
+    pub listener: Arc<Listener>,
 }
 
 impl<F> Executor<F> for Streams
@@ -80,7 +82,7 @@ where
     F::Output: Send,
 {
     fn execute(&self, future: F) {
-        let idle_timeout = self.idle_timeout;
+        let idle_timeout = self.listener.current.load().route.attributes.idle_timeout;
         let stream = Stream::new();
         let watched = stream.clone();
         tokio::spawn(STREAM.scope(stream, async move {

@@ -26,7 +26,8 @@ pub struct Listener {
     pub address: SocketAddr,
     /// What holds for it now.
     pub current: ArcSwap<Served>,
-    /// Turns true when it ends: no connections any more, requests in progress may end.
+    /// Turns true when it ends: no connections any more, requests in progress may end. Also says
+    /// that something else about it changed.
     pub closing: watch::Sender<bool>,
 }
 
@@ -34,6 +35,13 @@ impl Listener {
     /// Resolves when it ends.
     pub fn closed(&self) -> impl Future<Output = ()> + Send + use<> {
         is_true(self.closing.subscribe())
+    }
+
+    /// Whether it ends, to begin with and whenever something about it changes.
+    pub fn changes(&self) -> watch::Receiver<bool> {
+        let mut changes = self.closing.subscribe();
+        changes.mark_changed();
+        changes
     }
 }
 

@@ -42,13 +42,24 @@ pub struct Upgrade {
 }
 
 impl Upgrade {
-    /// Passes bytes until both sides have ended, or none has said anything for so long.
-    pub async fn run<S>(mut self, client: Watched<S>, activity: &Activity, idle: Duration)
+    /// Passes bytes until both sides have ended, none has said anything for `idle_timeout`, or the
+    /// target is gone.
+    pub async fn run<S>(mut self, client: Watched<S>, activity: &Activity)
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let Ok(target) = self.target.await else { return };
-        pass(client, TokioIo::new(target), activity, idle).await;
+        let idle = self.exchange.served.route.attributes.idle_timeout;
+        let Some(gone) = self.exchange.outstanding.as_ref().map(|it| it.target().gone()) else {
+            return;
+        };
+        let passing = async {
+            let Ok(target) = self.target.await else { return };
+            pass(client, TokioIo::new(target), activity, idle).await;
+        };
+        tokio::select! {
+            () = passing => {}
+            () = gone => {}
+        }
         self.exchange.tunnelled(activity.bytes());
     }
 }

@@ -32,8 +32,8 @@ pub enum Overdue {
 pub struct Watchdog {
     activity: Arc<Activity>,
     idle_timeout: Duration,
-    /// How long an answer may stall.
-    pub silence: Duration,
+    /// An answer may stall for so many times `idle_timeout`.
+    patience: u32,
     /// Whether a quiet connection is told from one that is over.
     tells_quiet: bool,
     /// When it is old.
@@ -47,7 +47,7 @@ impl Watchdog {
         let mut this = Self {
             activity: activity.clone(),
             idle_timeout: attributes.idle_timeout,
-            silence: attributes.idle_timeout,
+            patience: 1,
             tells_quiet: false,
             keep_alive: Some(attributes.client_keep_alive),
             timer: Box::pin(sleep(Duration::ZERO)),
@@ -61,6 +61,21 @@ impl Watchdog {
         let mut this = Self { tells_quiet: true, ..Self::new(activity, attributes) };
         this.rest(this.step());
         this
+    }
+
+    /// The same, where an answer may stall for twice as long.
+    pub fn patient(mut self) -> Self {
+        self.patience = 2;
+        self
+    }
+
+    /// Goes by other attributes from now on.
+    pub fn follow(&mut self, attributes: &Attributes) {
+        let keep_alive = self.keep_alive.map(|_| attributes.client_keep_alive);
+        if (attributes.idle_timeout, keep_alive) != (self.idle_timeout, self.keep_alive) {
+            (self.idle_timeout, self.keep_alive) = (attributes.idle_timeout, keep_alive);
+            self.rest(Duration::ZERO);
+        }
     }
 
     /// Between two looks, at most: a head can begin right after one.
@@ -87,7 +102,9 @@ impl Watchdog {
                 }
                 Waiting::Request(since) => (Overdue::Idle, since, self.idle_timeout),
                 Waiting::Head(since) => (Overdue::Head, since, self.idle_timeout),
-                Waiting::Rest(since) => (Overdue::Silent, since, self.silence),
+                Waiting::Rest(since) => {
+                    (Overdue::Silent, since, self.idle_timeout.saturating_mul(self.patience))
+                }
                 // Whoever waits for the answer has a timer of his own.
                 Waiting::Answer => (Overdue::Silent, Duration::ZERO, self.idle_timeout),
             };

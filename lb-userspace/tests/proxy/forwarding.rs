@@ -197,24 +197,31 @@ async fn fields_of_one_connection_stay_there() {
     assert!(!fields.contains("keep-alive") && !fields.contains("connection"), "{fields}");
 }
 
-/// A server that sends bodies back, with trailers if there are any, and says what it saw.
+/// Sends bodies back, with trailers if there are any, and says what it saw.
+async fn echo_request(request: Request<Incoming>) -> Result<Response<Incoming>, Infallible> {
+    let fields: Vec<_> = request.headers().keys().map(|it| it.as_str()).collect();
+    let response = Response::builder()
+        .header("path", request.uri().path())
+        .header("host-seen", host(&request))
+        .header("fields", fields.join(","));
+    Ok(response.body(request.into_body()).unwrap())
+}
+
+/// Serves a connection with that.
+pub async fn echo_http2(stream: TcpStream) {
+    let http2 = server::conn::http2::Builder::new(TokioExecutor::new());
+    let _ = http2.serve_connection(TokioIo::new(stream), service_fn(echo_request)).await;
+}
+
+/// A server that does that.
 async fn echo(is_http2: bool) -> SocketAddr {
-    let echo = |request: Request<Incoming>| async move {
-        let fields: Vec<_> = request.headers().keys().map(|it| it.as_str()).collect();
-        let response = Response::builder()
-            .header("path", request.uri().path())
-            .header("host-seen", host(&request))
-            .header("fields", fields.join(","));
-        Ok::<_, Infallible>(response.body(request.into_body()).unwrap())
-    };
     origin(move |stream| async move {
-        let io = TokioIo::new(stream);
         if is_http2 {
-            let http2 = server::conn::http2::Builder::new(TokioExecutor::new());
-            let _ = http2.serve_connection(io, service_fn(echo)).await;
+            echo_http2(stream).await;
         } else {
-            let _ =
-                server::conn::http1::Builder::new().serve_connection(io, service_fn(echo)).await;
+            let io = TokioIo::new(stream);
+            let http1 = server::conn::http1::Builder::new();
+            let _ = http1.serve_connection(io, service_fn(echo_request)).await;
         }
     })
     .await

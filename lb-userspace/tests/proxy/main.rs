@@ -4,10 +4,13 @@
 
 mod decisions;
 mod errors;
+mod fields;
 mod forwarding;
 mod harness;
 mod http2;
+mod own_answers;
 mod reload;
+mod repeats;
 mod stickiness;
 mod tls;
 mod upgrades;

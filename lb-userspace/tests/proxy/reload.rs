@@ -145,3 +145,31 @@ async fn the_end_does_not_wait_for_ever() {
     proxy.end(Duration::from_millis(100)).await;
     assert!(client.is_closed().await);
 }
+
+#[tokio::test]
+async fn attributes_hold_on_open_connections() {
+    const LONG: Duration = Duration::from_secs(600);
+    const SHORT: Duration = Duration::from_millis(200);
+    let (site, address) = Site::new(&[answers(HELLO).await]);
+    let site = site.attributes(|it| {
+        it.idle_timeout = LONG;
+        it.client_keep_alive = LONG;
+    });
+    let proxy = site.start();
+    let mut begun = Client::connect(address).await;
+    assert_eq!(begun.get("/").await.status(), 200);
+    let mut later = Client::connect(address).await;
+    assert_eq!(later.get("/").await.status(), 200);
+    begun.send("GET / HT").await;
+    let site = site.attributes(|it| it.idle_timeout = SHORT);
+    assert_eq!(proxy.apply(site.routes()), []);
+    assert_eq!(begun.answer().await.status(), 408);
+    later.send("GET / HT").await;
+    assert_eq!(later.answer().await.status(), 408);
+
+    let mut idle = Client::connect(address).await;
+    assert_eq!(idle.get("/").await.status(), 200);
+    let site = site.attributes(|it| it.client_keep_alive = SHORT);
+    assert_eq!(proxy.apply(site.routes()), []);
+    assert!(idle.is_closed().await);
+}

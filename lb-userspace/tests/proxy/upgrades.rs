@@ -5,12 +5,14 @@ use std::time::Duration;
 
 use futures::{SinkExt, StreamExt};
 use lb_userspace::config::model::LogSink;
+use lb_userspace::proxy::routes::TargetState;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::{accept_async, client_async};
 
-use crate::harness::{Client, Site, answers, count, origin, read_head, wait_count};
+use crate::harness::{Client, LIMIT, Site, answers, count, origin, read_head, wait_count};
 
 #[tokio::test]
 async fn websocket() {
@@ -77,4 +79,36 @@ async fn an_upgrade_that_nobody_asked_for_is_an_error() {
     let (site, address) = Site::new(&[target.await]);
     let _proxy = site.start();
     assert_eq!(Client::connect(address).await.get("/").await.status(), 502);
+}
+
+#[tokio::test]
+async fn a_tunnel_ends_with_its_target() {
+    let target = origin(|stream| async move {
+        let mut socket = accept_async(stream).await.unwrap();
+        while let Some(Ok(message)) = socket.next().await {
+            if socket.send(message).await.is_err() {
+                break;
+            }
+        }
+    })
+    .await;
+    let (mut site, address) = Site::new(&[target]);
+    let proxy = site.start();
+    let stream = TcpStream::connect(address).await.unwrap();
+    let (mut socket, _) = client_async("ws://site.test/chat", stream).await.unwrap();
+    let mut echo = async || {
+        socket.send(Message::text("here")).await.ok()?;
+        timeout(LIMIT, socket.next()).await.unwrap()?.ok()
+    };
+    assert_eq!(echo().await, Some(Message::text("here")));
+    let targets = &mut site.groups.get_mut("web").unwrap().targets;
+    targets[0].state = TargetState::Draining;
+    assert_eq!(proxy.apply(site.routes()), []);
+    assert_eq!(echo().await, Some(Message::text("here")));
+    // The deregistration delay is over.
+    site.groups.get_mut("web").unwrap().targets.clear();
+    assert_eq!(proxy.apply(site.routes()), []);
+    let ends = async { while echo().await.is_some() {} };
+    timeout(LIMIT, ends).await.unwrap();
+    wait_count(&proxy, "ActiveConnectionCount", 0).await;
 }

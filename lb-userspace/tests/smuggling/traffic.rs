@@ -158,6 +158,6 @@ fn client(forwarded_for: &[u8]) -> Option<IpAddr> {
 }
 
 fn client_of_part(part: &str) -> Option<IpAddr> {
-    let (_, value) = part.split_once("\r\nx-forwarded-for: ")?;
+    let (_, value) = part.split_once("\r\nX-Forwarded-For: ")?;
     client(value.split("\r\n").next()?.as_bytes())
 }

@@ -202,6 +202,7 @@ where
             let (sender, connection) = http1::Builder::new()
                 .max_buf_size(buffer)
                 .max_header_size(MAX_HEAD)
+                .title_case_headers(true)
                 .handshake(io)
                 .await
                 .map_err(io::Error::other)?;

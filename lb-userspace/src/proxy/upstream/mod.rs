@@ -75,7 +75,8 @@ pub struct Lease {
 #[derive(Debug)]
 enum Sender {
     Http1(Http1),
-    Http2(http2::SendRequest<RequestBody>, #[expect(dead_code, reason = "counted")] Arc<()>),
+    /// With one of its [`Multiplexed::users`].
+    Http2(http2::SendRequest<RequestBody>, Arc<()>),
 }
 
 /// A request that was not answered.
@@ -85,6 +86,18 @@ pub struct SendError {
     pub error: hyper::Error,
     /// The request, if nothing of it was sent.
     pub unsent: Option<Request<RequestBody>>,
+}
+
+impl SendError {
+    /// Whether the target says that it did nothing about the request (RFC 9113 section 8.7): its
+    /// stream was refused, or is beyond the last one of a GOAWAY.
+    pub fn is_unprocessed(&self) -> bool {
+        let source = std::error::Error::source(&self.error);
+        source.and_then(|it| it.downcast_ref::<h2::Error>()).is_some_and(|it| {
+            let is_refused = it.reason() == Some(h2::Reason::REFUSED_STREAM);
+            it.is_remote() && (it.is_go_away() || is_refused)
+        })
+    }
 }
 
 impl Lease {
@@ -106,6 +119,15 @@ impl Lease {
             unsent: error.take_message(),
             error: error.into_error(),
         })
+    }
+
+    /// No other request goes over it: it takes none, for now.
+    pub fn retire(self) {
+        if let Sender::Http2(_, users) = &self.sender
+            && let Some(shared) = lock(&self.pool.shared).get_mut(&self.target)
+        {
+            shared.retain(|it| !Arc::ptr_eq(&it.users, users));
+        }
     }
 
     /// The answer has ended: another request may have it.
