@@ -36,7 +36,7 @@ const TLS_CIPHER_SUITE: HeaderName = HeaderName::from_static("x-amzn-tls-cipher-
 
 /// RFC 9110 section 7.6.1, section 10.1.4 for `TE`, and RFC 7540 section 3.2.1 for what comes with
 /// an upgrade to HTTP/2.
-const HOP_BY_HOP: [HeaderName; 8] = [
+static HOP_BY_HOP: [HeaderName; 8] = [
     header::CONNECTION,
     header::TE,
     header::TRAILER,
@@ -47,8 +47,11 @@ const HOP_BY_HOP: [HeaderName; 8] = [
     HeaderName::from_static("proxy-connection"),
 ];
 
+/// What `Connection` mostly says, which names no field that could stay.
+const PERSISTENCE: [&[u8]; 2] = [b"keep-alive", b"close"];
+
 /// Fields that stay even if `Connection` names them: their loss would change what the message is.
-const NEVER_HOP_BY_HOP: [HeaderName; 4] =
+static NEVER_HOP_BY_HOP: [HeaderName; 4] =
     [header::HOST, header::CONTENT_LENGTH, header::COOKIE, header::AUTHORIZATION];
 
 /// What the fields of one hop asked for.
@@ -64,8 +67,15 @@ pub struct Hop {
 /// say nothing to the next one.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> Hop {
     let mut hop = Hop::default();
-    // Few messages have any of them, and to look at the names is cheaper than to look for each.
-    if !headers.keys().any(|name| HOP_BY_HOP.contains(name)) {
+    // Few messages have more than one of them, and to look at the names is cheaper than to look for
+    // each.
+    let mut there = 0_u32;
+    for name in headers.keys() {
+        if let Some(place) = HOP_BY_HOP.iter().position(|it| it == name) {
+            there |= 1 << place;
+        }
+    }
+    if there == 0 {
         return hop;
     }
     if list(headers, &header::TE).any(|coding| coding.eq_ignore_ascii_case(b"trailers")) {
@@ -73,7 +83,9 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> Hop {
     }
     let mut named = Vec::new();
     for option in list(headers, &header::CONNECTION) {
-        if let Ok(name) = HeaderName::from_bytes(option) {
+        if !PERSISTENCE.iter().any(|it| option.eq_ignore_ascii_case(it))
+            && let Ok(name) = HeaderName::from_bytes(option)
+        {
             named.push(name);
         }
     }
@@ -81,7 +93,9 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> Hop {
     if named.contains(&header::UPGRADE) && !list(headers, &header::UPGRADE).any(is_http) {
         hop.upgrade = headers.get(header::UPGRADE).cloned();
     }
-    for name in named.iter().filter(|name| !NEVER_HOP_BY_HOP.contains(name)).chain(&HOP_BY_HOP) {
+    let those = HOP_BY_HOP.iter().enumerate().filter(|(place, _)| there >> place & 1 == 1);
+    let those = those.map(|(_, name)| name);
+    for name in named.iter().filter(|name| !NEVER_HOP_BY_HOP.contains(name)).chain(those) {
         headers.remove(name);
     }
     hop
@@ -573,7 +587,7 @@ mod tests {
             strip_hop_by_hop(&mut headers);
             prop_assert_eq!(&headers, &once);
             prop_assert_eq!(headers.contains_key("host"), had_host);
-            for name in HOP_BY_HOP {
+            for name in &HOP_BY_HOP {
                 prop_assert!(!headers.contains_key(name));
             }
         }
