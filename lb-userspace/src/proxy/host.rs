@@ -35,6 +35,12 @@ impl<'a> Host<'a> {
         Some(Self { name, port })
     }
 
+    /// Whether both name the same, where no port means that one.
+    pub fn is_same(&self, other: &Self, default_port: u16) -> bool {
+        let port = |it: &Self| it.port.unwrap_or(default_port);
+        self.name.eq_ignore_ascii_case(other.name) && port(self) == port(other)
+    }
+
     /// The name without the dot that ends a fully qualified one.
     pub fn without_root(&self) -> &'a str {
         self.name.strip_suffix('.').unwrap_or(self.name)
@@ -127,6 +133,17 @@ mod tests {
         ] {
             assert_eq!(parsed(host), None, "{host}");
         }
+    }
+
+    #[test]
+    fn the_same_by_another_writing() {
+        let is_same =
+            |one, other| Host::parse(one).unwrap().is_same(&Host::parse(other).unwrap(), 443);
+        assert!(is_same("Example.com", "example.COM:443"));
+        assert!(is_same("example.com:", "example.com"));
+        assert!(!is_same("example.com", "example.com:80"));
+        assert!(!is_same("example.com", "example.com."));
+        assert!(!is_same("example.com", ""));
     }
 
     #[test]

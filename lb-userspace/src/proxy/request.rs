@@ -260,9 +260,10 @@ fn host<'a>(
         None => None,
     };
     let authority = request.uri().authority().map(Authority::as_str);
+    let default_port = if connection.tls.is_some() { 443 } else { 80 };
     match (authority, field) {
         (Some(_), None) if version == Version::HTTP_11 => Err(ElbError::BadRequest),
-        (Some(authority), Some(field)) if !fit(authority, field, version) => {
+        (Some(authority), Some(field)) if !fit(authority, field, version, default_port) => {
             Err(ElbError::BadRequest)
         }
         (Some(host), _) | (None, Some(host)) => Ok(host.into()),
@@ -272,11 +273,10 @@ fn host<'a>(
 }
 
 /// Whether a URI's host and a `Host` may come together.
-fn fit(authority: &str, field: &str, version: Version) -> bool {
+fn fit(authority: &str, field: &str, version: Version, default_port: u16) -> bool {
     let Some(field) = Host::parse(field) else { return false };
     version <= Version::HTTP_11
-        || Host::parse(authority)
-            .is_some_and(|it| it.name.eq_ignore_ascii_case(field.name) && it.port == field.port)
+        || Host::parse(authority).is_some_and(|it| it.is_same(&field, default_port))
 }
 
 fn host_for_target(

@@ -117,7 +117,7 @@ async fn mutations() {
     let site = site.attributes(|it| {
         it.desync_mitigation = Monitor;
         // For those that do not end.
-        it.idle_timeout = Duration::from_millis(150);
+        it.idle_timeout = Duration::from_millis(300);
         it.client_keep_alive = Duration::from_millis(50);
     });
     let proxy = site.start();
@@ -138,6 +138,6 @@ async fn mutations() {
             errors.push(format!("seed {seed}: {told:?} for {:?}", caused.seen()));
         }
     }
-    assert!(answered > 300, "{answered}");
+    assert!(answered > 100, "{answered}");
     assert!(errors.is_empty(), "{}", errors.join("\n"));
 }
