@@ -20,8 +20,9 @@ use super::super::counters::Metric;
 use super::super::table::{LoadBalancer, Target};
 use super::super::tls;
 use super::counted::CountedStream;
-use super::{Lease, Pool, proxy_protocol};
+use super::{Lease, Pool};
 use crate::config::model::{HttpVersion, TargetProtocol};
+use crate::proxy_protocol;
 
 /// How long a connection to a target may take, with its TLS handshake.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
