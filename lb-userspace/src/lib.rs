@@ -14,6 +14,7 @@ pub mod dns;
 pub mod health;
 pub mod netlink;
 pub mod proxy;
+mod proxy_protocol;
 pub mod reconcile;
 mod regular_expression;
 pub mod state;

@@ -122,6 +122,19 @@ fn check(content: &str) -> Output {
 }
 
 #[test]
+fn check_warns_of_a_log_without_a_directory() {
+    let output = check(
+        "[load_balancer.site]\ntype = \"application\"\naddresses = [\"192.0.2.1\"]\n\
+         access_logs = { path = \"/nowhere/at/all/site.log\" }\n\
+         listener = [{ protocol = \"http\", port = 80, fixed_response = { status = 200 } }]\n",
+    );
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{told}");
+    assert!(told.contains("lb.toml:4:24"), "{told}");
+    assert!(told.contains("the directory /nowhere/at/all of this log is not there"), "{told}");
+}
+
+#[test]
 fn a_right_configuration_is_summed_up() {
     let output = check("[target_group.web]\nprotocol = \"tcp\"\nport = 80\n");
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));

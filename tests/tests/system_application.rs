@@ -4,7 +4,7 @@
 use std::{
     fmt::Write as _,
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
-    time::Duration,
+    process::{Child, Stdio},
 };
 
 use lb_tests::{
@@ -21,6 +21,10 @@ use serde_json::Value;
 
 const DENIED: &str = "SecurityGroupDenied";
 const PORT: u16 = 8080;
+/// curl's exit codes.
+const CONNECTED: i32 = 0;
+const REFUSED: i32 = 7;
+const UNANSWERED: i32 = 28;
 /// The second zone's address; the first one's is the topology's.
 const SECOND: u8 = 101;
 
@@ -111,11 +115,52 @@ impl Application {
         balancers.iter().find(|it| it["name"] == "site").unwrap().clone()
     }
 
+    /// A download in progress, which takes so many seconds.
+    fn slow_download(&self, port: u16, seconds: u64) -> Download {
+        let length = 4_000_000 * seconds;
+        let began = tempfile::NamedTempFile::new().unwrap();
+        let at = SocketAddr::new(self.listener()[0], port);
+        let mut command = self.client().command("curl");
+        command.args(["--silent", "--show-error", "--fail", "--limit-rate", "4M"]);
+        command.args(["--speed-limit", "1", "--speed-time", "10", "--output"]).arg(began.path());
+        command.args(["--write-out", "%{size_download}"]);
+        command.arg(format!("http://{at}/bytes/{length}"));
+        let (stdout, stderr) = (Stdio::piped(), Stdio::piped());
+        let curl = command.stdout(stdout).stderr(stderr).spawn().unwrap();
+        wait_until("a first byte", PATIENCE, || began.as_file().metadata().unwrap().len() > 0)
+            .unwrap();
+        Download { curl, length }
+    }
+
+    /// Waits until a connection to a port ends like this: curl's exit code.
+    fn wait_for_code(&self, port: u16, code: i32) {
+        let at = SocketAddr::new(self.listener()[0], port);
+        let url = format!("http://{at}/");
+        wait_until(&format!("code {code} of port {port}"), PATIENCE, || {
+            curl(self.client(), &["--connect-timeout", "1", &url]).0 == code
+        })
+        .unwrap();
+    }
+
     /// Waits for the state of a target, by both addresses.
     fn wait_for(&self, index: u8, state: &str) {
         for address in target_host(index).both() {
             self.agent.wait_for_target(&address.to_string(), state).unwrap();
         }
+    }
+}
+
+/// A download that takes a while.
+struct Download {
+    curl: Child,
+    length: u64,
+}
+
+impl Download {
+    fn finish(self) {
+        let output = self.curl.wait_with_output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), self.length.to_string());
     }
 }
 
@@ -378,17 +423,7 @@ fn a_port_that_another_program_has_is_told_and_tried_again() {
 #[test]
 fn requests_in_progress_end_well() {
     let app = Application::start(1, Config::default());
-    let slow = |seconds: u64| {
-        let mut command = app.client().command("curl");
-        let length = 4_000_000 * seconds;
-        command.args(["--silent", "--fail", "--limit-rate", "4M", "--output", "/dev/null"]);
-        command.args(["--write-out", "%{size_download}"]);
-        command.arg(url(app.listener()[0], &format!("/bytes/{length}")));
-        let child = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
-        std::thread::sleep(Duration::from_millis(500));
-        (child, length)
-    };
-    let during = slow(6);
+    let during = app.slow_download(80, 6);
     let more = Config {
         balancer: String::new(),
         tables: "[[load_balancer.site.listener]]\nprotocol = \"http\"\nport = 8081\n\
@@ -409,15 +444,37 @@ fn requests_in_progress_end_well() {
         curl(app.client(), &["--connect-timeout", "1", &new]).0 != 0
     })
     .unwrap();
-    let finish = |(child, length): (std::process::Child, u64)| {
-        let output = child.wait_with_output().unwrap();
-        assert!(output.status.success(), "{output:?}");
-        assert_eq!(String::from_utf8(output.stdout).unwrap(), length.to_string());
-    };
-    finish(during);
+    during.finish();
 
-    let during = slow(3);
+    let during = app.slow_download(80, 3);
     app.agent.signal(Signal::SIGTERM).unwrap();
-    finish(during);
+    during.finish();
     app.agent.stop().unwrap_or_default();
+}
+
+/// The connections of a listener that leaves the configuration, alone or with its whole load
+/// balancer and target group, end by themselves; new ones are refused, as by any machine. Then its
+/// packets are nobody's, and its address leaves the machine.
+#[test]
+fn listeners_that_leave_let_their_connections_end() {
+    let app = Application::start(1, Config::default());
+    let during = app.slow_download(80, 3);
+    let text = app.config.write(&app.topology);
+    app.agent.reload(&text.replace("port = 80,", "port = 82,")).unwrap();
+    app.wait_for_code(82, CONNECTED);
+    app.wait_for_code(80, REFUSED);
+    during.finish();
+    app.wait_for_code(80, UNANSWERED);
+
+    let during = app.slow_download(82, 3);
+    let has_address = || {
+        let output = app.topology.balancer.command("ip").args(["-j", "address"]).output().unwrap();
+        let address = format!("\"{}\"", app.listener()[0]);
+        String::from_utf8(output.stdout).unwrap().contains(&address)
+    };
+    app.agent.reload("# nothing is left\n[agent]\nflow_table_size = 65536\n").unwrap();
+    app.wait_for_code(82, REFUSED);
+    assert!(has_address());
+    during.finish();
+    wait_until("the end of the address", PATIENCE, || !has_address()).unwrap();
 }

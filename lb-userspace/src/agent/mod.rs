@@ -237,6 +237,11 @@ impl Agent {
             self.netlink.want(self.state.destinations());
             self.reconcile();
         }
+        let ended = self.serving.ended(self.state.ending());
+        if self.state.forget_ended(|at| ended.contains(&at), now) {
+            self.manage_addresses().await;
+            self.reconcile();
+        }
         match self.dataplane.flow_table_usage() {
             Ok(usage) => {
                 self.watchman.look(&usage, now);
@@ -265,9 +270,7 @@ impl Agent {
             self.start_walk();
         }
         self.walk_snat(now).await;
-        if !self.serving.problems().is_empty() {
-            self.serving.follow(&self.state);
-        }
+        self.serving.look(&self.state);
     }
 
     /// Time between the beginnings of two walks.
@@ -410,6 +413,10 @@ impl Agent {
         self.serving.follow(&self.state);
         if !self.is_ready && self.state.is_ready() {
             self.is_ready = true;
+            let problems = self.serving.problems().count();
+            if problems > 0 {
+                warn!(problems, "not everything works, `status` tells what");
+            }
             info!("ready");
             tell_service_manager(sd_notify::NotifyState::Ready);
         }

@@ -1,7 +1,6 @@
 //! What the kernel tells of TCP sockets (`/proc/net/tcp`, proc(5)): who listens on a port, and
 //! whether all was sent.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -10,21 +9,22 @@ const LISTEN: &str = "0A";
 
 const TABLES: [&str; 2] = ["/proc/self/net/tcp", "/proc/self/net/tcp6"];
 
-/// Whether a connection at one of these addresses, closed or not, has bytes that the other end has
+/// Whether a connection at such an address and port, closed or not, has bytes that the other end has
 /// not acknowledged.
-pub fn has_unsent(addresses: &BTreeSet<IpAddr>) -> bool {
+pub fn has_unsent(is_there: impl Fn(SocketAddr) -> bool) -> bool {
     let tables = TABLES.iter().filter_map(|path| fs::read_to_string(path).ok());
-    tables.into_iter().any(|table| table.lines().skip(1).any(|line| is_unsent(line, addresses)))
+    tables.into_iter().any(|table| table.lines().skip(1).filter_map(unsent).any(&is_there))
 }
 
-fn is_unsent(line: &str, addresses: &BTreeSet<IpAddr>) -> bool {
+/// The local end of a connection, if a line of a table tells of one with such bytes.
+fn unsent(line: &str) -> Option<SocketAddr> {
     let mut columns = line.split_ascii_whitespace();
     let (local, state, queues) = (columns.nth(1), columns.nth(1), columns.next());
-    let address = local.and_then(|it| it.split_once(':')).and_then(|(address, _)| parse(address));
-    let unsent = queues.and_then(|it| it.split_once(':')).map_or("", |(sent, _)| sent);
-    state != Some(LISTEN)
-        && unsent.bytes().any(|digit| digit != b'0')
-        && address.is_some_and(|address| addresses.contains(&address))
+    let (address, port) = local?.split_once(':')?;
+    let (unsent, _) = queues?.split_once(':')?;
+    let is_unsent = state? != LISTEN && unsent.bytes().any(|digit| digit != b'0');
+    let port = u16::from_str_radix(port, 16).ok()?;
+    is_unsent.then_some(SocketAddr::new(parse(address)?, port))
 }
 
 /// The process, other than this one, that listens at an address and TCP port.
@@ -117,12 +117,11 @@ mod tests {
         let line = |state: &str, queued: &str| {
             format!("0: 6401000A:0050 0A01000A:A000 {state} {queued}:00000000 00:00000000 0 0 0 0")
         };
-        let addresses = BTreeSet::from(["10.0.1.100".parse().unwrap()]);
-        assert!(is_unsent(&line("01", "00000010"), &addresses));
-        assert!(is_unsent(&line("04", "00A00000"), &addresses), "closed, but not over");
-        assert!(!is_unsent(&line("01", "00000000"), &addresses));
-        assert!(!is_unsent(&line(LISTEN, "00000080"), &addresses));
-        assert!(!is_unsent(&line("01", "00000010"), &BTreeSet::new()));
+        let at = Some("10.0.1.100:80".parse().unwrap());
+        assert_eq!(unsent(&line("01", "00000010")), at);
+        assert_eq!(unsent(&line("04", "00A00000")), at, "closed, but not over");
+        assert_eq!(unsent(&line("01", "00000000")), None);
+        assert_eq!(unsent(&line(LISTEN, "00000080")), None);
     }
 
     #[test]

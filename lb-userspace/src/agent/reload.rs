@@ -178,7 +178,7 @@ fn remembered(content: &Result<Vec<u8>, LoadError>) -> Result<Vec<u8>, String> {
 /// What looks wrong all the same. A certificate that cannot be used must not keep the agent from
 /// everything else; its file can be put right without a reload.
 fn warn_of(parsed: &config::Parsed) {
-    let findings = parsed.certificate_findings();
+    let findings = parsed.file_findings();
     parsed.warnings_here().chain(&findings).for_each(|warning| warn!("{warning}"));
 }
 

@@ -31,6 +31,8 @@ pub struct Serving {
     cookie_key: [u8; 32],
     /// What does not work, and is tried again.
     problems: Vec<String>,
+    /// What is not as it should be and mends itself once its cause is gone.
+    defects: Vec<String>,
 }
 
 struct Names {
@@ -42,25 +44,42 @@ struct Names {
 impl Serving {
     /// Serves nothing yet.
     pub fn new() -> Self {
-        Self { proxy: None, names: None, cookie_key: rand::random(), problems: Vec::new() }
+        Self {
+            proxy: None,
+            names: None,
+            cookie_key: rand::random(),
+            problems: Vec::new(),
+            defects: Vec::new(),
+        }
     }
 
     /// What does not work now.
-    pub fn problems(&self) -> &[String] {
-        &self.problems
+    pub fn problems(&self) -> impl Iterator<Item = &String> {
+        self.problems.iter().chain(&self.defects)
+    }
+
+    /// Looks at what the proxy says of itself, and tries again what does not work.
+    pub fn look(&mut self, state: &State) {
+        if self.problems.is_empty() {
+            self.follow_defects();
+        } else {
+            self.follow(state);
+        }
+    }
+
+    fn follow_defects(&mut self) {
+        let defects = self.proxy.as_ref().map(Proxy::defects).unwrap_or_default();
+        tell_changes(&self.defects, &defects);
+        self.defects = defects;
     }
 
     /// Serves what the state says. Problems are told to the log when they come and go.
     pub fn follow(&mut self, state: &State) {
         let mut problems = self.follow_routes(state);
         problems.extend(self.follow_names(state));
-        for problem in problems.iter().filter(|problem| !self.problems.contains(problem)) {
-            warn!("{problem}");
-        }
-        for problem in self.problems.iter().filter(|problem| !problems.contains(problem)) {
-            info!("no longer so: {problem}");
-        }
+        tell_changes(&self.problems, &problems);
         self.problems = problems;
+        self.follow_defects();
     }
 
     fn follow_routes(&mut self, state: &State) -> Vec<String> {
@@ -128,6 +147,14 @@ impl Serving {
         problem
     }
 
+    /// Which of these listeners, which are no longer served, are over: clients have everything.
+    pub fn ended(&self, ending: impl Iterator<Item = SocketAddr>) -> BTreeSet<SocketAddr> {
+        let busy = self.proxy.as_ref().map(Proxy::places).unwrap_or_default();
+        // The kernel's table is long: it is read only if it matters.
+        let ended = ending.filter(|at| !busy.contains(at));
+        ended.filter(|at| !has_unsent(|unsent| unsent == *at)).collect()
+    }
+
     /// Opens logs again that were renamed.
     pub fn reopen_logs(&self) {
         if let Some(proxy) = &self.proxy {
@@ -159,9 +186,18 @@ impl Serving {
         let begun = Instant::now();
         proxy.end(GRACE).await;
         // The kernel has it still, and sends it for as long as the address is there.
-        while begun.elapsed() < GRACE && has_unsent(&addresses) {
+        while begun.elapsed() < GRACE && has_unsent(|at| addresses.contains(&at.ip())) {
             sleep(PAUSE).await;
         }
+    }
+}
+
+fn tell_changes(before: &[String], now: &[String]) {
+    for problem in now.iter().filter(|problem| !before.contains(problem)) {
+        warn!("{problem}");
+    }
+    for problem in before.iter().filter(|problem| !now.contains(problem)) {
+        info!("no longer so: {problem}");
     }
 }
 

@@ -11,7 +11,7 @@ use crate::config::{self, Config, ConfigErrors, LoadError};
 /// [`config::LoadError`] with everything that is wrong with it.
 pub(super) fn run(file: &Path) -> anyhow::Result<()> {
     let parsed = config::load(file)?;
-    let findings = parsed.certificate_findings();
+    let findings = parsed.file_findings();
     if let Some(errors) = ConfigErrors::among(&findings) {
         return Err(LoadError::Invalid(errors).into());
     }

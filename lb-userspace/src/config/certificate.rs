@@ -151,7 +151,7 @@ mod tests {
         );
         let parsed = parse("lb.toml", &text).unwrap_or_else(|errors| panic!("{errors}"));
         assert_eq!(parsed.warnings, []);
-        let findings = parsed.certificate_findings();
+        let findings = parsed.file_findings();
         let shown = findings.iter().map(|finding| {
             let shown = finding.to_string();
             let first = shown.lines().next().unwrap_or_default();

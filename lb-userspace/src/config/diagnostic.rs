@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::fmt::{self, Display};
 use std::net::IpAddr;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use annotate_snippets::{AnnotationKind, Group, Level, Renderer, Snippet};
@@ -115,6 +116,7 @@ pub(super) struct Report<'a> {
     found: RefCell<Vec<(Span, Diagnostic)>>,
     unless_local: RefCell<Vec<(IpAddr, Diagnostic)>>,
     certificates: RefCell<Vec<(CertificateFiles, Diagnostic)>>,
+    logs: RefCell<Vec<(PathBuf, Diagnostic)>>,
 }
 
 impl<'a> Report<'a> {
@@ -128,6 +130,7 @@ impl<'a> Report<'a> {
             found: RefCell::default(),
             unless_local: RefCell::default(),
             certificates: RefCell::default(),
+            logs: RefCell::default(),
         }
     }
 
@@ -162,6 +165,17 @@ impl<'a> Report<'a> {
     pub(super) fn certificate(&self, span: &Span, files: CertificateFiles) {
         let place = self.diagnostic(Severity::Warning, span, String::new(), String::new());
         self.certificates.borrow_mut().push((files, place));
+    }
+
+    /// Notes where the file names a log.
+    pub(super) fn log(&self, span: &Span, path: PathBuf) {
+        let place = self.diagnostic(Severity::Warning, span, String::new(), String::new());
+        self.logs.borrow_mut().push((path, place));
+    }
+
+    /// Those logs.
+    pub(super) fn take_logs(&self) -> Vec<(PathBuf, Diagnostic)> {
+        self.logs.take()
     }
 
     /// Those certificates.

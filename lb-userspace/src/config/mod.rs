@@ -30,6 +30,7 @@ mod tunnel_sources;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 
 use rustls::pki_types::UnixTime;
 use toml::de::DeTable;
@@ -53,20 +54,26 @@ pub struct Parsed {
     pub warnings: Vec<Diagnostic>,
     /// Warnings that hold on a machine without this address.
     pub unless_local: Vec<(IpAddr, Diagnostic)>,
-    /// Where the file names certificates; [`Self::certificate_findings`] looks at them.
+    /// Where the file names certificates; [`Self::file_findings`] looks at them.
     certificates: Vec<(CertificateFiles, Diagnostic)>,
+    /// Where it names logs.
+    logs: Vec<(PathBuf, Diagnostic)>,
 }
 
 impl Parsed {
-    /// What is wrong with the files of certificates, as they are now: errors where they cannot be
-    /// used, warnings where clients will not take them. A target has no use for them.
-    pub fn certificate_findings(&self) -> Vec<Diagnostic> {
+    /// What is wrong with the files that it names, as they are now: errors where certificates cannot
+    /// be used, warnings where clients will not take them or logs have no directory. A target has no
+    /// use for them.
+    pub fn file_findings(&self) -> Vec<Diagnostic> {
         if self.config.agent.role == Role::Target {
             return Vec::new();
         }
         let now = UnixTime::now();
         let certificates = self.certificates.iter();
-        certificates.filter_map(|(files, place)| certificate::finding(files, place, now)).collect()
+        let certificates =
+            certificates.filter_map(|(files, place)| certificate::finding(files, place, now));
+        let logs = self.logs.iter().filter_map(|(path, place)| no_directory(path, place));
+        certificates.chain(logs).collect()
     }
 
     /// All warnings that hold on this machine, in its network namespace.
@@ -76,6 +83,14 @@ impl Parsed {
         let foreign = self.unless_local.iter().filter(move |(address, _)| !local.contains(address));
         self.warnings.iter().chain(foreign.map(|(_, warning)| warning))
     }
+}
+
+/// A warning if a log has no directory to be in.
+fn no_directory(log: &Path, place: &Diagnostic) -> Option<Diagnostic> {
+    let directory = log.parent().filter(|it| !it.is_dir())?.display();
+    let message = format!("the directory {directory} of this log is not there");
+    let help = format!("create it with `mkdir -p {directory}`: requests are not noted until then");
+    Some(place.with(Severity::Warning, message, help))
 }
 
 const SYNTAX_HELP: &str = "write strings in quotes and each key once in its section; \
@@ -107,7 +122,8 @@ pub fn parse(file_name: &str, text: &str) -> Result<Parsed, ConfigErrors> {
     };
     let unless_local = report.take_unless_local();
     let certificates = report.take_certificates();
-    Ok(Parsed { warnings: report.finish()?, unless_local, certificates, config })
+    let logs = report.take_logs();
+    Ok(Parsed { warnings: report.finish()?, unless_local, certificates, logs, config })
 }
 
 /// Reads the whole file; worth nothing if it notes an error.

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use toml::Spanned;
@@ -72,6 +73,11 @@ impl<'a> Value<'a> {
     /// Notes that the value names a certificate.
     pub(super) fn is_certificate(&self, files: CertificateFiles) {
         self.report.certificate(&self.span(), files);
+    }
+
+    /// Notes that the value names a log.
+    pub(super) fn is_log(&self, path: PathBuf) {
+        self.report.log(&self.span(), path);
     }
 
     /// Whether the value is a string; other forms may be allowed in its place.

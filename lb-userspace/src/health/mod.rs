@@ -16,7 +16,7 @@ use std::sync::Arc;
 pub use checker::Checker;
 pub use status::{Health, HealthState, Reason};
 
-use crate::config::model::{HealthCheck, Target};
+use crate::config::model::{HealthCheck, Target, TargetGroup};
 
 /// Names one target of one group: a target in two groups is checked for each.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -38,15 +38,19 @@ pub struct CheckSpec {
     pub address: IpAddr,
     /// Port asked, 1 to 65535.
     pub port: u16,
+    /// Whether connections begin with the PROXY protocol's header.
+    pub proxy_protocol: bool,
 }
 
 impl CheckSpec {
-    /// The check of `target` in a group that checks its targets by `check`.
-    pub fn new(check: &HealthCheck, target: &Target) -> Self {
+    /// The check of `target` in `group`.
+    pub fn new(group: &TargetGroup, target: &Target) -> Self {
+        let check = &group.health_check;
         Self {
             check: check.clone(),
             address: target.address,
             port: check.port.unwrap_or(target.port),
+            proxy_protocol: group.proxy.proxy_protocol_v2,
         }
     }
 }
@@ -66,27 +70,22 @@ pub struct HealthEvent {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::model::ProbeKind;
-    use std::time::Duration;
+    use crate::config;
 
     #[test]
     fn the_port_asked_is_the_checks_own_or_the_targets() {
-        let target = Target {
-            address: "192.0.2.1".parse().unwrap(),
-            port: 8080,
-            weight: 1,
-            availability_zone: None,
+        let spec = |check: &str| {
+            let text = format!(
+                "[target_group.a]\nprotocol = \"tls\"\nproxy_protocol_v2 = true\n\
+                 targets = [\"192.0.2.1:8080\"]\n{check}"
+            );
+            let config = config::parse("lb.toml", &text).unwrap().config;
+            let group = &config.target_groups["a"];
+            CheckSpec::new(group, &group.targets[0])
         };
-        let mut check = HealthCheck {
-            probe: ProbeKind::Tcp,
-            port: None,
-            interval: Duration::from_secs(10),
-            timeout: Duration::from_secs(2),
-            healthy_threshold: 3,
-            unhealthy_threshold: 2,
-        };
-        assert_eq!(CheckSpec::new(&check, &target).port, 8080);
-        check.port = Some(9000);
-        assert_eq!(CheckSpec::new(&check, &target).port, 9000);
+        assert_eq!(spec("").port, 8080);
+        let spec = spec("[target_group.a.health_check]\nport = 9000\n");
+        assert_eq!(spec.port, 9000);
+        assert!(spec.proxy_protocol);
     }
 }

@@ -16,7 +16,7 @@ use hyper::{Request, StatusCode, Uri, header};
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -27,6 +27,7 @@ use super::machine::Outcome;
 use super::status::Reason;
 use super::{CheckSpec, tls};
 use crate::config::model::{HttpProbe, ProbeKind};
+use crate::proxy_protocol;
 
 mod http2;
 #[cfg(test)]
@@ -78,7 +79,14 @@ impl Prober {
         let peer = SocketAddr::new(spec.address, spec.port);
         let limit = spec.check.timeout;
         let deadline = Instant::now() + limit;
-        let stream = timeout_at(deadline, TcpStream::connect(peer))
+        let connect = async {
+            let mut stream = TcpStream::connect(peer).await?;
+            if spec.proxy_protocol {
+                stream.write_all(&proxy_protocol::LOCAL).await?;
+            }
+            Ok::<_, io::Error>(stream)
+        };
+        let stream = timeout_at(deadline, connect)
             .await
             .map_err(|_| Failure::timeout("connection", limit))??;
 

@@ -261,18 +261,6 @@ fn values<'a>(headers: &'a HeaderMap, name: &'a str) -> impl Iterator<Item = &'a
         .map(<[u8]>::trim_ascii_end)
 }
 
-/// Makes one line of all `Cookie` lines, which HTTP/2 may split (RFC 9113 section 8.2.3) and
-/// HTTP/1.1 may not (RFC 6265 section 5.4).
-pub fn join(headers: &mut HeaderMap) {
-    let lines = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes);
-    let lines: Vec<&[u8]> = lines.collect();
-    if lines.len() > 1
-        && let Ok(joined) = HeaderValue::from_bytes(&lines.join(b"; ".as_slice()))
-    {
-        headers.insert(header::COOKIE, joined);
-    }
-}
-
 /// Whether a request has a cookie: the application's, without which `AWSALBAPP` means nothing.
 pub fn has_cookie(headers: &HeaderMap, name: &str) -> bool {
     values(headers, name).next().is_some()

@@ -12,7 +12,6 @@ use tokio::time::{Instant, timeout_at};
 
 use super::body::{Progress, RequestBody, ResponseBody, Source};
 use super::connection::Connection;
-use super::cookies;
 use super::counters::Metric;
 use super::errors::ElbError;
 use super::exchange::Exchange;
@@ -141,9 +140,6 @@ fn prepare(
         fields.insert(header::TE, HeaderValue::from_static("trailers"));
     }
     if version == HttpVersion::Http1 {
-        if !is_http1 {
-            cookies::join(request.headers_mut());
-        }
         // Else the HTTP library leaves out bodies of GET and HEAD whose length it does not know.
         let fields = request.headers();
         if !request.body().is_end_stream() && !fields.contains_key(header::CONTENT_LENGTH) {

@@ -123,7 +123,10 @@ fn begin(worker: &Arc<Worker>, listener: &Arc<Listener>, stream: TcpStream, peer
     let worker = worker.clone();
     let listener = listener.clone();
     tokio::spawn(async move {
-        connection::serve(&worker, &listener, served, stream, peer).await;
+        tokio::select! {
+            () = connection::serve(&worker, &listener, served, stream, peer) => {}
+            () = listener.expired() => {}
+        }
         drop(place);
     });
 }

@@ -34,10 +34,10 @@ mod upstream;
 mod watchdog;
 mod worker;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -68,6 +68,10 @@ fn buffer(connections: usize) -> usize {
     (BUFFERS / connections.max(1)).clamp(MAX_HEAD, BUFFER)
 }
 
+/// How long the connections of a listener that is no longer served may take to end by themselves:
+/// AWS's default for targets that are deregistered.
+pub const ENDING: Duration = Duration::from_secs(300);
+
 /// How long the end waits for access logs to be written.
 const LOGS: Duration = Duration::from_secs(2);
 
@@ -85,8 +89,34 @@ pub struct Proxy {
 #[derive(Debug)]
 struct Table {
     listeners: BTreeMap<SocketAddr, Arc<Listener>>,
+    /// Listeners that are no longer served. Their connections hold them.
+    ending: Vec<Weak<Listener>>,
     load_balancers: HashMap<Arc<str>, Arc<LoadBalancer>>,
     maker: Maker,
+}
+
+impl Table {
+    /// Lets a listener end.
+    fn end(&mut self, listener: &Arc<Listener>) {
+        listener.closing.send_replace(true);
+        self.ending.push(Arc::downgrade(listener));
+    }
+
+    /// The groups of listeners that end, or will with these routes: requests of connections that
+    /// they have still go there.
+    fn groups_of_ending(&mut self, routes: &Routes) -> HashSet<String> {
+        self.ending.retain(|it| it.strong_count() > 0);
+        let leaving = self.listeners.iter().filter(|(at, _)| !routes.listeners.contains_key(at));
+        let leaving = leaving.map(|(_, listener)| listener.clone());
+        leaving
+            .chain(self.ending.iter().filter_map(Weak::upgrade))
+            .flat_map(|listener| {
+                let served = listener.current.load();
+                let groups = served.route.listener.target_groups();
+                groups.map(|group| group.name.clone()).collect::<Vec<_>>()
+            })
+            .collect()
+    }
 }
 
 impl Proxy {
@@ -99,6 +129,7 @@ impl Proxy {
         let start = |index| WorkerHandle::start(index, groups.clone());
         let table = Table {
             listeners: BTreeMap::new(),
+            ending: Vec::new(),
             load_balancers: HashMap::new(),
             maker: Maker::new(workers),
         };
@@ -117,73 +148,67 @@ impl Proxy {
     /// What does not work is in the answer, and tried again by the next call; the rest is served.
     pub fn apply(&self, routes: Routes) -> Vec<Problem> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        let groups = self.groups.load().follow(&routes, &mut table.maker);
+        let kept = table.groups_of_ending(&routes);
+        let groups = self.groups.load().follow(&routes, &kept, &mut table.maker);
         self.groups.store(Arc::new(groups));
         let mut problems = Vec::new();
         let mut before = std::mem::take(&mut table.listeners);
         for (&address, route) in &routes.listeners {
-            match self.listen(&mut table, address, route, before.remove(&address)) {
+            let result = self.listen(&mut table, address, route, before.get(&address));
+            match result {
                 Ok(listener) => {
+                    if before.get(&address).is_some_and(|it| Arc::ptr_eq(it, &listener)) {
+                        before.remove(&address);
+                    }
                     table.listeners.insert(address, listener);
                 }
-                Err((reason, kept)) => {
-                    problems.push(Problem { listener: address, reason });
-                    table.listeners.extend(kept.map(|listener| (address, listener)));
-                }
+                Err(reason) => problems.push(Problem { listener: address, reason }),
             }
         }
         for listener in before.into_values() {
-            listener.closing.send_replace(true);
+            table.end(&listener);
         }
         let listeners: Vec<_> = routes.listeners.values().map(|it| &it.load_balancer).collect();
         table.load_balancers.retain(|name, _| listeners.contains(&name));
         problems
     }
 
-    /// Serves one listener. If that does not work: why, and what is served instead.
+    /// Serves one listener: that of before, if it can be. If it does not work: why.
     fn listen(
         &self,
         table: &mut Table,
         address: SocketAddr,
         route: &ListenerRoute,
-        before: Option<Arc<Listener>>,
-    ) -> Result<Arc<Listener>, (String, Option<Arc<Listener>>)> {
+        before: Option<&Arc<Listener>>,
+    ) -> Result<Arc<Listener>, String> {
         let load_balancer = table
             .load_balancers
             .entry(route.load_balancer.clone())
             .or_insert_with(|| table.maker.load_balancer())
             .clone();
-        let current = before.as_ref().map(|it| it.current.load_full());
+        let current = before.map(|it| it.current.load_full());
         let is_same =
             |it: &Served| it.route == *route && Arc::ptr_eq(&it.load_balancer, &load_balancer);
         if current.as_deref().is_some_and(is_same)
             && let Some(before) = before
         {
-            return Ok(before);
+            return Ok(before.clone());
         }
-        let tls = match self.tls(route, current.as_deref()) {
-            Ok(tls) => tls,
-            Err(reason) => return Err((reason, before)),
-        };
+        let tls = self.tls(route, current.as_deref())?;
         let sink = route.attributes.access_log.as_ref();
-        let log = match sink.map(|sink| self.logs.get(sink)).transpose() {
-            Ok(log) => log,
-            Err(error) => return Err((format!("access log: {error}"), before)),
-        };
-        let served = match Served::new(route, tls, load_balancer, log) {
-            Ok(served) => served,
-            Err(error) => return Err((error.to_string(), before)),
-        };
+        let log = sink.map(|sink| self.logs.get(sink)).transpose();
+        let log = log.map_err(|error| format!("access log: {error}"))?;
+        let served =
+            Served::new(route, tls, load_balancer, log).map_err(|error| error.to_string())?;
         let protocol = |it: &Served| it.route.listener.protocol;
-        if let Some(before) = before {
-            if current.as_deref().map(protocol) == Some(protocol(&served)) {
-                before.current.store(Arc::new(served));
-                // Connections that are open see what changed.
-                before.closing.send_modify(|_| {});
-                return Ok(before);
-            }
-            // Clients that speak what it was end as if it were gone.
-            before.closing.send_replace(true);
+        // Clients that speak something else end as if it were gone.
+        if let Some(before) = before
+            && current.as_deref().map(protocol) == Some(protocol(&served))
+        {
+            before.current.store(Arc::new(served));
+            // Connections that are open see what changed.
+            before.closing.send_modify(|_| {});
+            return Ok(before.clone());
         }
         let listener = Arc::new(Listener {
             address,
@@ -195,7 +220,7 @@ impl Proxy {
             .iter()
             .map(|_| listener::bind(address))
             .collect::<Result<_, _>>()
-            .map_err(|error| (error.to_string(), None))?;
+            .map_err(|error| error.to_string())?;
         for (worker, socket) in self.workers.iter().zip(sockets) {
             worker.listen(socket, listener.clone());
         }
@@ -223,9 +248,17 @@ impl Proxy {
         {
             return Ok(before.tls.clone());
         }
-        let config = ListenerConfig::load(tls, &alpn(route))?;
+        let config =
+            ListenerConfig::load(tls, before.and_then(|it| it.tls.as_ref()), &alpn(route))?;
         self.watch.add(&config);
         Ok(Some(config))
+    }
+
+    /// Where it listens, or has connections of listeners that are no longer served.
+    pub fn places(&self) -> BTreeSet<SocketAddr> {
+        let table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let ending = table.ending.iter().filter_map(Weak::upgrade).map(|it| it.address);
+        ending.chain(table.listeners.keys().copied()).collect()
     }
 
     /// What has been counted.
@@ -237,6 +270,14 @@ impl Proxy {
         }
         self.groups.load().count(&mut counters);
         counters
+    }
+
+    /// What is not as it should be although all listeners serve: access logs, certificates. Nothing
+    /// needs to be done but to put it right.
+    pub fn defects(&self) -> Vec<String> {
+        let mut defects = self.logs.problems();
+        defects.extend(self.watch.problems());
+        defects
     }
 
     /// Opens the access logs' files again, after they were renamed.

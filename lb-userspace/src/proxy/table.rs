@@ -9,7 +9,9 @@ use std::sync::atomic::AtomicU32;
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
+use tokio::time::sleep;
 
+use super::ENDING;
 use super::access_log::AccessLog;
 use super::balance::{self, Balancer, Candidate, Cycle, InProgress, Load, Turn};
 use super::cookies::Cookies;
@@ -42,6 +44,12 @@ impl Listener {
         let mut changes = self.closing.subscribe();
         changes.mark_changed();
         changes
+    }
+
+    /// Resolves when its connections have had their time after its end.
+    pub async fn expired(&self) {
+        self.closed().await;
+        sleep(ENDING).await;
     }
 }
 
@@ -199,13 +207,16 @@ impl Groups {
         self.cookies.as_ref().map(|(_, cookies)| cookies)
     }
 
-    /// What follows: that of `routes`, with the targets of `self` that are still there.
-    pub fn follow(&self, routes: &Routes, maker: &mut Maker) -> Self {
+    /// What follows: that of `routes`, with the targets of `self` that are still there. Groups that
+    /// are `kept` and not in the routes stay as they are.
+    pub fn follow(&self, routes: &Routes, kept: &HashSet<String>, maker: &mut Maker) -> Self {
         let follow = |(name, route): (&Arc<str>, &GroupRoute)| {
             let before = self.by_name.get(name);
             (name.clone(), Arc::new(Group::follow(before.map(|it| &**it), name, route, maker)))
         };
-        let by_name = routes.groups.iter().map(follow).collect();
+        let kept = self.by_name.iter().filter(|(name, _)| kept.contains(&***name));
+        let kept = kept.map(|(name, group)| (name.clone(), group.clone()));
+        let by_name = kept.chain(routes.groups.iter().map(follow)).collect();
         let key = routes.cookie_key;
         let cookies = match &self.cookies {
             Some((before, cookies)) if *before == key => cookies.clone(),

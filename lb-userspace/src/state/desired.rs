@@ -36,6 +36,7 @@ impl State {
     pub fn desired(&mut self, now: Instant) -> Desired {
         self.warnings.clear();
         self.alerts.clear();
+        self.open_listeners();
         let mut desired = Desired::default();
         self.put_interfaces(&mut desired);
         desired.own_macs = own_macs(&self.network.interfaces, &self.attached);
@@ -80,7 +81,8 @@ impl State {
         self.alerts.extend(left_out_of("targets", left_out.map(name).collect(), rest));
         let forwarded = listener_keys(&self.config).map(|(key, ..)| key);
         let proxied = proxied_keys(&self.config).map(|(key, ..)| key);
-        let listeners: BTreeSet<_> = forwarded.chain(proxied).collect();
+        let ending = self.ending.keys().cloned();
+        let listeners: BTreeSet<_> = forwarded.chain(proxied).chain(ending).collect();
         self.listeners.retain(&listeners, now);
         self.tracked.retain(|number, _| self.listeners.has(*number));
         let name =

@@ -4,6 +4,7 @@
 mod actions;
 mod admission;
 mod desired;
+mod ending;
 mod own_macs;
 mod proxied;
 mod registry;
@@ -33,6 +34,7 @@ use crate::reconcile::{Desired, Prefix};
 
 use actions::{Action, Rings};
 use desired::{Admissions, compile_admissions};
+use ending::Ending;
 use registry::Registry;
 use slow_start::SlowStart;
 use target_admissions::TargetAdmissions;
@@ -73,6 +75,8 @@ pub struct State {
     forwarded: BTreeSet<String>,
     /// The proxy's listeners.
     served: BTreeMap<SocketAddr, ListenerRoute>,
+    /// Those of them that accept connections: the first checks of their targets have concluded.
+    opened: BTreeSet<SocketAddr>,
     /// Groups of which every target has been checked once.
     known_groups: BTreeSet<Arc<str>>,
     /// What each listener does.
@@ -85,6 +89,8 @@ pub struct State {
     draining: BTreeMap<TargetKey, Draining>,
     /// Groups that a listener no longer names, and until when they keep the flows they have.
     leaving: BTreeMap<(ListenerKey, String), Instant>,
+    /// The proxy's listeners that the configuration no longer has.
+    ending: BTreeMap<ListenerKey, Ending>,
     slow_start: SlowStart,
     targets: Registry<TargetKey>,
     listeners: Registry<ListenerKey>,
@@ -119,6 +125,7 @@ impl State {
             used: BTreeSet::new(),
             forwarded: BTreeSet::new(),
             served: BTreeMap::new(),
+            opened: BTreeSet::new(),
             known_groups: BTreeSet::new(),
             actions: BTreeMap::new(),
             ring_size,
@@ -128,6 +135,7 @@ impl State {
             attached: BTreeSet::new(),
             draining: BTreeMap::new(),
             leaving: BTreeMap::new(),
+            ending: BTreeMap::new(),
             slow_start: SlowStart::new(Instant::now()),
             targets: Registry::new(MAX_TARGETS),
             listeners: Registry::new(MAX_LISTENERS),
@@ -166,6 +174,7 @@ impl State {
             }
         }
         self.note_leaving(&config, now);
+        self.note_ending(&config, now);
         self.config = config;
         self.registered = self.config.target_groups.iter().map(registered).collect();
         self.known = self.registered.values().flatten().map(|(key, _)| key.clone()).collect();
@@ -261,9 +270,11 @@ impl State {
         self.attached = attached;
     }
 
-    /// Addresses of all load balancers.
+    /// Addresses of all load balancers, also of listeners that end.
     pub fn addresses(&self) -> BTreeSet<IpAddr> {
-        self.config.load_balancers.values().flat_map(|lb| lb.addresses.iter().copied()).collect()
+        let balancers = self.config.load_balancers.values();
+        let configured = balancers.flat_map(|balancer| balancer.addresses.iter().copied());
+        configured.chain(self.ending.keys().map(|key| key.address)).collect()
     }
 
     /// Targets to be kept resolved.
@@ -279,7 +290,7 @@ impl State {
         used.flat_map(|(name, targets)| {
             let group = self.config.target_groups.get(&**name);
             let spec = move |(key, target): &(TargetKey, config::Target)| {
-                Some((key.clone(), CheckSpec::new(&group?.health_check, target)))
+                Some((key.clone(), CheckSpec::new(group?, target)))
             };
             targets.iter().filter_map(spec)
         })

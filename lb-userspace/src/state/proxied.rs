@@ -43,12 +43,14 @@ impl State {
 
     pub(super) fn put_proxied(&mut self, desired: &mut Desired, classes: &mut Classes) {
         let mut by_address: BTreeMap<IpAddr, Admission> = BTreeMap::new();
-        for (key, _, balancer, _) in proxied_keys(&self.config) {
+        let served = proxied_keys(&self.config)
+            .map(|(key, _, balancer, _)| (admission(&self.admissions, &key, balancer), key));
+        let ending = self.ending.iter().map(|(key, it)| (it.admission.as_ref(), key.clone()));
+        for (admitted, key) in served.chain(ending) {
             let Some(number) = self.listeners.get(&key) else { continue };
             let (address, port) = (Address::from(key.address), Be16::new(key.port));
             let listener = Listener { address, port, protocol: TCP, ..Listener::default() };
             desired.listeners.insert(number, listener);
-            let admitted = admission(&self.admissions, &key, balancer);
             let everybody = None;
             let also = admitted.unwrap_or(&everybody);
             by_address

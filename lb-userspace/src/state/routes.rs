@@ -42,8 +42,10 @@ pub fn listener_routes(config: &Config) -> BTreeMap<SocketAddr, ListenerRoute> {
 impl State {
     /// Everything that the proxy should serve now.
     pub fn routes(&self, cookie_key: [u8; 32]) -> Routes {
-        let listeners = &self.served;
-        let groups: BTreeSet<&str> = listeners
+        let listeners = self.served.iter().filter(|(at, _)| self.opened.contains(*at));
+        let listeners: BTreeMap<_, _> = listeners.map(|(at, route)| (*at, route.clone())).collect();
+        let groups: BTreeSet<&str> = self
+            .served
             .values()
             .flat_map(|route| route.listener.target_groups())
             .map(|group| group.name.as_str())
@@ -52,11 +54,7 @@ impl State {
             let settings = self.config.target_groups.get(name)?;
             Some((Arc::from(name), self.group_route(name, settings)))
         };
-        Routes {
-            listeners: listeners.clone(),
-            groups: groups.into_iter().filter_map(route).collect(),
-            cookie_key,
-        }
+        Routes { groups: groups.into_iter().filter_map(route).collect(), cookie_key, listeners }
     }
 
     fn group_route(&self, name: &str, group: &config::TargetGroup) -> GroupRoute {
@@ -73,11 +71,44 @@ impl State {
             zone: target.availability_zone.as_deref().map(Arc::from),
             state,
         };
+        // Those that drain stand in for new ones until it is known how these are.
+        let is_new = |(key, target): (&TargetKey, &config::Target)| {
+            target.weight > 0 && !self.health.contains_key(key)
+        };
+        let stand_in = !takes_any && registered.clone().any(is_new);
+        let stand_in = stand_in && draining.clone().any(|(key, _)| self.is_healthy(key));
+        let takes_any = takes_any || stand_in;
+        let drains = |key: &TargetKey| {
+            if stand_in && self.is_healthy(key) {
+                TargetState::InService
+            } else {
+                TargetState::Draining
+            }
+        };
         let targets = registered
             .map(|(key, target)| route(key, target, self.target_state(key, takes_any)))
-            .chain(draining.map(|(key, target)| route(key, target, TargetState::Draining)))
+            .chain(draining.map(|(key, target)| route(key, target, drains(key))))
             .collect();
         GroupRoute { settings: group.proxy.clone(), slow_start: group.slow_start, targets }
+    }
+
+    /// Opens the proxy's listeners of which every group is known: a target is healthy, or all have
+    /// been checked once. They stay open.
+    pub(super) fn open_listeners(&mut self) {
+        let mut opened = std::mem::take(&mut self.opened);
+        let is_known = |name: &str| {
+            let mut targets = self.registered.get(name).into_iter().flatten();
+            let all = targets.clone().all(|(key, _)| self.health.contains_key(key));
+            all || targets.any(|(key, _)| self.is_healthy(key))
+        };
+        opened.retain(|at| self.served.contains_key(at));
+        for (at, route) in &self.served {
+            let mut groups = route.listener.target_groups();
+            if !opened.contains(at) && groups.all(|group| is_known(&group.name)) {
+                opened.insert(*at);
+            }
+        }
+        self.opened = opened;
     }
 
     /// Where no target is healthy, all take requests whose first check has concluded: what is known

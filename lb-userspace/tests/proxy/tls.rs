@@ -7,8 +7,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lb_userspace::config::model::{
-    CertificateFiles, ListenerTls, LogSink, ProxyProtocol, TargetProtocol, TlsPolicy,
+    Action, CertificateFiles, FixedResponse, ListenerTls, LogSink, ProxyProtocol, TargetProtocol,
+    TlsPolicy,
 };
+use lb_userspace::proxy::Proxy;
 use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256, PKCS_ED25519};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::aws_lc_rs;
@@ -251,13 +253,79 @@ async fn a_certificate_that_cannot_be_read_is_a_problem_of_its_listener_only() {
     let nowhere =
         CertificateFiles { certificate: "/nowhere.pem".into(), key: "/nowhere.key".into() };
     let broken = site.listener(ProxyProtocol::Https, Some(listener(vec![nowhere])));
-    let proxy = lb_userspace::proxy::Proxy::start(1).unwrap();
+    let proxy = Proxy::start(1).unwrap();
     let problems = proxy.apply(site.routes());
     assert_eq!(problems.len(), 1);
     assert_eq!(problems[0].listener, broken);
     assert!(problems[0].reason.contains("/nowhere.pem"), "{}", problems[0]);
     let answer = crate::harness::Client::connect(address).await.get("/").await;
     assert_eq!(answer.status(), 200);
+}
+
+/// Waits until so many things are not as they should be.
+async fn wait_defects(proxy: &Proxy, count: usize) -> Vec<String> {
+    let reached = async {
+        while proxy.defects().len() != count {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let is_reached = tokio::time::timeout(crate::harness::LIMIT, reached).await;
+    is_reached.unwrap_or_else(|_| panic!("not {count}: {:?}", proxy.defects()));
+    proxy.defects()
+}
+
+#[tokio::test]
+async fn a_pair_that_cannot_be_used_is_told_and_the_others_serve() {
+    let directory = TempDir::new().unwrap();
+    let good = certificate(directory.path(), "a", &["a.test"]);
+    let nowhere =
+        CertificateFiles { certificate: "/nowhere.pem".into(), key: "/nowhere.key".into() };
+    let (mut site, _) = Site::new(&[answers(HELLO).await]);
+    let pairs = vec![nowhere.clone(), good.clone()];
+    let address = site.listener(ProxyProtocol::Https, Some(listener(pairs)));
+    let proxy = site.start();
+    for name in ["a.test", "b.test"] {
+        assert!(shows(&connect(address, name).await, &good));
+    }
+    let defects = wait_defects(&proxy, 1).await;
+    assert!(defects[0].starts_with("certificate /nowhere.pem: "), "{defects:?}");
+
+    // A renewal that fails is told for as long as it lasts.
+    let key = fs::read(&good.key).unwrap();
+    fs::remove_file(&good.key).unwrap();
+    let defects = wait_defects(&proxy, 2).await;
+    assert!(defects.iter().any(|it| it.contains("a.key: ")), "{defects:?}");
+    assert!(shows(&connect(address, "a.test").await, &good));
+    fs::write(&good.key, key).unwrap();
+    wait_defects(&proxy, 1).await;
+
+    // What else changed holds, although no certificate of the new ones can be used.
+    let route = site.listeners.get_mut(&address).unwrap();
+    let mut changed = (*route.listener).clone();
+    changed.tls = Some(listener(vec![nowhere]));
+    changed.default_action = Action::FixedResponse(FixedResponse {
+        status: 200,
+        content_type: "text/plain".to_owned(),
+        body: "changed".to_owned(),
+    });
+    route.listener = Arc::new(changed);
+    assert_eq!(proxy.apply(site.routes()), []);
+    let stream = connect(address, "a.test").await;
+    assert!(shows(&stream, &good));
+    assert!(exchange(stream).await.ends_with("changed"));
+    wait_defects(&proxy, 1).await;
+}
+
+#[tokio::test]
+async fn a_log_that_cannot_be_opened_stops_nothing() {
+    let (site, address) = Site::new(&[answers(HELLO).await]);
+    let proxy = site.start();
+    let site = site.attributes(|it| it.access_log = Some(LogSink::File("/nowhere/log".into())));
+    assert_eq!(proxy.apply(site.routes()), []);
+    let answer = crate::harness::Client::connect(address).await.get("/").await;
+    assert_eq!(answer.status(), 200);
+    let defects = wait_defects(&proxy, 1).await;
+    assert!(defects[0].starts_with("access log /nowhere/log cannot be opened: "), "{defects:?}");
 }
 
 /// A server with TLS, whose certificate nobody knows, that does `serve` with each connection.

@@ -104,5 +104,7 @@ fn access_log(value: Value<'_>) -> Option<LogSink> {
         return Some(LogSink::Stdout);
     }
     let help = "write the absolute path of a file, such as \"/var/log/lb/site.log\", or \"stdout\"";
-    absolute_path(path, help).map(LogSink::File)
+    let file = absolute_path(path, help)?;
+    path.is_log(file.clone());
+    Some(LogSink::File(file))
 }

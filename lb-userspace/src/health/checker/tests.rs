@@ -34,6 +34,7 @@ fn spec(key: &CheckKey, path: &str) -> CheckSpec {
         },
         address: key.address,
         port: key.port,
+        proxy_protocol: false,
     }
 }
 

@@ -168,7 +168,8 @@ mod tests {
             healthy_threshold: 1,
             unhealthy_threshold: 1,
         };
-        let spec = CheckSpec { check, address: address.ip(), port: address.port() };
+        let spec =
+            CheckSpec { check, address: address.ip(), port: address.port(), proxy_protocol: false };
         Prober::new().probe(&spec).await
     }
 

@@ -28,7 +28,11 @@ fn http(matcher: &[RangeInclusive<u16>]) -> HttpProbe {
 }
 
 async fn probe(kind: ProbeKind, address: SocketAddr, timeout: Duration) -> Outcome {
-    let spec = CheckSpec {
+    Prober::new().probe(&spec(kind, address, timeout)).await
+}
+
+fn spec(kind: ProbeKind, address: SocketAddr, timeout: Duration) -> CheckSpec {
+    CheckSpec {
         check: HealthCheck {
             probe: kind,
             port: None,
@@ -39,8 +43,8 @@ async fn probe(kind: ProbeKind, address: SocketAddr, timeout: Duration) -> Outco
         },
         address: address.ip(),
         port: address.port(),
-    };
-    Prober::new().probe(&spec).await
+        proxy_protocol: false,
+    }
 }
 
 async fn get_200(address: SocketAddr) -> Outcome {
@@ -102,6 +106,30 @@ async fn tcp_passes_on_a_connection_of_either_family() {
     for ip in ["127.0.0.1", "::1"] {
         let (_listener, address) = listen(ip).await;
         assert_eq!(probe(ProbeKind::Tcp, address, PATIENT).await, Outcome::Pass);
+    }
+}
+
+/// The bytes are those of the PROXY protocol's text, sections 2.2.
+#[tokio::test]
+async fn a_connection_of_its_own_is_told_by_the_proxy_protocol() {
+    const HEADER: [u8; 16] = *b"\x0D\x0A\x0D\x0A\x00\x0D\x0A\x51\x55\x49\x54\x0A\x20\0\0\0";
+    for kind in [ProbeKind::Http(http(&[200..=200])), ProbeKind::Tcp] {
+        let (sender, told) = oneshot::channel();
+        let is_http = kind != ProbeKind::Tcp;
+        let address = serve(async move |mut stream| {
+            let mut header = [0; 16];
+            stream.read_exact(&mut header).await.unwrap();
+            let _ = sender.send(header);
+            if is_http {
+                read_request(&mut stream).await;
+                let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n";
+                stream.write_all(answer).await.unwrap();
+            }
+        })
+        .await;
+        let spec = CheckSpec { proxy_protocol: true, ..spec(kind, address, PATIENT) };
+        assert_eq!(Prober::new().probe(&spec).await, Outcome::Pass);
+        assert_eq!(told.await.unwrap(), HEADER);
     }
 }
 

@@ -12,12 +12,15 @@ pub use entry::{Entry, RequestLine, TlsEntry};
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use crate::config::model::LogSink;
 
@@ -25,6 +28,8 @@ use crate::config::model::LogSink;
 const MOST_WAITING: usize = 16 << 20;
 /// The most lines that wait.
 const MOST_LINES: usize = 1 << 15;
+/// Between two attempts to open a file, while no line comes.
+const AGAIN: Duration = Duration::from_secs(1);
 /// Bytes that are written at once, or a little more.
 const BLOCK: usize = 64 << 10;
 
@@ -41,19 +46,20 @@ struct Shared {
     dropped: AtomicU64,
     failed: AtomicU64,
     reopen: AtomicBool,
+    /// Why lines are not written, if so.
+    problem: Mutex<Option<String>>,
 }
 
 impl AccessLog {
-    /// Opens a log and starts its writer, which ends once the log is dropped and all lines are
-    /// written.
+    /// Starts a log's writer, which opens the file, and ends once the log is dropped and all lines
+    /// are written.
     ///
     /// # Errors
-    /// If the file cannot be opened, or the system has no thread.
-    fn open(sink: &LogSink) -> io::Result<(Self, JoinHandle<()>)> {
-        let output = Output::open(sink)?;
+    /// If the system has no thread.
+    fn start(sink: &LogSink) -> io::Result<(Self, JoinHandle<()>)> {
         let (lines, waiting) = sync_channel(MOST_LINES);
         let shared = Arc::<Shared>::default();
-        let writer = Writer { output, lines: waiting, shared: shared.clone() };
+        let writer = Writer { sink: sink.clone(), lines: waiting, shared: shared.clone() };
         let thread =
             std::thread::Builder::new().name("access-log".to_owned()).spawn(|| writer.run())?;
         Ok((Self { lines, shared }, thread))
@@ -92,26 +98,15 @@ impl AccessLog {
 /// Where lines go.
 enum Output {
     Stdout,
-    File { file: File, path: Box<Path> },
+    File(File),
 }
 
 impl Output {
     fn open(sink: &LogSink) -> io::Result<Self> {
         Ok(match sink {
             LogSink::Stdout => Self::Stdout,
-            LogSink::File(path) => Self::File { file: append(path)?, path: path.as_path().into() },
+            LogSink::File(path) => Self::File(append(path)?),
         })
-    }
-
-    /// A file that cannot be opened again goes on as it was.
-    fn reopen(&mut self) {
-        let Self::File { file, path } = self else { return };
-        match append(path) {
-            Ok(again) => *file = again,
-            Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "access log not opened again");
-            }
-        }
     }
 
     fn write(&mut self, block: &[u8]) -> io::Result<()> {
@@ -121,48 +116,93 @@ impl Output {
                 stdout.write_all(block)?;
                 stdout.flush()
             }
-            Self::File { file, .. } => file.write_all(block),
+            Self::File(file) => file.write_all(block),
         }
     }
 }
 
+/// A pipe that nobody reads is an error at once; one that is read slowly makes its writer wait.
 fn append(path: &Path) -> io::Result<File> {
-    OpenOptions::new().create(true).append(true).open(path)
+    let flags = OFlag::O_NONBLOCK;
+    let file =
+        OpenOptions::new().create(true).append(true).custom_flags(flags.bits()).open(path)?;
+    let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
+    fcntl(&file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK))?;
+    Ok(file)
 }
 
 struct Writer {
-    output: Output,
+    sink: LogSink,
     lines: Receiver<String>,
     shared: Arc<Shared>,
 }
 
 impl Writer {
-    fn run(mut self) {
-        let mut was_ok = true;
-        while let Ok(first) = self.lines.recv() {
-            let mut block = first.into_bytes();
-            let mut count = 1;
-            while block.len() < BLOCK {
-                match self.lines.try_recv() {
-                    Ok(line) => block.extend_from_slice(line.as_bytes()),
-                    Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
-                }
-                count += 1;
+    fn run(self) {
+        let mut output = self.open();
+        // Whether it should be another: a file that cannot be opened again goes on as it was.
+        let mut is_stale = output.is_none();
+        loop {
+            let first = match self.lines.recv_timeout(AGAIN) {
+                Ok(line) => line,
+                Err(RecvTimeoutError::Timeout) => String::new(),
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+            let (block, count) = self.gather(first);
+            if self.shared.reopen.swap(false, Relaxed) || is_stale {
+                let again = self.open();
+                is_stale = again.is_none();
+                output = again.or(output);
             }
-            if self.shared.reopen.swap(false, Relaxed) {
-                self.output.reopen();
+            if block.is_empty() {
+                continue;
             }
-            let written = self.output.write(&block);
+            let written = output.as_mut().map(|output| output.write(&block));
             self.shared.waiting.fetch_sub(block.len(), Relaxed);
-            if let Err(error) = &written {
-                self.shared.failed.fetch_add(count, Relaxed);
-                // Once, not for every block.
-                if was_ok {
-                    tracing::warn!(%error, "access log cannot be written");
-                }
+            match written {
+                Some(Ok(())) if is_stale => {}
+                Some(Ok(())) => self.shared.set_problem(None),
+                Some(Err(error)) => self.fail(count, Some(&error)),
+                None => self.fail(count, None),
             }
-            was_ok = written.is_ok();
         }
+    }
+
+    fn gather(&self, first: String) -> (Vec<u8>, u64) {
+        let mut count = u64::from(!first.is_empty());
+        let mut block = first.into_bytes();
+        while block.len() < BLOCK {
+            let Ok(line) = self.lines.try_recv() else { break };
+            count += u64::from(!line.is_empty());
+            block.extend_from_slice(line.as_bytes());
+        }
+        (block, count)
+    }
+
+    fn open(&self) -> Option<Output> {
+        match Output::open(&self.sink) {
+            Ok(output) => {
+                self.shared.set_problem(None);
+                Some(output)
+            }
+            Err(error) => {
+                self.shared.set_problem(Some(format!("cannot be opened: {error}")));
+                None
+            }
+        }
+    }
+
+    fn fail(&self, lines: u64, error: Option<&io::Error>) {
+        self.shared.failed.fetch_add(lines, Relaxed);
+        if let Some(error) = error {
+            self.shared.set_problem(Some(format!("cannot be written: {error}")));
+        }
+    }
+}
+
+impl Shared {
+    fn set_problem(&self, problem: Option<String>) {
+        *self.problem.lock().unwrap_or_else(PoisonError::into_inner) = problem;
     }
 }
 
@@ -174,19 +214,38 @@ pub struct AccessLogs(Mutex<BTreeMap<LogSink, Running>>);
 type Running = (Weak<AccessLog>, JoinHandle<()>);
 
 impl AccessLogs {
-    /// The log of a sink, opened if it is not. It is closed when its last user drops it.
+    /// The log of a sink. It is closed when its last user drops it. A file that cannot be opened is
+    /// tried again until it can; its lines are dropped until then, see [`Self::problems`].
     ///
     /// # Errors
-    /// If the file cannot be opened.
+    /// If the system has no thread for it.
     pub fn get(&self, sink: &LogSink) -> io::Result<Arc<AccessLog>> {
         let mut logs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(log) = logs.get(sink).and_then(|(log, _)| log.upgrade()) {
             return Ok(log);
         }
-        let (log, thread) = AccessLog::open(sink)?;
+        let (log, thread) = AccessLog::start(sink)?;
         let log = Arc::new(log);
         logs.insert(sink.clone(), (Arc::downgrade(&log), thread));
         Ok(log)
+    }
+
+    /// Which logs are not written now, and why.
+    pub fn problems(&self) -> Vec<String> {
+        let logs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let problem = |(sink, (log, _)): (&LogSink, &Running)| {
+            let log = log.upgrade()?;
+            let problem = log.shared.problem.lock().unwrap_or_else(PoisonError::into_inner);
+            let path = match sink {
+                LogSink::Stdout => "the standard output".to_owned(),
+                LogSink::File(path) => path.display().to_string(),
+            };
+            Some(format!(
+                "access log {path} {}; requests are served without it, it is tried again",
+                problem.as_ref()?
+            ))
+        };
+        logs.iter().filter_map(problem).collect()
     }
 
     /// Opens all files again.
@@ -288,9 +347,50 @@ mod tests {
         assert_eq!(shared.waiting.load(Relaxed), 0);
     }
 
+    fn wait_for(logs: &AccessLogs, is_it: impl Fn(&[String]) -> bool) {
+        let end = Instant::now() + PATIENCE;
+        while !is_it(&logs.problems()) {
+            assert!(Instant::now() < end, "{:?}", logs.problems());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     #[test]
-    fn what_cannot_be_opened_is_an_error() {
-        let sink = LogSink::File("/nonexistent/log".into());
-        assert!(AccessLogs::default().get(&sink).is_err());
+    fn what_cannot_be_opened_is_told_and_tried_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("later/log");
+        let logs = AccessLogs::default();
+        let log = logs.get(&LogSink::File(path.clone())).unwrap();
+        let told = format!("access log {} cannot be opened: No such file", path.display());
+        wait_for(&logs, |problems| matches!(problems, [it] if it.starts_with(&told)));
+        log.write("lost\n".to_owned());
+        let end = Instant::now() + PATIENCE;
+        while log.dropped() == 0 && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(log.dropped(), 1);
+        fs::create_dir(path.parent().unwrap()).unwrap();
+        wait_for(&logs, <[_]>::is_empty);
+        log.write("written\n".to_owned());
+        drop(log);
+        assert!(logs.finish(PATIENCE));
+        assert_eq!(fs::read_to_string(&path).unwrap(), "written\n");
+    }
+
+    #[test]
+    fn a_pipe_that_nobody_reads_holds_nobody_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("pipe");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let logs = AccessLogs::default();
+        let log = logs.get(&LogSink::File(path.clone())).unwrap();
+        wait_for(&logs, |problems| problems.len() == 1);
+        // Opening it for reading waits for a writer.
+        let reader = std::thread::spawn(move || fs::read_to_string(path).unwrap());
+        wait_for(&logs, <[_]>::is_empty);
+        log.write("line\n".to_owned());
+        drop(log);
+        assert!(logs.finish(PATIENCE));
+        assert_eq!(reader.join().unwrap(), "line\n");
     }
 }

@@ -30,13 +30,19 @@ pub struct ListenerConfig {
 }
 
 impl ListenerConfig {
-    /// Reads the certificates. `alpn`: protocols in order of preference.
+    /// Reads the certificates. `alpn`: protocols in order of preference. Certificates that cannot be
+    /// read now, but were `before`, go on serving.
     ///
     /// # Errors
-    /// If a file cannot be read, is not what it should be, or does not fit its key.
-    pub fn load(tls: &ListenerTls, alpn: &[String]) -> Result<Self, String> {
+    /// If no certificate can be read, is what it should be, and fits its key.
+    pub fn load(tls: &ListenerTls, before: Option<&Self>, alpn: &[String]) -> Result<Self, String> {
         let provider = Arc::new(provider(tls.policy));
-        let certificates = Arc::new(Certificates::load(&tls.certificates, provider.clone())?);
+        let certificates = Certificates::load(
+            &tls.certificates,
+            before.map(|it| &*it.certificates),
+            provider.clone(),
+        )?;
+        let certificates = Arc::new(certificates);
         let mut server = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&versions(tls.policy))
             .map_err(|error| format!("policy {}: {error}", tls.policy.name))?

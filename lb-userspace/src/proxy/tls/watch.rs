@@ -1,5 +1,6 @@
 //! Looks whether certificates' files have changed.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread;
@@ -40,6 +41,12 @@ impl Watch {
             }
         })?;
         Ok(Self { watched })
+    }
+
+    /// What is wrong with them now.
+    pub fn problems(&self) -> BTreeSet<String> {
+        let watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        watched.iter().filter_map(Weak::upgrade).flat_map(|it| it.problems()).collect()
     }
 
     /// Looks at these, too, for as long as somebody uses them.

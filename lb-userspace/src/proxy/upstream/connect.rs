@@ -24,8 +24,9 @@ use super::super::descriptors::{self, Descriptors};
 use super::super::table::{LoadBalancer, Target};
 use super::super::tls;
 use super::counted::{CountedStream, Patience};
-use super::{Http1, Lease, Pool, proxy_protocol};
+use super::{Http1, Lease, Pool};
 use crate::config::model::{HttpVersion, TargetProtocol};
+use crate::proxy_protocol;
 
 /// How long a connection to a target may take, with its TLS handshake.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);

@@ -2,7 +2,6 @@
 
 mod connect;
 mod counted;
-pub mod proxy_protocol;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -112,7 +112,15 @@ fn packets_are_admitted_and_passed() {
 
 #[test]
 fn routes_have_every_listener_and_the_groups_that_are_named() {
-    let world = World::new(SITE);
+    let mut world = World::new(SITE);
+    let open = |world: &World| world.state.routes([7; 32]).listeners.len();
+    world.desired();
+    assert_eq!(open(&world), 3, "those that redirect have nothing to wait for");
+    world.check("web", 11, HealthState::Healthy);
+    world.desired();
+    assert_eq!(open(&world), 3);
+    world.check("api", 11, HealthState::Unhealthy);
+    world.desired();
     let routes = world.state.routes([7; 32]);
     assert_eq!(routes.cookie_key, [7; 32]);
     assert_eq!(routes.listeners.len(), 6);
@@ -130,6 +138,66 @@ fn routes_have_every_listener_and_the_groups_that_are_named() {
     let checked: BTreeSet<_> =
         world.state.checks().into_keys().map(|key| key.target_group.to_string()).collect();
     assert_eq!(checked, ["api", "web"].map(str::to_owned).into(), "spare is unused");
+    world.configure(&SITE.replace("\"10.0.2.11\", availability", "\"10.0.2.14\", availability"));
+    world.desired();
+    assert_eq!(open(&world), 6, "what is open stays so");
+}
+
+/// New targets have not been checked when they replace all others.
+#[test]
+fn targets_that_drain_stand_in_for_new_ones() {
+    use HealthState::{Healthy, Unhealthy};
+    use TargetState::{Draining, InService, OutOfService};
+    let mut world = World::new(SITE);
+    world.check("web", 11, Healthy);
+    world.check("web", 12, Unhealthy);
+    let renewed = SITE.replace("10.0.2.11", "10.0.2.21").replace("10.0.2.12", "10.0.2.22");
+    world.configure(&renewed);
+    let states = [(11, InService), (12, Draining), (21, OutOfService), (22, OutOfService)];
+    assert_eq!(world.states("web"), states.into());
+    world.check("web", 22, Unhealthy);
+    assert_eq!(world.states("web"), states.into());
+    world.check("web", 21, Healthy);
+    let states = [(11, Draining), (12, Draining), (21, InService), (22, OutOfService)];
+    assert_eq!(world.states("web"), states.into());
+    // Nobody stands in for a group that is emptied.
+    let (start, rest) = renewed.split_once("targets = [").unwrap();
+    let (_, end) = rest.split_once("\n]").unwrap();
+    world.configure(&format!("{start}targets = [\n]{end}"));
+    assert!(world.states("web").values().all(|state| *state == Draining));
+}
+
+#[test]
+fn a_listener_that_leaves_is_passed_until_it_is_over() {
+    let mut world = World::new(SITE);
+    let admitted = |desired: &Desired, address: &str| {
+        let address: IpAddr = address.parse().unwrap();
+        let key = EndpointKey::new(address.into(), Be16::new(80), 6);
+        let endpoint = desired.endpoints.get(&key)?;
+        assert_eq!(endpoint.kind(), Endpoint::PROXIED);
+        Some(desired.classes[&endpoint.class].clone())
+    };
+    let [first, ..] = ADDRESSES;
+    let before = admitted(&world.desired(), first).unwrap();
+    // Alone, then with its load balancer.
+    world.configure(&SITE.replace("port = 80\ntarget", "port = 81\ntarget"));
+    assert_eq!(admitted(&world.desired(), first).as_ref(), Some(&before));
+    world.configure("");
+    assert_eq!(admitted(&world.desired(), first).as_ref(), Some(&before));
+    assert_eq!(world.state.addresses().len(), ADDRESSES.len());
+    let over = |at: SocketAddr| at.ip() == first.parse::<IpAddr>().unwrap();
+    assert!(world.state.forget_ended(over, world.now));
+    assert!(!world.state.forget_ended(over, world.now));
+    assert_eq!(admitted(&world.desired(), first), None);
+    assert!(admitted(&world.desired(), ADDRESSES[1]).is_some());
+    assert_eq!(world.state.addresses().len(), ADDRESSES.len() - 1);
+    // One that comes back is no longer over.
+    world.configure(SITE);
+    assert_eq!(world.state.ending().count(), 2, "port 81");
+    world.configure("");
+    world.now += Duration::from_secs(1000);
+    assert!(world.state.forget_ended(|_| false, world.now), "in the end everything is");
+    assert_eq!((world.state.ending().count(), world.state.addresses().len()), (0, 0));
 }
 
 #[test]

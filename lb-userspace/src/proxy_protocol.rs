@@ -5,6 +5,10 @@ use std::net::{IpAddr, SocketAddr};
 /// What no other protocol begins with (section 2.2 of the PROXY protocol's text).
 const SIGNATURE: [u8; 12] = *b"\r\n\r\n\0\r\nQUIT\n";
 
+/// Version 2, command LOCAL, of no address family: a connection of the sender's own, as health checks
+/// are.
+pub const LOCAL: [u8; 16] = *b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0";
+
 /// Version 2, command PROXY.
 const VERSION_AND_COMMAND: u8 = 0x21;
 const TCP_OVER_IPV4: u8 = 0x11;
