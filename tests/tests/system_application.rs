@@ -446,7 +446,7 @@ fn requests_in_progress_end_well() {
     .unwrap();
     during.finish();
 
-    let during = app.slow_download(80, 3);
+    let during = app.slow_download(80, 8);
     app.agent.signal(Signal::SIGTERM).unwrap();
     during.finish();
     app.agent.stop().unwrap_or_default();
@@ -458,7 +458,7 @@ fn requests_in_progress_end_well() {
 #[test]
 fn listeners_that_leave_let_their_connections_end() {
     let app = Application::start(1, Config::default());
-    let during = app.slow_download(80, 3);
+    let during = app.slow_download(80, 8);
     let text = app.config.write(&app.topology);
     app.agent.reload(&text.replace("port = 80,", "port = 82,")).unwrap();
     app.wait_for_code(82, CONNECTED);
@@ -466,7 +466,7 @@ fn listeners_that_leave_let_their_connections_end() {
     during.finish();
     app.wait_for_code(80, UNANSWERED);
 
-    let during = app.slow_download(82, 3);
+    let during = app.slow_download(82, 8);
     let has_address = || {
         let output = app.topology.balancer.command("ip").args(["-j", "address"]).output().unwrap();
         let address = format!("\"{}\"", app.listener()[0]);

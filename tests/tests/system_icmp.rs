@@ -14,6 +14,8 @@ use lb_tests::{
 const MEGABYTE: usize = 1 << 20;
 /// What the way to the client carries, bytes; every other way carries 1500.
 const NARROW: u32 = 1400;
+/// Datagrams until the sender must have heard that nobody listens.
+const TRIES: usize = 3;
 
 fn start(picture: Picture, forwarding: &str) -> Site {
     Site::start_with(picture, 1, |config| {
@@ -96,9 +98,11 @@ fn a_client_hears_that_nobody_listens() {
         // Its health is asked for by TCP.
         site.servers[0].as_mut().unwrap().udp.clear();
         for echo in echoes {
+            // The target's kernel may leave an error out when it is busy with others.
             let ask = || clients::udp_ping(None, echo, b"there?", TIMEOUT).unwrap_err();
-            let error = site.client(ask).downcast::<io::Error>().unwrap();
-            assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{forwarding}: {echo}");
+            let kind = || site.client(ask).downcast::<io::Error>().unwrap().kind();
+            let is_refused = (0..TRIES).any(|_| kind() == ErrorKind::ConnectionRefused);
+            assert!(is_refused, "{forwarding}: {echo}");
         }
     }
 }

@@ -111,12 +111,12 @@ impl State {
         self.opened = opened;
     }
 
-    /// Where no target is healthy, all take requests whose first check has concluded: what is known
-    /// to be unhealthy may do better than nobody.
+    /// Where no target is healthy, all take requests whose first check has concluded: what failed it
+    /// may do better than nobody.
     fn target_state(&self, key: &TargetKey, takes_any: bool) -> TargetState {
         match self.health.get(key).map(|health| health.state) {
             Some(HealthState::Healthy) => TargetState::InService,
-            Some(HealthState::Unhealthy) if !takes_any => TargetState::InService,
+            Some(_) if !takes_any => TargetState::InService,
             _ => TargetState::OutOfService,
         }
     }

@@ -163,7 +163,7 @@ fn tellers(topology: &Topology) -> Servers {
 fn tls_listeners_tell_targets_who_connected() {
     let world = World::start(tellers, |authority| {
         let lines = "protocol = \"tcp\"\nproxy_protocol_v2 = true";
-        let check = format!(", protocol = \"http\", port = {PORT}");
+        let check = format!(", protocol = \"tcp\", port = {PORT}");
         let certificate = authority.issue("site.test");
         format!(
             "{}[load_balancer.site]\naddresses = [{}]\n[[load_balancer.site.listener]]\n\
