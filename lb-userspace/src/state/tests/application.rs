@@ -202,13 +202,17 @@ fn a_listener_that_leaves_is_passed_until_it_is_over() {
 
 #[test]
 fn targets_serve_by_their_health() {
-    use HealthState::{Healthy, Unhealthy};
+    use HealthState::{Healthy, Initial, Unhealthy};
     use TargetState::{Draining, InService, OutOfService};
     let mut world = World::new(SITE);
     assert_eq!(world.states("web"), [(11, OutOfService), (12, OutOfService)].into());
     assert!(!world.state.is_ready());
-    world.check("web", 11, Unhealthy);
-    assert_eq!(world.states("web"), [(11, InService), (12, OutOfService)].into(), "fails open");
+    // Its first check failed, and then more of them.
+    for state in [Initial, Unhealthy] {
+        world.check("web", 11, state);
+        let states = [(11, InService), (12, OutOfService)];
+        assert_eq!(world.states("web"), states.into(), "fails open");
+    }
     world.check("web", 12, Healthy);
     assert_eq!(world.states("web"), [(11, OutOfService), (12, InService)].into());
     world.check("api", 11, Healthy);
