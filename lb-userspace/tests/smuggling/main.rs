@@ -17,3 +17,6 @@ mod requests;
 mod responses;
 mod target;
 mod traffic;
+#[path = "../proxy/http2/wire.rs"]
+#[expect(dead_code, reason = "the other tests of the proxy need more of it")]
+mod wire;

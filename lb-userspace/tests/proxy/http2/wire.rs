@@ -189,7 +189,7 @@ pub fn field(name: impl AsRef<[u8]>, value: impl AsRef<[u8]>) -> Vec<u8> {
 }
 
 /// Fields that leave the dynamic table alone.
-pub fn block(fields: Fields<'_>) -> Vec<u8> {
+pub fn block<N: AsRef<[u8]>, V: AsRef<[u8]>>(fields: &[(N, V)]) -> Vec<u8> {
     fields.iter().flat_map(|(name, value)| field(name, value)).collect()
 }
 
@@ -251,4 +251,9 @@ fn statuses_of_the_specification() {
     assert_eq!(status(b"\x3f\xe1\x1f\x88"), Some(200));
     assert_eq!(status(b"\x20\x8e"), Some(500));
     assert_eq!(status(b"\xbe"), None);
+    assert_eq!(status(&[0x8c, 1, 2]), Some(400));
+    assert_eq!(status(b"\x48\x03405"), Some(405));
+    // 405 and 464 in Huffman's code: 011010 00000 011011, and 011010 011100 011010.
+    assert_eq!(status(&[0x48, 0x83, 0b0110_1000, 0b0000_1101, 0b1111_1111]), Some(405));
+    assert_eq!(status(&[0x48, 0x83, 0b0110_1001, 0b1100_0110, 0b1011_1111]), Some(464));
 }
